@@ -1,0 +1,243 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""Configuration of a federation: one dataclass on top of `TrainingArguments`, from a YAML file and the command line."""
+
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from .quantization import FULL_PRECISION, check_bits
+
+
+def check_bits_or_full(bits: int, option: str) -> None:
+    """Refuse anything but a codebook's bits or 32, which stands for full precision.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if bits == FULL_PRECISION:
+        return
+    try:
+        check_bits(bits)
+    except ValueError as error:
+        raise ValueError(f"`{option}`: {error} 32 leaves full precision.") from None
+
+
+@dataclass
+class FederatedConfig(TrainingArguments):
+    """Arguments of a federation, on top of [`~transformers.TrainingArguments`], which describe one client's local run.
+
+    `num_train_epochs` (1 by default) or `max_steps`, the optimizer, the schedule and the batch size hold for each client
+    and round. Local runs neither checkpoint nor evaluate: the federation commits and evaluates every round.
+    """
+
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Local epochs of each client in each round."})
+
+    num_rounds: int = field(default=10, metadata={"help": "Rounds of the federation."})
+    num_clients: int | None = field(
+        default=None,
+        metadata={
+            "help": "Clients. Needed where `partition` is iid or dirichlet; natural clients bring their number."
+        },
+    )
+    clients_per_round: int | None = field(
+        default=None, metadata={"help": "Clients drawn in each round, uniformly without replacement. All by default."}
+    )
+    min_clients: int = field(
+        default=1, metadata={"help": "A round with fewer accepted updates fails, and the federation stops there."}
+    )
+    partition: str = field(
+        default="iid",
+        metadata={
+            "help": "How a dataset becomes clients: iid, dirichlet, or the name of a column of natural clients."
+        },
+    )
+    dirichlet_alpha: float = field(
+        default=0.5, metadata={"help": "Concentration of the Dirichlet partition: small means clients that differ."}
+    )
+    dirichlet_column: str = field(
+        default="label", metadata={"help": "Column whose values the Dirichlet partition distributes unevenly."}
+    )
+
+    full_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Path or Hub id of the owner's full-precision model. Only the owner's process opens it: it exports "
+            "the base, evaluates the server's model in each round and merges at the end."
+        },
+    )
+    base_bits: int = field(
+        default=4,
+        metadata={
+            "help": "Bits of the base's weights: 4, 3, 2, 1 (ternary), 8. 32 leaves full precision: no privacy."
+        },
+    )
+    base_block_size: int = field(default=64, metadata={"help": "Weights that share one scale in the base."})
+    double_quant: bool = field(default=False, metadata={"help": "Quantize the base's scales, too (QLoRA)."})
+    embedding_bits: int = field(
+        default=4, metadata={"help": "Bits of embeddings and heads in the base. 32 gives them away in full precision."}
+    )
+    adapter_bits: int = field(
+        default=4, metadata={"help": "Bits of the proxy, the adapter that clients are sent. 32: full precision."}
+    )
+    adapter_block_size: int = field(default=256, metadata={"help": "Adapter values that share one scale."})
+
+    broadcast: str = field(
+        default="every_round",
+        metadata={
+            "help": "When the proxy is sent: every_round, a number k (every k rounds), or never: every client starts "
+            "from the untouched base, and what is never sent can't be stolen."
+        },
+    )
+    weighting: str = field(
+        default="examples", metadata={"help": "Weight of an update in the mean: examples, or uniform."}
+    )
+    server_learning_rate: float = field(
+        default=1.0,
+        metadata={"help": "Step of the server along the mean update. 1 with momentum 0 is the paper's rule."},
+    )
+    server_momentum: float = field(default=0.0, metadata={"help": "Momentum of the server (FedAvgM)."})
+    fit_server_step: bool = field(
+        default=False,
+        metadata={"help": "Let the owner choose the step on its own data (`owner_dataset`), for broadcast=never."},
+    )
+    learning_rate_horizon: str = field(
+        default="round",
+        metadata={"help": "What the local schedule runs over: the client's round, or the whole federation."},
+    )
+
+    compare_full_precision: bool = field(
+        default=False,
+        metadata={
+            "help": "Also run the federation without quantization, as the reference of the report. It needs the full "
+            "model and the clients' data in one process: for simulations only."
+        },
+    )
+    merge: bool = field(
+        default=True, metadata={"help": "At the end, write the merged full model to output_dir/merged."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Delete a federation that `output_dir` already holds."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.eval_strategy != "no":
+            raise ValueError(
+                f"eval_strategy={self.eval_strategy!r}: local runs do not evaluate. Leave it at 'no'; the federation "
+                "evaluates in every round, on `eval_dataset`."
+            )
+        self.save_strategy = "no"
+        self.load_best_model_at_end = False
+        for option in ("base_bits", "embedding_bits", "adapter_bits"):
+            check_bits_or_full(getattr(self, option), option)
+        self._check_positive("num_rounds", "min_clients", "base_block_size", "adapter_block_size", "dirichlet_alpha")
+        self._check_positive("num_clients", "clients_per_round", optional=True)
+        self._check_choice("weighting", ("examples", "uniform"))
+        self._check_choice("learning_rate_horizon", ("round", "federation"))
+        if self.num_clients is None and self.partition in ("iid", "dirichlet"):
+            self.num_clients = 8
+        if self.num_clients is not None:
+            self.check_clients(self.num_clients)
+        self.broadcast = str(self.broadcast)
+        if self.broadcast not in ("every_round", "never") and not (
+            self.broadcast.isdecimal() and int(self.broadcast) > 0
+        ):
+            raise ValueError(
+                f"broadcast={self.broadcast!r}; expected every_round, never, or a positive number of rounds."
+            )
+
+    def check_clients(self, num_clients: int) -> None:
+        """Refuse rounds that want more clients than there are.
+
+        Raises:
+            ValueError: naming both numbers.
+        """
+        for option in ("clients_per_round", "min_clients"):
+            wanted = getattr(self, option)
+            if wanted is not None and wanted > num_clients:
+                raise ValueError(f"{option}={wanted}, but there are only {num_clients} clients. Lower {option}.")
+
+    @property
+    def broadcast_interval(self) -> int | None:
+        """Rounds from one broadcast to the next, or None where nothing is ever broadcast."""
+        return {"every_round": 1, "never": None}.get(
+            self.broadcast, int(self.broadcast) if self.broadcast[0].isdecimal() else None
+        )
+
+    def _check_positive(self, *options: str, optional: bool = False) -> None:
+        for option in options:
+            value = getattr(self, option)
+            if not (value is None and optional) and not value > 0:
+                raise ValueError(f"{option}={value}; expected a positive number.")
+
+    def _check_choice(self, option: str, choices: Sequence[str]) -> None:
+        if getattr(self, option) not in choices:
+            raise ValueError(f"{option}={getattr(self, option)!r}; expected one of {', '.join(choices)}.")
+
+
+def parse_args(dataclass_types: Sequence[type], args: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """Dataclass instances from `--config FILE.yaml`, with every flag on the command line overriding the file.
+
+    `args` defaults to the command line.
+
+    Raises:
+        ValueError: for a key that no dataclass knows, with the nearest known one, or a file that is no mapping.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    parser = HfArgumentParser(dataclass_types)
+    known = [entry.name for dataclass_type in dataclass_types for entry in fields(dataclass_type) if entry.init]
+    if "--config" in args:
+        place = args.index("--config")
+        if place + 1 == len(args):
+            raise ValueError("--config was given without a file; expected --config FILE.yaml.")
+        values = read_yaml(args[place + 1])
+        del args[place : place + 2]
+        for key in values:
+            if key not in known:
+                raise ValueError(f"The config has an unknown key `{key}`{_nearest(key, known)}.")
+        # A required argument that the file gives must not be asked for again on the command line.
+        for action in parser._actions:
+            if action.dest in values:
+                action.required = False
+        parser.set_defaults(**{key: _as_flag(value) for key, value in values.items()})
+    *instances, rest = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
+    for flag in rest:
+        if flag.startswith("-"):
+            name = flag.lstrip("-").split("=")[0].replace("-", "_")
+            raise ValueError(f"Unknown option `{flag}`{_nearest(name, known)}.")
+    if rest:
+        raise ValueError(f"Unexpected arguments: {' '.join(rest)}.")
+    return tuple(instances)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        ValueError: if it is missing, malformed or something else.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"The config `{path}` can't be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"The config `{path}` is no valid YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"The config `{path}` holds a {type(values).__name__}; expected `key: value` lines.")
+    return values
+
+
+def _as_flag(value: Any) -> Any:
+    # argparse converts strings only, and YAML 1.1 reads 1e-3 as a string but 0.001 as a number.
+    return value if isinstance(value, (bool, list, dict)) or value is None else str(value)
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    match = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean `{match[0]}`?" if match else ""

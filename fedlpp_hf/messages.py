@@ -1,0 +1,193 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""What crosses the wire: tasks to clients, updates to the server. Safetensors and JSON, never pickle.
+
+A message is a valid safetensors file whose metadata carry one JSON object, with a SHA-256 over the object and every
+tensor, so that a payload changed on its way is not accepted. (A digest is no signature: the transport authenticates.)
+"""
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from .quantization import QuantizedTensor, check_bits, dequantize
+
+
+SCHEMA_VERSION = 1
+_METADATA_KEY = "fedlpp_hf"
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+_CODES, _SCALES = "#codes", "#scales"
+
+Payload = Mapping[str, torch.Tensor | QuantizedTensor]
+
+
+@dataclass(frozen=True, slots=True)
+class ClientTask:
+    """Server → client: what to start from and how to train in one round.
+
+    `proxy` is the quantized adapter by key (plain tensors where the federation runs unquantized), or None where nothing
+    is broadcast and the client starts from its untouched base. `round` counts from 0.
+    """
+
+    federation_id: str
+    round: int
+    num_rounds: int
+    client_id: str
+    seed: int
+    base_fingerprint: str
+    proxy: Payload | None
+
+    def to_bytes(self) -> bytes:
+        header = {name: getattr(self, name) for name in _TASK_TYPES} | {"broadcast": self.proxy is not None}
+        return _encode("task", header, self.proxy or {})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "ClientTask":
+        """
+        Raises:
+            ValueError: if `data` is no intact task.
+        """
+        header, payload = _decode("task", data)
+        values = _read_fields(header, _TASK_TYPES, "task")
+        return cls(**values, proxy=payload if header.get("broadcast") else None)
+
+    def proxy_tensors(self) -> dict[str, torch.Tensor] | None:
+        """The proxy as float32 tensors."""
+        return None if self.proxy is None else restore_tensors(self.proxy)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientUpdate:
+    """Client → server: Δ = θ − (what the client started from), by key of the adapter, with the client's metrics."""
+
+    federation_id: str
+    round: int
+    client_id: str
+    base_fingerprint: str
+    num_examples: int
+    delta: Payload
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        header = {name: getattr(self, name) for name in _UPDATE_TYPES} | {"metrics": self.metrics}
+        return _encode("update", header, self.delta)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "ClientUpdate":
+        """
+        Raises:
+            ValueError: if `data` is no intact update.
+        """
+        header, payload = _decode("update", data)
+        metrics = header.get("metrics")
+        if not isinstance(metrics, dict) or not all(
+            isinstance(key, str) and isinstance(value, (int, float)) for key, value in metrics.items()
+        ):
+            raise ValueError("The update's `metrics` are no mapping of names to numbers.")
+        return cls(**_read_fields(header, _UPDATE_TYPES, "update"), delta=payload, metrics=metrics)
+
+
+_TASK_TYPES: dict[str, type] = {
+    "federation_id": str,
+    "round": int,
+    "num_rounds": int,
+    "client_id": str,
+    "seed": int,
+    "base_fingerprint": str,
+}
+_UPDATE_TYPES: dict[str, type] = {
+    "federation_id": str,
+    "round": int,
+    "client_id": str,
+    "base_fingerprint": str,
+    "num_examples": int,
+}
+
+
+def restore_tensors(payload: Payload) -> dict[str, torch.Tensor]:
+    """The tensors that a payload stands for, float32."""
+    return {
+        key: dequantize(value) if isinstance(value, QuantizedTensor) else value.float()
+        for key, value in payload.items()
+    }
+
+
+def _read_fields(header: dict[str, Any], types: dict[str, type], kind: str) -> dict[str, Any]:
+    for name, expected in types.items():
+        value = header.get(name)
+        if type(value) is not expected:
+            raise ValueError(f"The {kind}'s `{name}` is {value!r}; expected a value of type {expected.__name__}.")
+    return {name: header[name] for name in types}
+
+
+def _encode(kind: str, header: dict[str, Any], payload: Payload) -> bytes:
+    tensors, quantized = {}, {}
+    for key, value in payload.items():
+        if isinstance(value, QuantizedTensor):
+            tensors[key + _CODES], tensors[key + _SCALES] = value.codes, value.scales
+            quantized[key] = [list(value.shape), value.bits, value.block_size]
+        else:
+            tensors[key] = value.contiguous()
+    body = {"kind": kind, "schema": SCHEMA_VERSION, **header, "quantized": quantized}
+    body["sha256"] = _digest(body, tensors)
+    return save(tensors, metadata={_METADATA_KEY: json.dumps(body, sort_keys=True)})
+
+
+def _decode(kind: str, data: bytes) -> tuple[dict[str, Any], dict[str, torch.Tensor | QuantizedTensor]]:
+    if len(data) < 8 or (header_size := struct.unpack("<Q", data[:8])[0]) > min(len(data) - 8, _MAX_HEADER_BYTES):
+        raise ValueError(f"A {kind} of {len(data)} bytes is truncated, or its header claims more than there is.")
+    try:
+        body = json.loads(json.loads(data[8 : 8 + header_size])["__metadata__"][_METADATA_KEY])
+        tensors = load(data)
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"The {kind} is no message of this library ({type(error).__name__}: {error}).") from error
+    if not isinstance(body, dict) or body.get("kind") != kind:
+        raise ValueError(f"Expected a {kind}; the message says it is something else.")
+    if body.get("schema") != SCHEMA_VERSION:
+        raise ValueError(
+            f"The {kind} has schema {body.get('schema')!r}; this version of fedlpp_hf speaks {SCHEMA_VERSION}. "
+            "Install the same version on both sides."
+        )
+    if body.pop("sha256", None) != _digest(body, tensors):
+        raise ValueError(f"The {kind}'s checksum is wrong: it was changed or damaged on its way.")
+    return body, _restore_quantized(body.get("quantized"), tensors, kind)
+
+
+def _restore_quantized(
+    quantized: Any, tensors: dict[str, torch.Tensor], kind: str
+) -> dict[str, torch.Tensor | QuantizedTensor]:
+    payload: dict[str, torch.Tensor | QuantizedTensor] = {}
+    try:
+        for key, (shape, bits, block_size) in quantized.items():
+            codes, scales = tensors.pop(key + _CODES), tensors.pop(key + _SCALES)
+            if not (
+                all(type(size) is int and size >= 0 for size in shape)
+                and type(block_size) is int
+                and block_size > 0
+                and codes.dtype == torch.uint8
+                and codes.dim() == scales.dim() == 1
+                and scales.is_floating_point()
+                # A shape that the codes can't fill would only fail after its tensor was allocated.
+                and math.prod(shape) <= 8 * max(codes.numel(), 1)
+            ):
+                raise ValueError(f"the quantized tensor `{key}` is malformed")
+            payload[key] = QuantizedTensor(codes, scales, tuple(shape), check_bits(bits), block_size)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"The {kind}'s quantized tensors can't be read ({error}).") from error
+    return payload | tensors
+
+
+def _digest(body: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode())
+    for key in sorted(tensors):
+        tensor = tensors[key].detach().cpu().contiguous()
+        digest.update(f"\0{key}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
