@@ -46,7 +46,7 @@ class ClientTask:
 
     def to_bytes(self) -> bytes:
         header = {name: getattr(self, name) for name in _TASK_TYPES} | {"broadcast": self.proxy is not None}
-        return _encode("task", header, self.proxy or {})
+        return encode_message("task", header, self.proxy or {})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "ClientTask":
@@ -54,13 +54,21 @@ class ClientTask:
         Raises:
             ValueError: if `data` is no intact task.
         """
-        header, payload = _decode("task", data)
+        header, payload = decode_message("task", data)
         values = _read_fields(header, _TASK_TYPES, "task")
         return cls(**values, proxy=payload if header.get("broadcast") else None)
 
     def proxy_tensors(self) -> dict[str, torch.Tensor] | None:
         """The proxy as float32 tensors."""
         return None if self.proxy is None else restore_tensors(self.proxy)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientFailure:
+    """In place of an update: a client that failed, or whose answer could not be read, and why."""
+
+    client_id: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +85,7 @@ class ClientUpdate:
 
     def to_bytes(self) -> bytes:
         header = {name: getattr(self, name) for name in _UPDATE_TYPES} | {"metrics": self.metrics}
-        return _encode("update", header, self.delta)
+        return encode_message("update", header, self.delta)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "ClientUpdate":
@@ -85,7 +93,7 @@ class ClientUpdate:
         Raises:
             ValueError: if `data` is no intact update.
         """
-        header, payload = _decode("update", data)
+        header, payload = decode_message("update", data)
         metrics = header.get("metrics")
         if not isinstance(metrics, dict) or not all(
             isinstance(key, str) and isinstance(value, (int, float)) for key, value in metrics.items()
@@ -127,7 +135,8 @@ def _read_fields(header: dict[str, Any], types: dict[str, type], kind: str) -> d
     return {name: header[name] for name in types}
 
 
-def _encode(kind: str, header: dict[str, Any], payload: Payload) -> bytes:
+def encode_message(kind: str, header: dict[str, Any], payload: Payload) -> bytes:
+    """JSON values and tensors as one safetensors file that says its `kind` and carries a checksum."""
     tensors, quantized = {}, {}
     for key, value in payload.items():
         if isinstance(value, QuantizedTensor):
@@ -140,7 +149,12 @@ def _encode(kind: str, header: dict[str, Any], payload: Payload) -> bytes:
     return save(tensors, metadata={_METADATA_KEY: json.dumps(body, sort_keys=True)})
 
 
-def _decode(kind: str, data: bytes) -> tuple[dict[str, Any], dict[str, torch.Tensor | QuantizedTensor]]:
+def decode_message(kind: str, data: bytes) -> tuple[dict[str, Any], dict[str, torch.Tensor | QuantizedTensor]]:
+    """The inverse of [`encode_message`].
+
+    Raises:
+        ValueError: if `data` is no intact message of that kind.
+    """
     if len(data) < 8 or (header_size := struct.unpack("<Q", data[:8])[0]) > min(len(data) - 8, _MAX_HEADER_BYTES):
         raise ValueError(f"A {kind} of {len(data)} bytes is truncated, or its header claims more than there is.")
     try:

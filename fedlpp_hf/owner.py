@@ -1,0 +1,252 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""The owner's process: the only one that opens the full model.
+
+In simulation it is spawned beside the clients' process, exports the base, evaluates the server's model W + θ in each
+round, and merges at the end. It is asked over a pipe and answers in adapters, metrics and paths: requests and answers
+are messages of safetensors and JSON, so that no full-precision weight and no pickle comes back.
+"""
+
+import copy
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+
+from .adapters import load_adapter_
+from .base import export_base
+from .config import FederatedConfig
+from .merge import merge_adapter
+from .messages import decode_message, encode_message
+from .quantization import FULL_PRECISION
+
+
+# The step sizes that the owner tries on its own data: a one-shot mean may need a longer or a shorter step.
+STEP_GRID = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+
+# What `accelerate launch` and `torchrun` tell a worker. The owner's process is no worker of theirs.
+_LAUNCHER_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "GROUP_RANK",
+)
+
+
+@dataclass(slots=True)
+class OwnerSetup:
+    """What the owner's process needs to do its work: its model, and the means to evaluate it as the clients' are.
+
+    `trainer_class` is a [`FederatedMixin`] trainer, so that an overridden `compute_loss` counts for the owner, too;
+    `trainer_arguments` are those of its `__init__` besides model, arguments and adapter. `client_datasets` is for the
+    full-precision reference alone (`compare_full_precision`), and None otherwise.
+    """
+
+    full_model: str
+    args: FederatedConfig
+    trainer_class: type
+    model_class: type | None
+    peft_config: PeftConfig
+    owner_dataset: Any = None
+    client_datasets: Any = None
+    trainer_arguments: dict[str, Any] = field(default_factory=dict)
+
+
+class Owner:
+    """A handle on the owner's process. Every method is one request to it.
+
+    Raises:
+        RuntimeError: from any method, if the process died or failed unexpectedly.
+        ValueError: from any method, if the owner refused its input.
+    """
+
+    def __init__(self, setup: OwnerSetup):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, child = context.Pipe()
+        self._process = context.Process(target=_serve, args=(child, setup), name="fedlpp-owner", daemon=True)
+        try:
+            self._process.start()
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"The owner's process can't be given what it needs to evaluate ({error}). Define compute_metrics, "
+                "collators and the trainer's class at the top level of a module or of your script."
+            ) from error
+        child.close()
+        # Left to the interpreter's exit, the process would be killed, and what it holds would leak.
+        self._finalizer = weakref.finalize(self, _end, self._pipe, self._process)
+
+    def export_base(self, output_dir: str | os.PathLike) -> dict[str, Any]:
+        """Write the quantized base to `output_dir`; returns its manifest."""
+        return self._ask("export_base", output_dir=str(output_dir))[0]
+
+    def initial_adapter(self) -> dict[str, torch.Tensor]:
+        """The adapter as it starts on the full model: LoRA at its init, `modules_to_save` as the full model has them."""
+        return self._ask("initial_adapter")[1]
+
+    def evaluate(self, adapter: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """Metrics of W + θ on the evaluation dataset."""
+        return self._ask("evaluate", adapter)[0]
+
+    def fit_step(self, adapter: Mapping[str, torch.Tensor], delta: Mapping[str, torch.Tensor]) -> float:
+        """The η of [`STEP_GRID`] for which W + θ + η·Δ has the least loss on the owner's own data."""
+        tensors = {f"adapter:{key}": value for key, value in adapter.items()}
+        tensors |= {f"delta:{key}": value for key, value in delta.items()}
+        return self._ask("fit_step", tensors)[0]["step"]
+
+    def merge(self, adapter_dir: str | os.PathLike, output_dir: str | os.PathLike) -> None:
+        """Write the full model with the adapter merged into it."""
+        self._ask("merge", adapter_dir=str(adapter_dir), output_dir=str(output_dir))
+
+    def run_reference(self) -> dict[str, float]:
+        """Metrics of the same federation without any quantization, after its last round."""
+        return self._ask("run_reference")[0]
+
+    def close(self) -> None:
+        """End the process. Safe to call twice."""
+        self._finalizer()
+
+    def _ask(
+        self, command: str, tensors: Mapping[str, torch.Tensor] | None = None, **arguments: Any
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        try:
+            self._pipe.send_bytes(
+                encode_message("request", {"command": command, "arguments": arguments}, tensors or {})
+            )
+            header, payload = decode_message("answer", self._pipe.recv_bytes())
+        except (EOFError, OSError) as error:
+            self._process.join(timeout=5)
+            raise RuntimeError(
+                f"The owner's process died during `{command}` (exit code {self._process.exitcode}). Its own messages "
+                "are above. The rounds that are committed are safe: mend the cause and resume."
+            ) from error
+        if header["error"] is not None:
+            kind, text = header["error"]
+            raise (ValueError if kind == "ValueError" else RuntimeError)(f"The owner's process: {text}")
+        return header["answer"], payload
+
+
+def _end(pipe, process) -> None:
+    pipe.close()  # the process ends when its pipe does
+    process.join(timeout=10)
+    if process.is_alive():
+        process.kill()
+        process.join()
+
+
+def _serve(pipe, setup: OwnerSetup) -> None:
+    # ^C reaches the whole process group; the clients' process decides what it means and then closes the pipe.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in _LAUNCHER_VARIABLES:
+        os.environ.pop(name, None)
+    with tempfile.TemporaryDirectory(prefix="fedlpp-owner-") as scratch:
+        desk = _Desk(setup, Path(scratch))
+        while True:
+            try:
+                request, tensors = decode_message("request", pipe.recv_bytes())
+            except (EOFError, OSError):
+                return
+            answer: dict[str, Any] = {}
+            payload: Mapping[str, torch.Tensor] = {}
+            error = None
+            try:
+                answer, payload = getattr(desk, request["command"])(tensors, **request["arguments"])
+            except Exception as exception:
+                sys.excepthook(type(exception), exception, exception.__traceback__)
+                error = [type(exception).__name__, f"{type(exception).__name__}: {exception}"]
+            pipe.send_bytes(encode_message("answer", {"answer": answer, "error": error}, payload))
+
+
+class _Desk:
+    """The owner's side of [`Owner`]: one method per request, each returning (JSON values, tensors)."""
+
+    def __init__(self, setup: OwnerSetup, scratch: Path):
+        self.setup, self.scratch = setup, scratch
+        self._trainer: Any = None
+
+    def export_base(self, tensors, output_dir: str):
+        args = self.setup.args
+        manifest = export_base(
+            self.setup.full_model,
+            output_dir,
+            bits=args.base_bits,
+            block_size=args.base_block_size,
+            double_quant=args.double_quant,
+            embedding_bits=args.embedding_bits,
+            model_class=self.setup.model_class,
+        )
+        return manifest, {}
+
+    def initial_adapter(self, tensors):
+        return {}, self.trainer.guard.initial
+
+    def evaluate(self, tensors):
+        load_adapter_(self.trainer.guard.parameters, tensors)
+        return self.trainer.evaluate_metrics(), {}
+
+    def fit_step(self, tensors):
+        if self.setup.owner_dataset is None:
+            raise ValueError("fit_server_step=True needs rows of the owner's own; pass `owner_dataset`.")
+        adapter = {key.removeprefix("adapter:"): value for key, value in tensors.items() if key.startswith("adapter:")}
+        losses = {}
+        for step in STEP_GRID:
+            moved = {key: value + step * tensors[f"delta:{key}"] for key, value in adapter.items()}
+            load_adapter_(self.trainer.guard.parameters, moved)
+            losses[step] = self.trainer.evaluate_metrics(self.trainer.client_datasets["owner"])["eval_loss"]
+        return {"step": min(losses, key=losses.__getitem__)}, {}
+
+    def merge(self, tensors, adapter_dir: str, output_dir: str):
+        merge_adapter(self.setup.full_model, adapter_dir, output_dir)
+        return {}, {}
+
+    def run_reference(self, tensors):
+        trainer = self._make_trainer(self.setup.client_datasets)
+        trainer.train()
+        load_adapter_(trainer.guard.parameters, trainer.server.adapter)
+        return trainer.evaluate_metrics(), {}
+
+    @property
+    def trainer(self):
+        if self._trainer is None:
+            own = self.setup.owner_dataset
+            self._trainer = self._make_trainer({"owner": self._evaluation_rows() if own is None else own})
+        return self._trainer
+
+    def _evaluation_rows(self):
+        # Some trainers insist on training rows even to evaluate; these are never trained on.
+        rows = self.setup.trainer_arguments.get("eval_dataset")
+        return next(iter(rows.values())) if isinstance(rows, dict) else rows
+
+    def _make_trainer(self, datasets: Mapping[str, Any]):
+        args = copy.copy(self.setup.args)
+        args.output_dir = str(self.scratch / "trainer")
+        args.full_model, args.base_bits, args.adapter_bits = None, FULL_PRECISION, FULL_PRECISION
+        args.report_to, args.push_to_hub, args.merge, args.disable_tqdm = [], False, False, True
+        args.compare_full_precision, args.fit_server_step, args.overwrite = False, False, True
+        model = load_full_model(self.setup.full_model, self.setup.model_class, args)
+        return self.setup.trainer_class(
+            model=model,
+            args=args,
+            train_dataset=dict(datasets),
+            peft_config=copy.deepcopy(self.setup.peft_config),
+            **self.setup.trainer_arguments,
+        )
+
+
+def load_full_model(full_model: str, model_class: type | None, args: FederatedConfig) -> torch.nn.Module:
+    """The owner's model in full precision; in float32 on the CPU, where 16-bit products are many times slower."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.float32 if args.device.type == "cpu" else "auto"
+    return (model_class or AutoModelForCausalLM).from_pretrained(full_model, dtype=dtype)

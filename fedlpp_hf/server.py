@@ -1,0 +1,260 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""The server: the only round loop. It touches adapters only; no parameter of it could take a model."""
+
+import json
+import secrets
+import time
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftConfig
+
+from .adapters import check_tensors
+from .aggregation import average_updates
+from .config import FederatedConfig
+from .messages import ClientFailure, ClientTask, ClientUpdate, Payload, restore_tensors
+from .optimizers import ServerOptimizer
+from .owner import Owner
+from .quantization import FULL_PRECISION, quantize_tensors
+from .store import RoundStore
+
+
+TrainClients = Callable[[list[ClientTask]], Iterable[ClientUpdate | ClientFailure]]
+
+# What may differ between a run and its resumption without changing what is computed.
+_FREE_TO_CHANGE = {
+    "output_dir", "overwrite", "resume_from_checkpoint", "compare_full_precision", "merge", "full_model", "report_to",
+    "disable_tqdm", "run_name", "hub_token", "hub_model_id", "push_to_hub", "log_level",
+}  # fmt: skip
+_SECRET = {"hub_token", "push_to_hub_token", "full_model"}
+
+
+class FederatedServer:
+    """Runs a federation over whatever `train_clients` reaches: this process, other ranks, or a network.
+
+    `adapter` is θ before the first round; `num_examples` maps each client to its number of rows, where the server knows
+    them, else to None. `evaluate_proxy` takes an adapter as a client would hold it and returns metrics on the base;
+    `owner` is asked for the metrics of W + θ. After [`run`], `adapter` is the server's adapter.
+    """
+
+    def __init__(
+        self,
+        args: FederatedConfig,
+        adapter: Mapping[str, torch.Tensor],
+        peft_config: PeftConfig,
+        num_examples: Mapping[str, int | None],
+        base_fingerprint: str,
+        *,
+        owner: Owner | None = None,
+        evaluate_proxy: Callable[[Mapping[str, torch.Tensor]], dict[str, float]] | None = None,
+        on_round: Callable[[dict[str, Any]], None] | None = None,
+    ):
+        args.check_clients(len(num_examples))
+        self.args = args
+        self.adapter = dict(adapter)
+        self.peft_config = peft_config
+        self.num_examples = dict(sorted(num_examples.items()))
+        self.base_fingerprint = base_fingerprint
+        self.owner = owner
+        self.evaluate_proxy = evaluate_proxy
+        self.on_round = on_round
+        self.store = RoundStore(args.output_dir)
+        self.optimizer = ServerOptimizer("sgd", learning_rate=args.server_learning_rate, momentum=args.server_momentum)
+        self.federation_id = ""
+        self._anchor: dict[str, torch.Tensor] = {}
+        self._anchor_state: dict[str, torch.Tensor] = {}
+        self._optimizer_state: dict[str, torch.Tensor] = {}
+        self._window: dict[str, torch.Tensor] = {}
+        self._window_rounds = 0
+
+    def run(self, train_clients: TrainClients, resume: bool = False) -> list[dict[str, Any]]:
+        """Run all rounds, or those that are left; returns the record of every round, round 0 being the state before.
+
+        Raises:
+            ValueError: if there is a federation in the way, or nothing to resume, or the one to resume differs.
+            RuntimeError: if fewer than `min_clients` updates of a round were acceptable.
+        """
+        done = self._resume() if resume else self._begin()
+        for number in range(done + 1, self.args.num_rounds + 1):
+            self._run_round(number, train_clients)
+        self.store.publish(self.adapter, self.peft_config)
+        return self.store.records()
+
+    def sample_clients(self, number: int) -> list[str]:
+        """The clients of round `number`, uniform without replacement, a function of (seed, round) alone."""
+        clients = list(self.num_examples)
+        count = self.args.clients_per_round or len(clients)
+        generator = np.random.default_rng([self.args.seed, number])
+        return [clients[index] for index in sorted(generator.choice(len(clients), count, replace=False))]
+
+    def make_proxy(self, adapter: Mapping[str, torch.Tensor]) -> Payload:
+        """The adapter as clients are sent it."""
+        if self.args.adapter_bits == FULL_PRECISION:
+            return dict(adapter)
+        return quantize_tensors(adapter, self.args.adapter_bits, self.args.adapter_block_size)
+
+    def _begin(self) -> int:
+        self.federation_id = secrets.token_hex(8)
+        self.store.create(self._describe(), self.args.overwrite)
+        self._start_window()
+        self._commit(0, {"clients": {}, "rejected": {}, "bytes_down": 0, "bytes_up": 0, "seconds": 0.0})
+        return 0
+
+    def _resume(self) -> int:
+        federation = self.store.read()
+        done = self.store.latest()
+        if done is None:
+            self.store.create(self._describe(), overwrite=True)
+            return self._begin()
+        self.federation_id = federation["federation_id"]
+        now, then = json.loads(json.dumps(self._describe())), federation
+        free = _FREE_TO_CHANGE | ({"num_rounds"} if self.args.learning_rate_horizon == "round" else set())
+        for name, value in then["config"].items():
+            if name not in free and now["config"].get(name) != value:
+                raise ValueError(
+                    f"This federation was begun with {name}={value!r}, now it is {now['config'].get(name)!r}. Resume "
+                    "with the same configuration, or start another federation in another output_dir."
+                )
+        if then["base_fingerprint"] != self.base_fingerprint:
+            raise ValueError("The base differs from the one that this federation was begun with.")
+        adapter, state = self.store.load(done)
+        check_tensors(adapter, self.adapter)
+        self.adapter = adapter
+        groups: dict[str, dict[str, torch.Tensor]] = {"anchor": {}, "anchor_state": {}, "optimizer": {}, "window": {}}
+        for key, value in state.items():
+            if key != "window_rounds":
+                group, name = key.split(":", 1)
+                groups[group][name] = value
+        self._optimizer_state = groups["optimizer"]
+        self._window, self._window_rounds = groups["window"], int(state["window_rounds"])
+        self._anchor, self._anchor_state = groups["anchor"] or adapter, groups["anchor_state"]
+        return done
+
+    def _start_window(self) -> None:
+        self._anchor, self._anchor_state = self.adapter, self._optimizer_state
+        self._window, self._window_rounds = {}, 0
+
+    def _run_round(self, number: int, train_clients: TrainClients) -> None:
+        began = time.perf_counter()
+        interval = self.args.broadcast_interval
+        if interval is not None and (number - 1) % interval == 0:
+            self._start_window()
+        proxy = None if interval is None else self.make_proxy(self._anchor)
+        tasks = {
+            client: ClientTask(
+                federation_id=self.federation_id,
+                round=number,
+                num_rounds=self.args.num_rounds,
+                client_id=client,
+                seed=_seed(self.args.seed, number, client),
+                base_fingerprint=self.base_fingerprint,
+                proxy=proxy,
+            )
+            for client in self.sample_clients(number)
+        }
+        updates, rejected = self._collect(tasks, train_clients(list(tasks.values())))
+        if len(updates) < self.args.min_clients:
+            reasons = "; ".join(f"{client}: {reason}" for client, reason in rejected.items())
+            raise RuntimeError(
+                f"Round {number} has {len(updates)} acceptable updates; min_clients={self.args.min_clients}. {reasons}. "
+                f"Rounds up to {number - 1} are committed: mend the cause and resume."
+            )
+        weights = [update.num_examples if self.args.weighting == "examples" else 1.0 for update in updates.values()]
+        delta = average_updates([restore_tensors(update.delta) for update in updates.values()], weights)
+        # Every Δ of a window is taken at the same proxy, so its rounds are averaged, not summed.
+        self._window = {key: self._window.get(key, 0) + value.double() for key, value in delta.items()}
+        self._window_rounds += 1
+        mean = {key: (value / self._window_rounds).float() for key, value in self._window.items()}
+        step = {}
+        if self.args.fit_server_step and self.owner is not None:
+            step["server_step"] = self.owner.fit_step(self._anchor, mean)
+            mean = {key: step["server_step"] * value for key, value in mean.items()}
+        self.adapter, self._optimizer_state = self.optimizer.step(self._anchor, mean, self._anchor_state)
+        self._commit(
+            number,
+            {
+                "clients": {
+                    client: {"num_examples": update.num_examples, **update.metrics}
+                    for client, update in updates.items()
+                },
+                "rejected": rejected,
+                "bytes_down": sum(len(task.to_bytes()) for task in tasks.values()),
+                "bytes_up": sum(len(update.to_bytes()) for update in updates.values()),
+                "seconds": time.perf_counter() - began,
+                **step,
+            },
+        )
+
+    def _collect(
+        self, tasks: Mapping[str, ClientTask], answers: Iterable[ClientUpdate | ClientFailure]
+    ) -> tuple[dict[str, ClientUpdate], dict[str, str]]:
+        """Acceptable updates in the order of the tasks, and the reason for every client without one."""
+        accepted: dict[str, ClientUpdate] = {}
+        rejected: dict[str, str] = {}
+        for answer in answers:
+            client = answer.client_id
+            if client not in tasks:
+                rejected[client] = "it was not asked in this round"
+            elif isinstance(answer, ClientFailure):
+                rejected[client] = answer.reason
+            elif client in accepted:
+                rejected[client] = "it answered twice"
+            else:
+                try:
+                    self._check_update(answer, tasks[client])
+                    accepted[client] = answer
+                except ValueError as error:
+                    rejected[client] = str(error)
+        for client in tasks:
+            if client not in accepted and client not in rejected:
+                rejected[client] = "it did not answer"
+        return {client: accepted[client] for client in tasks if client in accepted}, rejected
+
+    def _check_update(self, update: ClientUpdate, task: ClientTask) -> None:
+        for name in ("federation_id", "round", "base_fingerprint"):
+            if getattr(update, name) != getattr(task, name):
+                raise ValueError(f"its {name} is {getattr(update, name)!r}; the task's is {getattr(task, name)!r}")
+        limit = self.num_examples.get(update.client_id)
+        if update.num_examples < 1 or (limit is not None and update.num_examples > limit):
+            raise ValueError(f"it claims {update.num_examples} examples; expected 1 to {limit or 'any number'}")
+        check_tensors(restore_tensors(update.delta), self.adapter, "update")
+
+    def _commit(self, number: int, record: dict[str, Any]) -> None:
+        metrics = {}
+        if self.evaluate_proxy is not None and (number == 0 or self.args.broadcast_interval is not None):
+            metrics["proxy"] = self.evaluate_proxy(restore_tensors(self.make_proxy(self.adapter)))
+        if self.owner is not None:
+            metrics["server"] = self.owner.evaluate(self.adapter)
+        state = {f"optimizer:{key}": value for key, value in self._optimizer_state.items()}
+        state["window_rounds"] = torch.tensor(self._window_rounds)
+        if self.args.broadcast_interval != 1:  # else every round starts a window of its own
+            for group, tensors in (
+                ("anchor", self._anchor),
+                ("anchor_state", self._anchor_state),
+                ("window", self._window),
+            ):
+                state |= {f"{group}:{key}": value for key, value in tensors.items()}
+        record = {"round": number, **record, "metrics": metrics}
+        self.store.commit(number, self.adapter, self.peft_config, state, record)
+        if self.on_round is not None:
+            self.on_round(record)
+
+    def _describe(self) -> dict[str, Any]:
+        config = {key: value for key, value in self.args.to_dict().items() if key not in _SECRET}
+        packages = ("fedlpp_hf", "torch", "transformers", "accelerate", "peft", "bitsandbytes")
+        return {
+            "federation_id": self.federation_id,
+            "base_fingerprint": self.base_fingerprint,
+            "clients": self.num_examples,
+            "packages": {name: version(name) for name in packages},
+            "config": config,
+        }
+
+
+def _seed(seed: int, number: int, client: str) -> int:
+    """A client's seed in one round, a function of (seed, round, client) alone."""
+    return int(np.random.SeedSequence([seed, number, zlib.crc32(client.encode())]).generate_state(1)[0] >> 1)

@@ -1,0 +1,326 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""Trainers whose `train()` runs a federation, with one client's run as the primitive `train_client(task)`."""
+
+import gc
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+from transformers.trainer_utils import TrainOutput
+
+from .adapters import load_adapter_
+from .base import BASE_MANIFEST, load_base
+from .callbacks import QuantizedBaseCallback, audit_model
+from .config import FederatedConfig
+from .messages import ClientTask, ClientUpdate, decode_message, encode_message
+from .owner import Owner, OwnerSetup
+from .partition import partition_dataset
+from .quantization import FULL_PRECISION
+from .report import RoundReporter
+from .server import FederatedServer
+from .store import FEDERATION_DIR, RoundStore
+
+
+MERGED_DIR = "_merged"  # the underscore keeps the full model out of `push_to_hub` of the adapter
+_TIMINGS = ("_runtime", "_samples_per_second", "_steps_per_second", "model_preparation_time")
+
+
+class FederatedMixin:
+    """Makes a `Trainer` subclass federated: `class FederatedSFTTrainer(FederatedMixin, SFTTrainer)`.
+
+    `train_dataset` is a `datasets.Dataset`, partitioned by `args.partition`, or a mapping of client ids to datasets.
+    `model` is a base (a directory written by `export_base`, or a quantized model), or the path or Hub id of the owner's
+    full model: then, and where `args.full_model` is set, a spawned process plays the owner (see [`Owner`]).
+    `peft_config` describes the adapter, unless `model` is a PeftModel already. `owner_dataset` holds rows of the
+    owner's own, which never reach a client. All other arguments are those of the trainer.
+
+    `train()` runs the federation; `train_client(task)` is one client's run, through the parent's `train()`, so that
+    `compute_loss` and every other override counts on every client.
+    """
+
+    def __init__(
+        self,
+        model: str | torch.nn.Module,
+        args: FederatedConfig,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *,
+        peft_config: PeftConfig | None = None,
+        owner_dataset: Any = None,
+        model_class: type | None = None,
+        callbacks: list | None = None,
+        **kwargs: Any,
+    ):
+        if not isinstance(args, FederatedConfig):
+            raise ValueError(f"args is a {type(args).__name__}; expected a FederatedConfig (or a subclass of it).")
+        if kwargs.get("model_init") is not None:
+            raise ValueError("model_init makes a new model for each run, but a client's base is fixed; pass `model`.")
+        if kwargs.get("optimizers", (None, None)) != (None, None):
+            raise ValueError(
+                "`optimizers` would carry one optimizer's state from client to client; each starts cold. Set "
+                "args.optim, or `optimizer_cls_and_kwargs`."
+            )
+        self.owner: Owner | None = None
+        self.server: FederatedServer | None = None
+        self.raw_datasets = self._partition(train_dataset, args)
+        args.check_clients(len(self.raw_datasets))
+        self.eval_rows = eval_dataset
+        setup = OwnerSetup(
+            full_model=args.full_model or "",
+            args=args,
+            trainer_class=type(self),
+            model_class=model_class,
+            peft_config=peft_config,
+            owner_dataset=owner_dataset,
+            client_datasets=self.raw_datasets if args.compare_full_precision else None,
+            trainer_arguments={"data_collator": data_collator, "eval_dataset": eval_dataset, **kwargs},
+        )
+        model = self._resolve_model(model, setup)
+        if not isinstance(model, PeftModel):
+            if peft_config is None:
+                raise ValueError("`peft_config` is missing: say which adapter to train, e.g. LoraConfig(r=8).")
+            set_seed(args.seed)  # every client's untouched adapter must start at the same A
+            model = get_peft_model(model, peft_config)
+        setup.peft_config = model.peft_config["default"]
+        unquantized = args.base_bits == FULL_PRECISION
+        audit_model(model, unquantized)
+        self.guard = QuantizedBaseCallback(allow_full_precision=unquantized)
+        # An empty list of trackers for the parent: a client's run would open and close them each time.
+        report_to, args.report_to = args.report_to, []
+        super().__init__(
+            model,
+            args,
+            data_collator,
+            next(iter(self.raw_datasets.values())),
+            eval_dataset,
+            callbacks=[self.guard, *(callbacks or [])],
+            **kwargs,
+        )
+        args.report_to = report_to
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        for parameter in self.guard.parameters.values():
+            # TRL casts the adapter of a quantized model to bfloat16, where a small step rounds to nothing.
+            parameter.data = parameter.data.float()
+        self.client_datasets = {
+            client: self.prepare_client_dataset(rows, client) for client, rows in self.raw_datasets.items()
+        }
+        self._check_clients()
+        if self.owner is None and args.full_model and self.is_world_process_zero():
+            self.owner = Owner(setup)
+        self._horizon = (0, 1)
+
+    def prepare_client_dataset(self, dataset: Any, client_id: str) -> Any:
+        """What a client trains on, from the rows it was given. TRL's trainers tokenize here."""
+        prepare = getattr(super(), "_prepare_dataset", None)
+        if prepare is None:
+            return dataset
+        formatting = getattr(self, "_formatting_func", None)
+        return prepare(dataset, self.processing_class, self.args, self.args.packing, formatting, client_id)
+
+    def train(self, resume_from_checkpoint: bool | str | None = None, **kwargs: Any) -> TrainOutput:
+        """Run the federation's rounds; `resume_from_checkpoint=True` goes on after the last committed one.
+
+        Raises:
+            ValueError: if `output_dir` holds a federation and neither resuming nor overwriting was asked for.
+        """
+        # What lives long is frozen, else the `gc.collect()` in accelerate's `free_memory` walks all of it in every run.
+        gc.collect()
+        gc.freeze()
+        try:
+            if not self.is_world_process_zero():
+                self._follow()
+                return TrainOutput(0, 0.0, {})
+            return self._lead(bool(resume_from_checkpoint))
+        finally:
+            gc.unfreeze()
+
+    def train_client(self, task: ClientTask) -> ClientUpdate:
+        """One client's local run: from the task's proxy, on the client's rows, by the parent's `train()`.
+
+        Raises:
+            ValueError: if the task is for another base, or for a client whose rows are not here.
+        """
+        if task.client_id not in self.client_datasets:
+            raise ValueError(f"The task is for client {task.client_id!r}, whose data are not here.")
+        self.train_dataset = self.client_datasets[task.client_id]
+        # A fresh sampler seeds itself from both: with one alone every client would see the order of the first.
+        set_seed(task.seed)
+        self.accelerator.dataloader_config.data_seed = task.seed
+        self.optimizer = self.lr_scheduler = None
+        self.guard.task = task
+        federation = self.args.learning_rate_horizon == "federation"
+        self._horizon = (task.round - 1, task.num_rounds) if federation else (0, 1)
+        super().train()
+        return self.guard.update
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """The local schedule, or this round's part of one that runs over the federation."""
+        place, rounds = self._horizon
+        scheduler = super().create_scheduler(num_training_steps * rounds, optimizer)
+        if rounds > 1:
+            if not isinstance(scheduler, LambdaLR):
+                raise ValueError(
+                    f"learning_rate_horizon='federation' needs a schedule in closed form, not {type(scheduler).__name__}."
+                )
+            scheduler.last_epoch = place * num_training_steps
+            for group, base, factor in zip(
+                scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+            ):
+                group["lr"] = base * factor(scheduler.last_epoch)
+        return scheduler
+
+    def evaluate_metrics(self, eval_dataset: Any = None) -> dict[str, float]:
+        """The trainer's evaluation without its timings; empty where there is no evaluation dataset."""
+        if eval_dataset is None and self.eval_dataset is None:
+            return {}
+        metrics = self.evaluate(eval_dataset)
+        return {key: value for key, value in metrics.items() if key != "epoch" and not key.endswith(_TIMINGS)}
+
+    def evaluate_proxy(self, adapter: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """Metrics of what a client would hold: the base with `adapter`."""
+        load_adapter_(self.guard.parameters, adapter)
+        return self.evaluate_metrics()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the server's adapter: what the live model holds is a client's view of it."""
+        if self.is_world_process_zero():
+            store = RoundStore(output_dir or self.args.output_dir)
+            adapter = self.guard.initial if self.server is None else self.server.adapter
+            store.output_dir.mkdir(parents=True, exist_ok=True)
+            store.publish(adapter, self.model.peft_config["default"])
+
+    def _lead(self, resume: bool) -> TrainOutput:
+        adapter = dict(self.guard.initial)
+        if self.owner is not None:
+            own = self.owner.initial_adapter()
+            adapter |= {key: value for key, value in own.items() if "lora_" not in key}
+        trackers = get_reporting_integration_callbacks(self.args.report_to)
+        handler = CallbackHandler([DefaultFlowCallback, *trackers], self.model, self.processing_class, None, None)
+        reporter = RoundReporter(self.args, handler)
+        self.server = FederatedServer(
+            self.args,
+            adapter,
+            self.model.peft_config["default"],
+            {client: len(rows) for client, rows in self.client_datasets.items()},
+            self.guard.fingerprint,
+            owner=self.owner,
+            evaluate_proxy=self._evaluate_together if self.eval_dataset is not None else None,
+            on_round=reporter.on_round,
+        )
+        with reporter:
+            records = self.server.run(lambda tasks: self._train_clients(tasks, reporter), resume)
+            self._share("stop")
+            self.guard.prove_base_unmoved()
+            reference = None
+            if self.owner is not None:
+                if self.args.compare_full_precision:
+                    reference = self.owner.run_reference()
+                if self.args.merge:
+                    self.owner.merge(self.args.output_dir, Path(self.args.output_dir) / MERGED_DIR)
+            reporter.finish(records, reference)
+        self.state = TrainerState(global_step=len(records) - 1, is_world_process_zero=True)
+        losses = [client["loss"] for client in records[-1]["clients"].values()]
+        loss = sum(losses) / len(losses) if losses else float("nan")
+        return TrainOutput(len(records) - 1, loss, records[-1]["metrics"].get("server", {}))
+
+    def _train_clients(self, tasks: list[ClientTask], reporter: RoundReporter) -> Iterator[ClientUpdate]:
+        for task in tasks:
+            self._share("train", task.to_bytes())
+            yield self.train_client(task)
+            reporter.on_client(task.client_id)
+
+    def _evaluate_together(self, adapter: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        self._share("evaluate", encode_message("adapter", {}, adapter))
+        return self.evaluate_proxy(adapter)
+
+    def _follow(self) -> None:
+        """What ranks other than 0 do: the same runs and evaluations as rank 0, which alone speaks to the server."""
+        while True:
+            command, data = self._receive()
+            if command == "train":
+                self.train_client(ClientTask.from_bytes(data))
+            elif command == "evaluate":
+                self.evaluate_proxy(decode_message("adapter", data)[1])
+            else:
+                return
+
+    def _share(self, command: str, data: bytes = b"") -> None:
+        if self.args.world_size > 1:
+            _broadcast(command.ljust(8).encode() + data, self.args.device)
+
+    def _receive(self) -> tuple[str, bytes]:
+        data = _broadcast(None, self.args.device)
+        return data[:8].decode().strip(), data[8:]
+
+    def _partition(self, train_dataset: Any, args: FederatedConfig) -> dict[str, Any]:
+        if isinstance(train_dataset, Mapping):
+            datasets = {str(client): rows for client, rows in sorted(train_dataset.items())}
+        elif train_dataset is None:
+            raise ValueError("`train_dataset` is missing: a Dataset, or a mapping of client ids to datasets.")
+        else:
+            datasets = partition_dataset(
+                train_dataset, args.partition, args.num_clients, args.dirichlet_alpha, args.dirichlet_column, args.seed
+            )
+        if not datasets:
+            raise ValueError("There are no clients: `train_dataset` is empty.")
+        return datasets
+
+    def _check_clients(self) -> None:
+        smallest = self.args.train_batch_size * self.args.world_size if self.args.dataloader_drop_last else 1
+        for client, rows in self.client_datasets.items():
+            if len(rows) < smallest:
+                raise ValueError(
+                    f"Client {client!r} has {len(rows)} rows; at least {smallest} are needed. Drop that client, or set "
+                    "dataloader_drop_last=False to train on less than a full batch."
+                )
+
+    def _resolve_model(self, model: str | torch.nn.Module, setup: OwnerSetup) -> torch.nn.Module:
+        args = setup.args
+        if not isinstance(model, str | Path):
+            return model
+        if (Path(model) / BASE_MANIFEST).is_file():
+            return load_base(model, setup.model_class)
+        # A name that is no base is the owner's full model, which only the owner's process may open.
+        if args.full_model not in (None, "", str(model)):
+            raise ValueError(
+                f"model='{model}' is no quantized base (it has no {BASE_MANIFEST}), and full_model='{args.full_model}' "
+                "names another full model. Give one of them."
+            )
+        args.full_model = setup.full_model = str(model)
+        if args.base_bits == FULL_PRECISION:
+            from .owner import load_full_model
+
+            return load_full_model(args.full_model, setup.model_class, args)
+        base_dir = Path(args.output_dir) / FEDERATION_DIR / "base"
+        if args.process_index == 0:
+            self.owner = Owner(setup)
+            if not (base_dir / BASE_MANIFEST).is_file():
+                self.owner.export_base(base_dir)
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+        return load_base(base_dir, setup.model_class)
+
+
+class FederatedTrainer(FederatedMixin, Trainer):
+    """[`~transformers.Trainer`] whose `train()` runs a federation; see [`FederatedMixin`]."""
+
+
+def _broadcast(data: bytes | None, device: torch.device) -> bytes:
+    """Bytes from rank 0 to all ranks, as tensors: `broadcast_object_list` would unpickle them."""
+    size = torch.tensor([0 if data is None else len(data)], device=device)
+    torch.distributed.broadcast(size, 0)
+    if data is None:
+        buffer = torch.empty(int(size), dtype=torch.uint8, device=device)
+    else:
+        buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+    torch.distributed.broadcast(buffer, 0)
+    return buffer.cpu().numpy().tobytes()
