@@ -31,8 +31,9 @@ class Checkpoint:
 
     def __init__(self, model: str | os.PathLike, revision: str | None = None, token: str | None = None):
         self.directory = Path(model)
-        self.secrets: list[str] = []
         if not self.directory.is_dir():
+            if str(model).count("/") > 1 or str(model).startswith((".", "~")):
+                raise ValueError(f"`{model}` is no directory, nor a Hub id (`owner/name`).")
             # Not `*.bin`: a pickle runs code when it is opened, so it is not even downloaded.
             patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
             ignore = ["*/*", "consolidated*"]
@@ -41,7 +42,8 @@ class Checkpoint:
                     str(model), revision=revision, token=token, allow_patterns=patterns, ignore_patterns=ignore
                 )
             )
-            self.secrets = [str(model)]
+        # What must not appear in any file that leaves the owner. A bare name, as of a folder, could be any word.
+        self.secrets = [str(self.directory.resolve())] + ([str(model)] if "/" in str(model) else [])
         self.stack = ExitStack()
 
     def __enter__(self) -> "Checkpoint":
@@ -58,10 +60,10 @@ class Checkpoint:
     def _open(self) -> None:
         index = self.directory / WEIGHTS_INDEX
         if index.is_file():
-            weight_map: dict[str, str] | None = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             files = sorted(set(weight_map.values()))
         elif (self.directory / WEIGHTS).is_file():
-            weight_map, files = None, [WEIGHTS]
+            weight_map, files = {}, [WEIGHTS]
         else:
             pickles = sorted(p.name for p in self.directory.glob("*.bin"))
             hint = f"It has `{pickles[0]}`, a pickle, which is never opened. " if pickles else ""
@@ -77,12 +79,11 @@ class Checkpoint:
                 self.readers[file] = self.stack.enter_context(safe_open(self.directory / file, "pt"))
             except SafetensorError as error:
                 raise ValueError(f"`{self.directory / file}` can't be read ({error}). Is it truncated?") from error
-        if weight_map is None:
-            weight_map = dict.fromkeys(self.readers[WEIGHTS].keys(), WEIGHTS)
+        weight_map = weight_map or dict.fromkeys(self.readers[WEIGHTS].keys(), WEIGHTS)
         for name, file in weight_map.items():
             if name not in self.readers[file].keys():  # noqa: SIM118 (a safe_open is no dict)
                 raise ValueError(f"`{self.directory / file}` has no `{name}`, which the index says it has.")
-        self.files = weight_map
+        self.files: dict[str, str] = weight_map
 
     @property
     def names(self) -> list[str]:
@@ -160,4 +161,5 @@ def plan_tensors(model: PreTrainedModel, names: Iterable[str]) -> TensorPlan:
             made.add(copy)
         elif copy in made:
             made.add(original)
-    return TensorPlan(groups, sorted(set(state) - made), sorted(left_out))
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return TensorPlan(groups, sorted(parameters - made), sorted(left_out))

@@ -1,0 +1,123 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""One tensor of the full model as the base has it: bitsandbytes codes, or floats with few different values."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from bitsandbytes.functional import QuantState, get_4bit_type, int8_vectorwise_quant, quantize_blockwise
+
+from .quantization import FULL_PRECISION, dequantize, nf4_subset, packed_size, quantize, round_to_levels
+
+
+_NESTED_BLOCK_SIZE = 256
+_PAD_CODE = 7  # NF4's zero, which bitsandbytes pads with
+
+
+@dataclass(frozen=True, slots=True)
+class BaseSettings:
+    """How the tensors of a base are quantized; `converted` maps each bitsandbytes module to whether it was a `Conv1D`."""
+
+    bits: int
+    block_size: int
+    double_quant: bool
+    embedding_bits: int
+    converted: dict[str, bool]
+
+
+def quantize_base_tensor(
+    name: str, tensor: torch.Tensor, settings: BaseSettings
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The manifest's entry of a parameter and its tensors in the base.
+
+    `kind` is `linear4bit` or `linear8bit` for bitsandbytes weights, `codebook` for floats that have at most `2**bits`
+    values per block, and `full_precision`. `information_bytes` is what is left when codes are packed and scales have the
+    dtype of the source; it is what [`pack_base`] writes.
+
+    Raises:
+        ValueError: if a value is not finite, or the dtype is none that bitsandbytes quantizes.
+    """
+    module, _, leaf = name.rpartition(".")
+    bits, block_size, source = settings.bits, settings.block_size, tensor.dtype
+    if leaf == "weight" and module in settings.converted:
+        if source not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"`{name}` is of {source}; expected float32, float16 or bfloat16.")
+        weight = tensor.T.contiguous() if settings.converted[module] else tensor
+        kind = "linear8bit" if bits == 8 else "linear4bit"
+        if bits == 8:
+            tensors = quantize_int8(name, weight)
+            information = tensors[name].nbytes + tensors[f"{module}.SCB"].nbytes
+        else:
+            tensors = quantize_nf4(name, weight, bits, block_size, settings.double_quant)
+            scales = [tensors[key] for key in (f"{name}.absmax", f"{name}.nested_absmax") if key in tensors]
+            scale_bytes = sum(s.nbytes for s in scales) if settings.double_quant else len(scales[0]) * source.itemsize
+            information = packed_size(bits, weight.numel()) + scale_bytes
+    elif tensor.is_floating_point() and tensor.dim() > 1 and settings.embedding_bits != FULL_PRECISION:
+        # Experts are the bulk of their model but no nn.Linear: they get the bits of the others.
+        bits = bits if ".experts." in name else settings.embedding_bits
+        quantized = quantize(tensor, bits, block_size, name=name)
+        kind, tensors = "codebook", {name: dequantize(quantized, source)}
+        information = quantized.codes.nbytes + quantized.scales.numel() * source.itemsize
+    else:
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"`{name}` has values that are NaN or infinite. Is the checkpoint damaged?")
+        bits, block_size = source.itemsize * 8, 1
+        kind, information, tensors = "full_precision", tensor.nbytes, {name: tensor}
+    entry = {
+        "name": name,
+        "kind": kind,
+        "shape": list(tensor.shape),
+        "source_dtype": str(source).removeprefix("torch."),
+        "dtype": str(tensors[name].dtype).removeprefix("torch."),
+        "bits": bits,
+        "block_size": block_size,
+        "information_bytes": information,
+        "information_bits": information * 8 / max(tensor.numel(), 1),
+        "bytes": sum(t.nbytes for t in tensors.values()),
+    }
+    return entry, tensors
+
+
+def quantize_nf4(
+    name: str, weight: torch.Tensor, bits: int, block_size: int, double_quant: bool
+) -> dict[str, torch.Tensor]:
+    """The checkpoint entries of a bitsandbytes `Linear4bit` whose codes carry `bits` (1 to 4) bits of information.
+
+    `weight` `(out, in)`. At 4 bits they are those of `bitsandbytes.functional.quantize_4bit`, bit for bit.
+    """
+    code = get_4bit_type("nf4", device="cpu")
+    subset = torch.tensor(nf4_subset(bits), dtype=torch.uint8)
+    indices, absmax = round_to_levels(weight, code[subset.int()], block_size, name=name)
+    if weight.numel() % block_size:
+        absmax[-1].clamp_(min=1e-38)  # bitsandbytes clamps the scale of a short last block, and of no other
+    state = QuantState(absmax, weight.shape, code, block_size, "nf4", weight.dtype)
+    if double_quant:
+        state.offset = absmax.mean()
+        state.absmax, state.state2 = quantize_blockwise(absmax - state.offset, blocksize=_NESTED_BLOCK_SIZE)
+        state.nested = True
+    entries = {f"{name}.{key}": tensor for key, tensor in state.as_dict(packed=True).items()}
+    return {name: pack_nibbles(subset[indices.int()])} | entries
+
+
+def quantize_int8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The checkpoint entries of a bitsandbytes `Linear8bitLt`: int8 with one scale per row of `weight` `(out, in)`."""
+    half = weight.half()  # bitsandbytes' int8 starts from float16
+    if not torch.isfinite(half).all():
+        raise ValueError(f"`{name}` has values that are NaN, infinite or beyond float16, from which int8 starts.")
+    codes, scales, _ = int8_vectorwise_quant(half)
+    module = name.removesuffix("weight")
+    return {name: codes, f"{module}SCB": scales, f"{module}weight_format": torch.tensor(0, dtype=torch.uint8)}
+
+
+def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """Two 4-bit codes per byte, the first in the high nibble, `(bytes, 1)` uint8: bitsandbytes' layout."""
+    if codes.numel() % 2:
+        codes = torch.cat([codes, codes.new_tensor([_PAD_CODE])])
+    return (codes[::2] << 4 | codes[1::2]).unsqueeze(1)
+
+
+def unpack_nibbles(packed: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    """The inverse of [`pack_nibbles`]: one code per byte."""
+    packed = packed.reshape(-1)
+    return torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[: math.prod(shape)]
