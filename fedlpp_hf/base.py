@@ -25,6 +25,7 @@ from .base_files import (
     seal_base,
     write_companions,
 )
+from .base_packing import pack_base, unpack_base
 from .base_tensors import BaseSettings, quantize_base_tensor
 from .checkpoints import Checkpoint, plan_tensors
 from .quantization import FULL_PRECISION, check_bits
@@ -40,7 +41,9 @@ __all__ = [
     "export_base",
     "keep_layout_",
     "load_base",
+    "pack_base",
     "read_manifest",
+    "unpack_base",
 ]
 
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those of bitsandbytes' 4-bit kernels
@@ -91,10 +94,11 @@ def export_base(
         config.architectures = [type(model).__name__]
         config.dtype = config.dtype or checkpoint.dtype
         config.quantization_config = _quantization_config(bits, double_quant, skip, config.dtype)
-        converted = _find_converted(build_meta_model(config, type(model)), config.quantization_config)
+        converted = _find_converted(model, config)
         if skip_modules is None:
             _check_converted(model, converted, skip)
-        settings = BaseSettings(bits, block_size, double_quant, embedding_bits, converted)
+        bulk = _find_bulk(model, converted, skip)
+        settings = BaseSettings(bits, block_size, double_quant, embedding_bits, converted, bulk)
 
         with new_base_directory(Path(output_dir), overwrite) as directory:
             writer, entries = ShardWriter(directory, max_shard_size), []
@@ -168,23 +172,42 @@ def _quantization_config(bits: int, double_quant: bool, skip: list[str], dtype: 
     )
 
 
-def _find_converted(model: PreTrainedModel, quantization_config: BitsAndBytesConfig) -> dict[str, bool]:
+def _find_converted(model: PreTrainedModel, config: Any) -> dict[str, bool]:
     """The modules that transformers will load as bitsandbytes weights, and whether each was a `Conv1D`.
 
     Asked of transformers itself, because its skip list matches suffixes and regular expressions too.
     """
-    AutoHfQuantizer.from_config(quantization_config, pre_quantized=True).preprocess_model(model, device_map=None)
+    quantized = build_meta_model(config, type(model))
+    quantizer = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
+    quantizer.preprocess_model(quantized, device_map=None)
+    rebuilt = sorted(quantized.state_dict().keys() ^ model.state_dict().keys())
+    if rebuilt:
+        raise ValueError(
+            f"transformers rebuilds {type(model).__name__} for bitsandbytes (`{rebuilt[0]}`, {len(rebuilt)} such names); "
+            "a base of it can't be exported."
+        )
     return {
         name: issubclass(module.source_cls, Conv1D)
-        for name, module in model.named_modules()
+        for name, module in quantized.named_modules()
         if isinstance(module, Linear4bit | Linear8bitLt)
     }
 
 
+def _find_skipped(model: PreTrainedModel, skip: list[str]) -> set[str]:
+    return {name for name in _linears(model) for module in skip if f"{name}.".startswith(f"{module}.")}
+
+
+def _find_bulk(model: PreTrainedModel, converted: dict[str, bool], skip: list[str]) -> set[str]:
+    """Parameters like those of the converted modules that transformers keeps as floats: fused experts, and Linears that
+    it wants in float32 (T5's `wo`)."""
+    kept = _linears(model) - set(converted) - _find_skipped(model, skip)
+    return {f"{name}.weight" for name in kept} | {name for name in model.state_dict() if ".experts." in name}
+
+
 def _check_converted(model: PreTrainedModel, converted: dict[str, bool], skip: list[str]) -> None:
-    skipped = {name for name in _linears(model) for module in skip if f"{name}.".startswith(f"{module}.")}
     in_fp32 = set(model._keep_in_fp32_modules or ())  # transformers adds these to every skip list
-    stray = sorted(n for n in _linears(model) - set(converted) - skipped if in_fp32.isdisjoint(n.split(".")))
+    kept = _linears(model) - set(converted) - _find_skipped(model, skip)
+    stray = sorted(name for name in kept if in_fp32.isdisjoint(name.split(".")))
     if stray:
         raise ValueError(
             f"transformers would not quantize `{stray[0]}` ({len(stray)} such), as its name ends like one of {skip}. "

@@ -17,13 +17,18 @@ _PAD_CODE = 7  # NF4's zero, which bitsandbytes pads with
 
 @dataclass(frozen=True, slots=True)
 class BaseSettings:
-    """How the tensors of a base are quantized; `converted` maps each bitsandbytes module to whether it was a `Conv1D`."""
+    """How the tensors of a base are quantized.
+
+    `converted` maps each bitsandbytes module to whether it was a `Conv1D`; `bulk` names the parameters that stay floats
+    but get `bits`, not `embedding_bits`, because they are most of the model.
+    """
 
     bits: int
     block_size: int
     double_quant: bool
     embedding_bits: int
     converted: dict[str, bool]
+    bulk: set[str]
 
 
 def quantize_base_tensor(
@@ -54,8 +59,7 @@ def quantize_base_tensor(
             scale_bytes = sum(s.nbytes for s in scales) if settings.double_quant else len(scales[0]) * source.itemsize
             information = packed_size(bits, weight.numel()) + scale_bytes
     elif tensor.is_floating_point() and tensor.dim() > 1 and settings.embedding_bits != FULL_PRECISION:
-        # Experts are the bulk of their model but no nn.Linear: they get the bits of the others.
-        bits = bits if ".experts." in name else settings.embedding_bits
+        bits = bits if name in settings.bulk else settings.embedding_bits
         quantized = quantize(tensor, bits, block_size, name=name)
         kind, tensors = "codebook", {name: dequantize(quantized, source)}
         information = quantized.codes.nbytes + quantized.scales.numel() * source.itemsize

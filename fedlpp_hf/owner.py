@@ -88,7 +88,7 @@ class Owner:
         self._finalizer = weakref.finalize(self, _end, self._pipe, self._process)
 
     def export_base(self, output_dir: str | os.PathLike) -> dict[str, Any]:
-        """Write the quantized base to `output_dir`; returns its manifest."""
+        """Write the quantized base to `output_dir`; returns the totals of its manifest."""
         return self._ask("export_base", output_dir=str(output_dir))[0]
 
     def initial_adapter(self) -> dict[str, torch.Tensor]:
@@ -185,8 +185,9 @@ class _Desk:
             double_quant=args.double_quant,
             embedding_bits=args.embedding_bits,
             model_class=self.setup.model_class,
+            overwrite=True,
         )
-        return manifest, {}
+        return manifest["totals"], {}
 
     def initial_adapter(self, tensors):
         return {}, self.trainer.guard.initial

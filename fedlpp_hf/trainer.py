@@ -302,7 +302,8 @@ class FederatedMixin:
         base_dir = Path(args.output_dir) / FEDERATION_DIR / "base"
         if args.process_index == 0:
             self.owner = Owner(setup)
-            if not (base_dir / BASE_MANIFEST).is_file():
+            # Only a federation that can be resumed keeps its base; another one may want other bits.
+            if args.overwrite or not (RoundStore(args.output_dir).exists and (base_dir / BASE_MANIFEST).is_file()):
                 self.owner.export_base(base_dir)
         from accelerate import PartialState
 

@@ -1,0 +1,41 @@
+# Everything runs in .venv, which each target makes or reuses. `make quickstart` and `make test` are all a newcomer needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CONFIG ?= recipes/configs/quickstart.yaml
+
+.PHONY: quickstart test quality style bench clean
+
+quickstart: $(VENV)/.installed-demo
+	$(BIN)/python recipes/data/docstrings.py out/docstrings
+	$(BIN)/python recipes/owner_warmup.py --config recipes/configs/quickstart_owner.yaml
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu \
+		recipes/sequence_classification.py --config $(CONFIG) --overwrite
+
+test: $(VENV)/.installed-test
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
+
+quality: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks.round_overhead
+
+clean:
+	rm -rf out build dist *.egg-info
+
+# An extra is installed anew only when what it depends on has changed.
+$(VENV)/.installed-%: setup.cfg constraints.txt | $(BIN)/python
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade 'pip>=24' 'setuptools>=77'

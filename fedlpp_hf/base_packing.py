@@ -1,0 +1,147 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""A base as one file of the size of its information, for sending: unpacked, it is the same base to the bit."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .base_files import BASE_MANIFEST, check_base, new_base_directory, write_json
+from .base_tensors import pack_nibbles, unpack_nibbles
+from .quantization import QuantizedTensor, dequantize, nf4_subset, pack_codes, quantize, unpack_codes
+
+
+def pack_base(base_dir: str | os.PathLike, file: str | os.PathLike) -> int:
+    """Write a base into one safetensors file and return its bytes.
+
+    Codes take the bits that the base was exported with (ternary 1.6), scales the dtype of the full model; every tensor is
+    bytes, because what they stand for is in the manifest, which the file carries too. One tensor is in memory at a time.
+
+    Raises:
+        ValueError: if the base is not what its manifest says.
+        RuntimeError: if a tensor would not come back as it is.
+    """
+    base_dir, file = Path(base_dir), Path(file)
+    manifest = check_base(base_dir)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "base_manifest": json.dumps(manifest)}}
+    body = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with body.open("wb") as stream:
+            for name, data in _pack_files(base_dir, manifest):
+                header[name] = {"dtype": "U8", "shape": [len(data)], "data_offsets": [stream.tell()] * 2}
+                stream.write(data)
+                header[name]["data_offsets"] = [header[name]["data_offsets"][0], stream.tell()]
+        head = json.dumps(header).encode()
+        head += b" " * (-len(head) % 8)
+        whole = body.with_suffix(".whole")
+        with whole.open("wb") as stream, body.open("rb") as source:
+            stream.write(len(head).to_bytes(8, "little") + head)
+            while chunk := source.read(1 << 20):
+                stream.write(chunk)
+        whole.replace(file)
+    finally:
+        body.unlink(missing_ok=True)
+    return file.stat().st_size
+
+
+def unpack_base(file: str | os.PathLike, base_dir: str | os.PathLike, *, overwrite: bool = False) -> dict[str, Any]:
+    """Restore the base that [`pack_base`] wrote, check it, and return its manifest.
+
+    Raises:
+        ValueError: if the file is no packed base, or is damaged; `base_dir` is left as it was.
+    """
+    try:
+        with safe_open(file, "pt") as packed, new_base_directory(Path(base_dir), overwrite) as directory:
+            manifest = json.loads((packed.metadata() or {})["base_manifest"])
+            entries = {entry["name"]: entry for entry in manifest["tensors"]}
+            for name in manifest["files"]:
+                with (directory / Path(name).name).open("wb") as stream:
+                    if not name.endswith(".safetensors"):
+                        stream.write(_to_bytes(packed.get_tensor(f"file:{name}")))
+                        continue
+                    header = _to_bytes(packed.get_tensor(f"header:{name}"))
+                    stream.write(header)
+                    for key in _tensors_in_order(header):
+                        stream.write(_unpack_tensor(key, packed, entries))
+            write_json(directory / BASE_MANIFEST, manifest)
+            return check_base(directory)
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"`{file}` is no packed base, or it is damaged ({error!r}). Send it again.") from error
+
+
+def _pack_files(base_dir: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
+    entries = {entry["name"]: entry for entry in manifest["tensors"]}
+    for name in manifest["files"]:
+        if not name.endswith(".safetensors"):
+            yield f"file:{name}", (base_dir / name).read_bytes()
+            continue
+        with (base_dir / name).open("rb") as stream:
+            size = stream.read(8)
+            header = size + stream.read(int.from_bytes(size, "little"))
+        yield f"header:{name}", header
+        with safe_open(base_dir / name, "pt") as shard:
+            for key in _tensors_in_order(header):
+                tensor = shard.get_tensor(key)
+                packed = _pack_tensor(key, tensor, entries)
+                if _unpack_tensor(key, packed, entries) != _to_bytes(tensor):
+                    raise RuntimeError(f"`{key}` does not survive packing; please report it with the model's name.")
+                yield from packed.items()
+
+
+def _tensors_in_order(header: bytes) -> list[str]:
+    offsets = {key: value["data_offsets"] for key, value in json.loads(header[8:]).items() if key != "__metadata__"}
+    return sorted(offsets, key=lambda key: offsets[key])
+
+
+def _pack_tensor(key: str, tensor: torch.Tensor, entries: dict[str, Any]) -> dict[str, bytes]:
+    entry = entries.get(key)
+    weight = entries.get(key.removesuffix(".absmax"))
+    if entry is not None and entry["kind"] == "linear4bit" and entry["bits"] < 4:
+        places = torch.zeros(16, dtype=torch.uint8)
+        places[list(nf4_subset(entry["bits"]))] = torch.arange(len(nf4_subset(entry["bits"])), dtype=torch.uint8)
+        codes = places[unpack_nibbles(tensor, entry["shape"]).int()]
+        return {key: _to_bytes(pack_codes(codes, entry["bits"]))}
+    if entry is not None and entry["kind"] == "codebook":
+        # The largest magnitude of a block is one of its values, so quantizing again finds the same scale and codes.
+        quantized = quantize(tensor, entry["bits"], entry["block_size"], name=key)
+        scales = quantized.scales.to(tensor.dtype)
+        return {key: _to_bytes(quantized.codes), f"{key}.scales": _to_bytes(scales)}
+    if weight is not None and weight["kind"] == "linear4bit" and tensor.dtype == torch.float32:
+        narrow = tensor.to(getattr(torch, weight["source_dtype"]))
+        return {key: _to_bytes(narrow if torch.equal(narrow.float(), tensor) else tensor)}
+    return {key: _to_bytes(tensor)}
+
+
+def _unpack_tensor(key: str, packed: Any, entries: dict[str, Any]) -> bytes:
+    """The bytes of a shard's tensor; `packed` is a mapping of bytes or an open safetensors file."""
+
+    def read(name: str, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+        data = packed[name] if isinstance(packed, dict) else _to_bytes(packed.get_tensor(name))
+        return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+    entry = entries.get(key)
+    weight = entries.get(key.removesuffix(".absmax"))
+    if entry is not None and entry["kind"] == "linear4bit" and entry["bits"] < 4:
+        count = entry["shape"][0] * entry["shape"][1]
+        subset = torch.tensor(nf4_subset(entry["bits"]), dtype=torch.uint8)
+        return _to_bytes(pack_nibbles(subset[unpack_codes(read(key), entry["bits"], count).int()]))
+    if entry is not None and entry["kind"] == "codebook":
+        dtype = getattr(torch, entry["dtype"])
+        scales = read(f"{key}.scales", dtype).float()
+        quantized = QuantizedTensor(read(key), scales, tuple(entry["shape"]), entry["bits"], entry["block_size"])
+        return _to_bytes(dequantize(quantized, dtype))
+    if weight is not None and weight["kind"] == "linear4bit" and key != weight["name"]:
+        blocks = -(-weight["shape"][0] * weight["shape"][1] // weight["block_size"])
+        narrow = getattr(torch, weight["source_dtype"])
+        if read(key).numel() == blocks * narrow.itemsize:  # else they are float32, or the bytes of nested scales
+            return _to_bytes(read(key, narrow).float())
+    return _to_bytes(read(key))
+
+
+def _to_bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

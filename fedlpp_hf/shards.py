@@ -1,0 +1,233 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""Safetensors files as ranges of bytes: where each tensor lies, and how to copy and patch without loading a model."""
+
+import errno
+import fcntl
+import json
+import os
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_MAX_HEADER = 100_000_000  # safetensors' own limit
+_FICLONE = 0x40049409
+# What a file system says that can't copy or clone inside the kernel.
+_UNSUPPORTED = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.ENOTTY, errno.EPERM}
+_COPY_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRange:
+    """A tensor in a file: bytes `start` to `stop`, counted from the beginning of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"`{self.name}` is of {self.dtype}; a merge can write {', '.join(DTYPES)}.")
+        return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file: its header as it is on disk, and its tensors in the order of their bytes."""
+
+    file: str
+    header: bytes
+    tensors: dict[str, TensorRange]
+    size: int
+
+
+def parse_shard(file: str, size: int, read: Callable[[int, int], bytes]) -> Shard:
+    """Read the header of a safetensors file of `size` bytes through `read(offset, length)`.
+
+    Raises:
+        ValueError: if the header is damaged, or its tensors don't fill the file exactly: a truncated download.
+    """
+    if size < 8 or (length := struct.unpack("<Q", read(0, 8))[0]) > min(size - 8, _MAX_HEADER):
+        raise ValueError(f"`{file}` ({size} bytes) is truncated or no safetensors file. Download it again.")
+    header = read(0, 8 + length)
+    try:
+        entries = json.loads(header[8:])
+        entries.pop("__metadata__", None)
+        tensors = [
+            TensorRange(name, entry["dtype"], tuple(entry["shape"]), *(8 + length + o for o in entry["data_offsets"]))
+            for name, entry in entries.items()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"The header of `{file}` can't be read ({error}). Download it again.") from error
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
+    position = 8 + length
+    for tensor in tensors:
+        count = 1
+        for dimension in tensor.shape:
+            count *= dimension
+        expected = count * tensor.torch_dtype.itemsize if tensor.dtype in DTYPES else tensor.stop - tensor.start
+        if tensor.start != position or tensor.stop - tensor.start != expected:
+            raise ValueError(f"The header of `{file}` gives `{tensor.name}` the wrong bytes. Download it again.")
+        position = tensor.stop
+    if position != size:
+        raise ValueError(
+            f"`{file}` has {size} bytes, but its header describes {position}. It is truncated or was written to; "
+            "download it again."
+        )
+    return Shard(file, header, {tensor.name: tensor for tensor in tensors}, size)
+
+
+def read_shard(path: Path) -> Shard:
+    """[`parse_shard`] of a file on disk."""
+    with path.open("rb") as file:
+        return parse_shard(path.name, path.stat().st_size, lambda at, length: os.pread(file.fileno(), length, at))
+
+
+def read_index(text: str) -> dict[str, str]:
+    """The `weight_map` of a sharded checkpoint's index.
+
+    Raises:
+        ValueError: if it has none, or names files outside its directory.
+    """
+    try:
+        weight_map = json.loads(text)["weight_map"]
+        files = set(weight_map.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"`{WEIGHTS_INDEX}` can't be read ({error}). Download it again.") from error
+    for file in files:
+        if not isinstance(file, str) or os.path.basename(file) != file or not file.endswith(".safetensors"):
+            raise ValueError(f"`{WEIGHTS_INDEX}` names the file {file!r}; expected safetensors beside it.")
+    return weight_map
+
+
+def check_index(shards: Mapping[str, Shard], weight_map: Mapping[str, str]) -> None:
+    """Refuse an index that does not say what the shards hold.
+
+    Raises:
+        ValueError: naming the first tensor that is not where the index has it, or that the index doesn't know.
+    """
+    for name, file in weight_map.items():
+        if name not in shards[file].tensors:
+            raise ValueError(f"`{file}` has no `{name}`, which `{WEIGHTS_INDEX}` says it has.")
+    for shard in shards.values():
+        for name in shard.tensors:
+            if weight_map.get(name) != shard.file:
+                raise ValueError(f"`{shard.file}` has `{name}`, which `{WEIGHTS_INDEX}` does not have there.")
+
+
+def change_layout(shard: Shard, changes: Mapping[str, tuple[str, tuple[int, ...]]]) -> Shard:
+    """The shard with other dtypes and shapes for some tensors, and new ones at its end; itself if nothing differs."""
+    same = {name: (tensor.dtype, tensor.shape) for name, tensor in shard.tensors.items()}
+    wanted = same | dict(changes)
+    if wanted == same:
+        return shard
+    old = json.loads(shard.header[8:])
+    header = {"__metadata__": old["__metadata__"]} if "__metadata__" in old else {}
+    offsets, position = {}, 0
+    for name, (dtype, shape) in wanted.items():
+        length = DTYPES[dtype].itemsize if name not in shard.tensors or name in changes else 0
+        for dimension in shape:
+            length *= dimension
+        if name in shard.tensors and name not in changes:
+            length = shard.tensors[name].stop - shard.tensors[name].start
+        offsets[name] = (position, position + length)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + length]}
+        position += length
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    tensors = {
+        name: TensorRange(name, *wanted[name], start + offsets[name][0], start + offsets[name][1]) for name in wanted
+    }
+    return Shard(shard.file, struct.pack("<Q", len(text)) + text, tensors, start + position)
+
+
+def clone_file(source: int, destination: int) -> bool:
+    """Make `destination` share the blocks of `source` (a reflink); False where the file system has none."""
+    try:
+        fcntl.ioctl(destination, _FICLONE, source)
+    except OSError as error:
+        if error.errno in _UNSUPPORTED:
+            return False
+        raise
+    return True
+
+
+def copy_range(source: int, destination: int, start: int, length: int, to: int) -> None:
+    """Copy `length` bytes at `start` to offset `to`, inside the kernel where it can.
+
+    Raises:
+        OSError: as the system calls do; the source ending early is one.
+    """
+    while length:
+        try:
+            count = os.copy_file_range(source, destination, length, start, to)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            data = os.pread(source, min(length, _COPY_BLOCK), start)
+            write_range(destination, data, to)
+            count = len(data)
+        if not count:
+            raise OSError(errno.EIO, "the source ended while it was copied; is someone writing to it?")
+        start, to, length = start + count, to + count, length - count
+
+
+def read_range(descriptor: int, buffer: memoryview, start: int) -> None:
+    """Fill `buffer` from offset `start`."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(descriptor, [buffer[done:]], start + done)
+        if not count:
+            raise OSError(errno.EIO, "the file ended while it was read; is someone writing to it?")
+        done += count
+
+
+def write_range(descriptor: int, data: bytes | memoryview, start: int) -> None:
+    """Write all of `data` at offset `start`."""
+    view, done = memoryview(data), 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], start + done)
+
+
+def find_difference(
+    one: int, other: int, start: int, length: int, other_start: int, block: int = _COPY_BLOCK
+) -> int | None:
+    """The first byte (counted from `start`) in which two ranges differ, or None."""
+    for at in range(0, length, block):
+        count = min(block, length - at)
+        a, b = os.pread(one, count, start + at), os.pread(other, count, other_start + at)
+        if a != b:
+            return at + next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return None
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file, or a directory's entries, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
