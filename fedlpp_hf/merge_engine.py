@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .merge_plan import Edit, MergePlan, Piece
+from .merge_plan import Edit, MergePlan, Piece, whole_pieces
 from .merge_sources import AdapterReader, BaseReader
 from .shards import Shard, TensorRange, copy_range, find_difference, read_range, write_range
 
@@ -46,7 +46,7 @@ class Rewrite:
     tensor: TensorRange
     parameter: str
     edit: Edit
-    expert: int
+    expert: int | None
     first: int
     rows: int
     row_bytes: int
@@ -92,20 +92,18 @@ class Editor:
     @torch.inference_mode()
     def _rewrite(self, job: Rewrite, source: int, destination: int, verify: bool) -> None:
         edit, dtype = job.edit, job.tensor.torch_dtype
-        norms = Norms()
+        norms, columns = Norms(), job.row_bytes // dtype.itemsize
         if edit.value is not None:
             mean = self._mean([reader.read(edit.value) for reader in self.adapters])
-            self._store(mean.reshape(job.rows, -1), job, 0, destination, verify)
+            self._store(_select(mean, job, columns), job, 0, destination, verify)
             return
-        columns = job.row_bytes // dtype.itemsize
         work = torch.float64 if len(self.adapters) > 1 or dtype == torch.float64 else torch.float32
         original = None
         if self.base is not None and self.base.is_quantized(job.parameter):
             value = self.base.read(job.parameter)
             if tuple(value.shape) != self.plan.shapes[job.parameter]:
                 raise ValueError(f"The base's `{job.parameter}` has shape {tuple(value.shape)}; is it of this model?")
-            value = value[job.expert] if value.dim() == 3 else value
-            original = value.reshape(-1, columns)[job.first : job.first + job.rows]
+            original = _select(value, job, columns)
         factors = [
             tuple(f.to(self.device, work) for f in edit.load_factors(reader, job.expert)) if edit.key_a else None
             for reader in self.adapters
@@ -118,7 +116,7 @@ class Editor:
         for low, high in _pairs(bounds, job.rows):
             assert job.start is not None
             view = raw[: (high - low) * job.row_bytes]
-            read_range(source, memoryview(view.numpy()), job.start + low * job.row_bytes)
+            read_range(source, memoryview(view.numpy().data), job.start + low * job.row_bytes)
             weight = view.view(dtype).view(high - low, columns).to(self.device, work)
             if original is not None:
                 base = original[low:high].to(self.device, work)
@@ -182,7 +180,7 @@ class Editor:
                 f"`{job.tensor.name}` would have values that are NaN or beyond {dtype} after the merge. Look for damage "
                 "in the full model, or save it in a wider dtype."
             )
-        data = memoryview(result.view(-1).view(torch.uint8).numpy())
+        data = result.view(-1).view(torch.uint8).numpy().data
         at = job.to + low * job.row_bytes
         if not verify:
             write_range(destination, data, at)
@@ -191,6 +189,11 @@ class Editor:
         read_range(destination, memoryview(written), at)
         if written != data:
             raise RuntimeError(f"`{job.tensor.name}` in the result is not what the merge computes; it is damaged.")
+
+
+def _select(parameter: torch.Tensor, job: Rewrite, columns: int) -> torch.Tensor:
+    matrix = parameter if job.expert is None else parameter[job.expert]
+    return matrix.reshape(-1, columns)[job.first : job.first + job.rows]
 
 
 def _pairs(bounds: Sequence[int], stop: int) -> Iterator[tuple[int, int]]:
@@ -207,13 +210,13 @@ def plan_jobs(old: Shard, new: Shard, editor: Editor) -> tuple[list[Copy], list[
         source = old.tensors.get(name)
         pieces = editor.plan.pieces.get(name, [])
         if source is None:
-            stored, edit = added[name]
+            stored, change = added[name]
             source = old.tensors[stored_as[stored]] if stored is not None else None
-            if edit.value is None and edit.key_a is None:
-                assert source is not None
+            if source is not None and change == Edit():
                 copies.append(Copy(source.start, source.stop - source.start, tensor.start))
             else:
-                rewrites += _split(tensor, source, Piece(name, 0, tensor.shape[0] if tensor.shape else 1, name), edit)
+                for piece in whole_pieces(name, name, tensor.shape, change):
+                    rewrites += _split(tensor, source, piece, change)
             continue
         position = 0  # in bytes, within the tensor
         for piece in sorted(pieces, key=lambda piece: piece.row):
@@ -221,9 +224,9 @@ def plan_jobs(old: Shard, new: Shard, editor: Editor) -> tuple[list[Copy], list[
             if edit is None:
                 continue
             if edit.value is not None and tensor.shape != source.shape:
-                piece = Piece(name, 0, tensor.shape[0], piece.parameter)
                 position = source.stop - source.start
-                rewrites += _split(tensor, None, piece, edit)
+                for part in whole_pieces(name, piece.parameter, tensor.shape, edit):
+                    rewrites += _split(tensor, None, part, edit)
                 continue
             found = _split(tensor, source, piece, edit, whole=editor.takes_base(piece.parameter))
             begin = found[0].to - tensor.start

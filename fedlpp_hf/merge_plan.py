@@ -66,13 +66,13 @@ class Edit:
     bias: str | None = None
     value: str | None = None
 
-    def load_factors(self, reader: AdapterReader, expert: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    def load_factors(self, reader: AdapterReader, expert: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """A `(r, in)` and B `(out, r)` of one expert, float32."""
         assert self.key_a is not None and self.key_b is not None
         a, b = reader.read(self.key_a).flatten(1), reader.read(self.key_b).flatten(1)
         if self.experts > 1:  # as in peft.tuners.lora.ParamWrapper
-            a = a.view(self.experts, -1, a.shape[1])[expert]
-            b = b.view(b.shape[0], -1, self.experts)[:, :, expert].contiguous()
+            a = a.view(self.experts, -1, a.shape[1])[expert or 0]
+            b = b.view(b.shape[0], -1, self.experts)[:, :, expert or 0].contiguous()
         return a, b
 
 
@@ -84,7 +84,7 @@ class Piece:
     row: int
     rows: int
     parameter: str
-    expert: int = 0
+    expert: int | None = None
     offset: int = 0
 
 
@@ -126,7 +126,7 @@ def plan_merge(
     model, peft_model = _build_models(config, adapters, model_class)
     edits = _find_edits(peft_model, adapters[0], {name: tuple(t.shape) for name, t in model.state_dict().items()})
     tensors = plan_tensors(model, names)
-    pieces = _locate(model, tensors, names)
+    pieces = _locate(model, tensors, names, edits)
     plan = MergePlan(edits, {}, shapes={name: tuple(t.shape) for name, t in model.state_dict().items()})
     plan.transposed = {n + ".weight" for n, m in model.named_modules() if type(m).__name__ == "Conv1D"}
     plan.config_changes = {"architectures": [type(model).__name__]}
@@ -295,7 +295,10 @@ def _find_edits(peft_model: PeftModel, reader: AdapterReader, state: Mapping[str
 
 
 def _locate(
-    model: PreTrainedModel, tensors: TensorPlan, names: Mapping[str, tuple[int, ...]]
+    model: PreTrainedModel,
+    tensors: TensorPlan,
+    names: Mapping[str, tuple[int, ...]],
+    edits: Mapping[str, Edit],
 ) -> dict[str, list[Piece]]:
     """Where each parameter is stored."""
     state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -303,7 +306,7 @@ def _locate(
     for first, (converter, inputs) in tensors.groups.items():
         sources = [name for _, name in inputs]
         if converter is None:
-            found = _whole(sources[0], first, state[first])
+            found: list[Piece] | None = whole_pieces(sources[0], first, state[first], edits.get(first))
         else:
             patterns = [[name for pattern, name in inputs if pattern == p] for p in converter.source_patterns]
             outputs = [first.replace(converter.target_patterns[0], p) for p in converter.target_patterns]
@@ -313,8 +316,9 @@ def _locate(
     return pieces
 
 
-def _whole(tensor: str, parameter: str, shape: tuple[int, ...]) -> list[Piece]:
-    if len(shape) != 3:
+def whole_pieces(tensor: str, parameter: str, shape: tuple[int, ...], edit: Edit | None) -> list[Piece]:
+    """A checkpoint's tensor that is one parameter, as it is."""
+    if edit is None or edit.experts == 1:
         return [Piece(tensor, 0, shape[0] if shape else 1, parameter)]
     return [Piece(tensor, expert * shape[1], shape[1], parameter, expert) for expert in range(shape[0])]
 
@@ -337,7 +341,7 @@ def _convert(
         return pieces if row == names[sources[0]][0] else None
     if kinds == [(Concatenate, 0)] and len(outputs) == 1:  # separate in the file, fused in the model
         for name in sources:
-            pieces.append(Piece(name, 0, names[name][0], outputs[0], 0, row))
+            pieces.append(Piece(name, 0, names[name][0], outputs[0], None, row))
             row += names[name][0]
         return pieces if row == state[outputs[0]][0] else None
     experts = kinds == [(MergeModulelist, 0)] or kinds == [(MergeModulelist, 0), (Concatenate, 1)]
@@ -367,7 +371,7 @@ def _untie(model: PreTrainedModel, plan: MergePlan, pieces: dict[str, list[Piece
         stored, absent = (original, copy) if original in pieces else (copy, original)
         edit = plan.edits.get(absent, Edit())
         if absent in plan.shapes and absent in names:  # tied, and yet stored twice
-            pieces[absent] = _whole(absent, absent, plan.shapes[absent])
+            pieces[absent] = whole_pieces(absent, absent, plan.shapes[absent], None)
         if absent not in pieces:
             plan.added.append((absent, None if edit.value else stored, edit))
             plan.edits.pop(absent, None)
