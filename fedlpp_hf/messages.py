@@ -17,13 +17,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from .quantization import QuantizedTensor, check_bits, dequantize
+from .quantization import QuantizedTensor, check_bits, dequantize, packed_size
 
 
 SCHEMA_VERSION = 1
 _METADATA_KEY = "fedlpp_hf"
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _CODES, _SCALES = "#codes", "#scales"
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_MAX_DIMENSIONS = 64  # torch's own limit
+_LARGEST = 2**63 - 1  # what a reader's arithmetic and torch's shapes can hold
 
 Payload = Mapping[str, torch.Tensor | QuantizedTensor]
 
@@ -73,7 +76,11 @@ class ClientFailure:
 
 @dataclass(frozen=True, slots=True)
 class ClientUpdate:
-    """Client → server: Δ = θ − (what the client started from), by key of the adapter, with the client's metrics."""
+    """Client → server: Δ = θ − (what the client started from), by key of the adapter, with the client's metrics.
+
+    A metric may be NaN or infinite (a run that logged no loss says so); a value of `delta` may not, but it is the server
+    that refuses it.
+    """
 
     federation_id: str
     round: int
@@ -95,10 +102,8 @@ class ClientUpdate:
         """
         header, payload = decode_message("update", data)
         metrics = header.get("metrics")
-        if not isinstance(metrics, dict) or not all(
-            isinstance(key, str) and isinstance(value, (int, float)) for key, value in metrics.items()
-        ):
-            raise ValueError("The update's `metrics` are no mapping of names to numbers.")
+        if not isinstance(metrics, dict) or not all(map(_is_number, metrics.values())):
+            raise ValueError(f"The update's `metrics` are {metrics!r:.100}; expected a mapping of names to numbers.")
         return cls(**_read_fields(header, _UPDATE_TYPES, "update"), delta=payload, metrics=metrics)
 
 
@@ -131,19 +136,53 @@ def _read_fields(header: dict[str, Any], types: dict[str, type], kind: str) -> d
     for name, expected in types.items():
         value = header.get(name)
         if type(value) is not expected:
-            raise ValueError(f"The {kind}'s `{name}` is {value!r}; expected a value of type {expected.__name__}.")
+            raise ValueError(f"The {kind}'s `{name}` is {value!r:.100}; expected a value of type {expected.__name__}.")
+        if isinstance(value, int) and not 0 <= value <= _LARGEST:
+            raise ValueError(f"The {kind}'s `{name}` is {value!r:.40}; expected a number from 0 to 2**63 - 1.")
+        if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise ValueError(
+                f"The {kind}'s `{name}` is {value!r:.100}; half a surrogate pair can't be printed or stored."
+            )
     return {name: header[name] for name in types}
 
 
+def _is_number(value: Any) -> bool:
+    # JSON's integers have no bound, and Python's do not become floats beyond 1e308. A bool is an int, too.
+    return type(value) is float or (type(value) is int and abs(value) <= _LARGEST)
+
+
+def _parse_json(text: str | bytes) -> Any:
+    """JSON without a key twice: readers differ in which of the two they take."""
+
+    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            raise ValueError("it has a key twice")
+        return values
+
+    return json.loads(text, object_pairs_hook=collect)
+
+
 def encode_message(kind: str, header: dict[str, Any], payload: Payload) -> bytes:
-    """JSON values and tensors as one safetensors file that says its `kind` and carries a checksum."""
-    tensors, quantized = {}, {}
+    """JSON values and tensors as one safetensors file that says its `kind` and carries a checksum.
+
+    Equal messages make equal bytes.
+
+    Raises:
+        ValueError: for a plain tensor that is not floating point, or two tensors that would be stored under one name.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    quantized = {}
     for key, value in payload.items():
         if isinstance(value, QuantizedTensor):
-            tensors[key + _CODES], tensors[key + _SCALES] = value.codes, value.scales
+            stored = {key + _CODES: value.codes, key + _SCALES: value.scales}
             quantized[key] = [list(value.shape), value.bits, value.block_size]
         else:
-            tensors[key] = value.contiguous()
+            stored = {key: value.contiguous()}
+            _check_plain(stored, kind)
+        if twice := stored.keys() & tensors.keys():
+            raise ValueError(f"The {kind} has two tensors that would be stored as `{min(twice)}`; rename `{key}`.")
+        tensors |= stored
     body = {"kind": kind, "schema": SCHEMA_VERSION, **header, "quantized": quantized}
     body["sha256"] = _digest(body, tensors)
     return save(tensors, metadata={_METADATA_KEY: json.dumps(body, sort_keys=True)})
@@ -158,9 +197,10 @@ def decode_message(kind: str, data: bytes) -> tuple[dict[str, Any], dict[str, to
     if len(data) < 8 or (header_size := struct.unpack("<Q", data[:8])[0]) > min(len(data) - 8, _MAX_HEADER_BYTES):
         raise ValueError(f"A {kind} of {len(data)} bytes is truncated, or its header claims more than there is.")
     try:
-        body = json.loads(json.loads(data[8 : 8 + header_size])["__metadata__"][_METADATA_KEY])
+        body = _parse_json(_parse_json(data[8 : 8 + header_size])["__metadata__"][_METADATA_KEY])
         tensors = load(data)
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+    # RuntimeError: nesting too deep for the parser, or an empty tensor whose other sizes are absurd.
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"The {kind} is no message of this library ({type(error).__name__}: {error}).") from error
     if not isinstance(body, dict) or body.get("kind") != kind:
         raise ValueError(f"Expected a {kind}; the message says it is something else.")
@@ -182,20 +222,34 @@ def _restore_quantized(
         for key, (shape, bits, block_size) in quantized.items():
             codes, scales = tensors.pop(key + _CODES), tensors.pop(key + _SCALES)
             if not (
-                all(type(size) is int and size >= 0 for size in shape)
+                type(shape) is list
+                and all(type(size) is int and 0 <= size <= _LARGEST for size in shape)
+                # Not of the sizes alone: a zero among them would hide what no tensor can be viewed as.
+                and len(shape) <= _MAX_DIMENSIONS
+                and math.prod(max(size, 1) for size in shape) <= _LARGEST
+                and type(bits) is int
                 and type(block_size) is int
                 and block_size > 0
                 and codes.dtype == torch.uint8
                 and codes.dim() == scales.dim() == 1
-                and scales.is_floating_point()
-                # A shape that the codes can't fill would only fail after its tensor was allocated.
-                and math.prod(shape) <= 8 * max(codes.numel(), 1)
+                and scales.dtype in _FLOATS
+                and codes.numel() == packed_size(check_bits(bits), count := math.prod(shape))
+                and scales.numel() == -(-count // block_size)
             ):
                 raise ValueError(f"the quantized tensor `{key}` is malformed")
-            payload[key] = QuantizedTensor(codes, scales, tuple(shape), check_bits(bits), block_size)
+            payload[key] = QuantizedTensor(codes, scales, tuple(shape), bits, block_size)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"The {kind}'s quantized tensors can't be read ({error}).") from error
+    if twice := payload.keys() & tensors.keys():
+        raise ValueError(f"The {kind} has `{min(twice)}` twice: as a plain and as a quantized tensor.")
+    _check_plain(tensors, kind)
     return payload | tensors
+
+
+def _check_plain(tensors: Mapping[str, torch.Tensor], kind: str) -> None:
+    for key, tensor in tensors.items():
+        if tensor.dtype not in _FLOATS:
+            raise ValueError(f"The {kind}'s `{key}` is of {tensor.dtype}; expected float64, 32, 16 or bfloat16.")
 
 
 def _digest(body: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
