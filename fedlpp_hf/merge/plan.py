@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import Chunk, Concatenate, MergeModulelist, Split
 from transformers.utils import logging
 
-from .adapters import PREFIX, adapter_parameters
-from .base import build_meta_model
-from .checkpoints import TensorPlan, plan_tensors
-from .merge_sources import AdapterReader
+from ..adapters import PREFIX, adapter_parameters
+from ..base import build_meta_model
+from ..checkpoints import TensorPlan, plan_tensors
+from .sources import AdapterReader
 
 
 logger = logging.get_logger(__name__)
@@ -159,23 +159,22 @@ def _check_config(config: PeftConfig) -> None:
         raise NeedsPeft(f"it uses `{used[0]}`")
 
 
+def model_classes(config: Any, peft_config: PeftConfig, model_class: Any) -> list[Any]:
+    """The classes the adapter may have been trained on, the likeliest first; None stands for the configuration's."""
+    if model_class is not None:
+        return [model_class]
+    task = str(getattr(peft_config.task_type, "value", peft_config.task_type))
+    trained = (getattr(peft_config, "auto_mapping", None) or {}).get("base_model_class", "")
+    names = [*(config.architectures or [])[:1], trained, _AUTO_CLASSES.get(task, "")]
+    return [found for name in names if (found := getattr(transformers, name, None)) is not None] or [None]
+
+
 def _build_models(
     config: Any, adapters: Sequence[AdapterReader], model_class: Any
 ) -> tuple[PreTrainedModel, PeftModel]:
     """The model's class that gives the adapter's keys and shapes, without memory, bare and with the adapter in it."""
-    peft_config = adapters[0].config
-    candidates = [model_class]
-    if model_class is None:
-        auto = getattr(
-            transformers,
-            _AUTO_CLASSES.get(str(getattr(peft_config.task_type, "value", peft_config.task_type)), ""),
-            None,
-        )
-        trained = (getattr(peft_config, "auto_mapping", None) or {}).get("base_model_class", "")
-        named = [getattr(transformers, name, None) for name in (config.architectures or [])[:1]]
-        candidates = [c for c in (*named, getattr(transformers, trained, None), auto) if c is not None] or [None]
     problems: list[ValueError] = []
-    for candidate in candidates:
+    for candidate in model_classes(config, adapters[0].config, model_class):
         try:
             return _build_model(config, adapters, candidate)
         except ValueError as error:

@@ -4,8 +4,7 @@
 import json
 import math
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ from bitsandbytes.functional import QuantState, dequantize_4bit
 from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 
-from .adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from .base import read_manifest
-from .checkpoints import Checkpoint
-from .messages import ClientTask, ClientUpdate
-from .quantization import QuantizedTensor, dequantize
+from ..adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..base import read_manifest
+from ..checkpoints import Checkpoint
+from ..messages import ClientTask, ClientUpdate
+from ..quantization import QuantizedTensor, dequantize
 
 
 class AdapterReader:
@@ -157,24 +156,33 @@ class BaseReader:
         ValueError: if the directory is no base.
     """
 
-    def __init__(self, base_dir: str | os.PathLike, transposed: set[str]):
+    def __init__(self, base_dir: str | os.PathLike, shapes: Mapping[str, tuple[int, ...]], transposed: set[str]):
         self.entries = {entry["name"]: entry for entry in read_manifest(base_dir)["tensors"]}
-        self._transposed = transposed  # bitsandbytes keeps a Conv1D as a Linear
-        self._stack = ExitStack()
-        self._checkpoint = self._stack.enter_context(Checkpoint(base_dir))
+        unknown = sorted(set(self.entries) - set(shapes))
+        if unknown:
+            raise ValueError(f"The base has `{unknown[0]}`, which the full model has not; it is of another model.")
+        self._shapes, self._transposed = shapes, transposed  # bitsandbytes keeps a Conv1D as a Linear
+        self._checkpoint = Checkpoint(base_dir)
+
+    def __enter__(self) -> "BaseReader":
+        self._checkpoint.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._checkpoint.__exit__()
 
     def is_quantized(self, name: str) -> bool:
         return name in self.entries and self.entries[name]["kind"] != "full_precision"
 
     def read(self, name: str) -> torch.Tensor:
         """The parameter as clients compute with it, float32, in the full model's shape."""
-        if name not in self.entries:
-            raise ValueError(f"The base has no `{name}`; it was exported from another model.")
-        value = dequantize_base_tensor(self._checkpoint, self.entries[name])
-        return value.T.contiguous() if name in self._transposed and self.entries[name]["kind"] != "codebook" else value
-
-    def close(self) -> None:
-        self._stack.close()
+        entry = self.entries[name]
+        value = dequantize_base_tensor(self._checkpoint, entry)
+        if name in self._transposed and entry["kind"].startswith("linear"):
+            value = value.T.contiguous()
+        if tuple(value.shape) != self._shapes[name]:
+            raise ValueError(f"The base's `{name}` has shape {tuple(value.shape)}; it is of another model.")
+        return value
 
 
 def dequantize_base_tensor(checkpoint: Checkpoint, entry: dict[str, Any]) -> torch.Tensor:

@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""The merge's work on one file: which ranges are copied, which are rewritten, and the arithmetic in between."""
+"""The merge's arithmetic: new rows from old ones, chunk by chunk."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .merge_plan import Edit, MergePlan, Piece, whole_pieces
-from .merge_sources import AdapterReader, BaseReader
-from .shards import Shard, TensorRange, copy_range, find_difference, read_range, write_range
+from .plan import Edit, MergePlan
+from .shards import TensorRange, copy_range, find_difference, read_range, write_range
+from .sources import AdapterReader, BaseReader
 
 
 # Small enough that a chunk, its update and its result stay in a core's cache; large enough for the call overhead.
 CHUNK_BYTES = 1 << 20
 BLOCK_BYTES = 32 << 20
 # Products of fewer rows go through other kernels, which add in another order: keep chunks multiples of this.
-_ROW_MULTIPLE = 64
+ROW_MULTIPLE = 64
 
 
 @dataclass(slots=True)
@@ -100,20 +100,17 @@ class Editor:
         work = torch.float64 if len(self.adapters) > 1 or dtype == torch.float64 else torch.float32
         original = None
         if self.base is not None and self.base.is_quantized(job.parameter):
-            value = self.base.read(job.parameter)
-            if tuple(value.shape) != self.plan.shapes[job.parameter]:
-                raise ValueError(f"The base's `{job.parameter}` has shape {tuple(value.shape)}; is it of this model?")
-            original = _select(value, job, columns)
+            original = _select(self.base.read(job.parameter), job, columns)
         factors = [
             tuple(f.to(self.device, work) for f in edit.load_factors(reader, job.expert)) if edit.key_a else None
             for reader in self.adapters
         ]
         step = job.rows if edit.magnitude and edit.transposed else self._step(job.row_bytes)
         bounds = list(range(0, job.rows, step))
-        if len(bounds) > 1 and job.rows - bounds[-1] < _ROW_MULTIPLE:
+        if len(bounds) > 1 and job.rows - bounds[-1] < ROW_MULTIPLE:
             bounds.pop()
-        raw = torch.empty(job.row_bytes * max(b - a for a, b in _pairs(bounds, job.rows)), dtype=torch.uint8)
-        for low, high in _pairs(bounds, job.rows):
+        raw = torch.empty(job.row_bytes * max(b - a for a, b in pairs(bounds, job.rows)), dtype=torch.uint8)
+        for low, high in pairs(bounds, job.rows):
             assert job.start is not None
             view = raw[: (high - low) * job.row_bytes]
             read_range(source, memoryview(view.numpy().data), job.start + low * job.row_bytes)
@@ -168,7 +165,7 @@ class Editor:
 
     def _step(self, row_bytes: int) -> int:
         rows = (CHUNK_BYTES if self.device.type == "cpu" else BLOCK_BYTES) // row_bytes
-        return max(rows // _ROW_MULTIPLE, 1) * _ROW_MULTIPLE
+        return max(rows // ROW_MULTIPLE, 1) * ROW_MULTIPLE
 
     def _store(self, rows: torch.Tensor, job: Rewrite, low: int, destination: int, verify: bool) -> None:
         dtype = job.tensor.torch_dtype
@@ -196,90 +193,5 @@ def _select(parameter: torch.Tensor, job: Rewrite, columns: int) -> torch.Tensor
     return matrix.reshape(-1, columns)[job.first : job.first + job.rows]
 
 
-def _pairs(bounds: Sequence[int], stop: int) -> Iterator[tuple[int, int]]:
+def pairs(bounds: Sequence[int], stop: int) -> Iterator[tuple[int, int]]:
     return zip(bounds, [*bounds[1:], stop], strict=True)
-
-
-def plan_jobs(old: Shard, new: Shard, editor: Editor) -> tuple[list[Copy], list[Rewrite]]:
-    """The copies and rewrites that make the shard `new` (its header is written apart) from the shard `old`."""
-    copies: list[Copy] = []
-    rewrites: list[Rewrite] = []
-    added = {name: (stored, edit) for name, stored, edit in editor.plan.added}
-    stored_as = {pieces[0].parameter: name for name, pieces in editor.plan.pieces.items()}
-    for name, tensor in new.tensors.items():
-        source = old.tensors.get(name)
-        pieces = editor.plan.pieces.get(name, [])
-        if source is None:
-            stored, change = added[name]
-            source = old.tensors[stored_as[stored]] if stored is not None else None
-            if source is not None and change == Edit():
-                copies.append(Copy(source.start, source.stop - source.start, tensor.start))
-            else:
-                for piece in whole_pieces(name, name, tensor.shape, change):
-                    rewrites += _split(tensor, source, piece, change)
-            continue
-        position = 0  # in bytes, within the tensor
-        for piece in sorted(pieces, key=lambda piece: piece.row):
-            edit = editor.edit_of(piece.parameter)
-            if edit is None:
-                continue
-            if edit.value is not None and tensor.shape != source.shape:
-                position = source.stop - source.start
-                for part in whole_pieces(name, piece.parameter, tensor.shape, edit):
-                    rewrites += _split(tensor, None, part, edit)
-                continue
-            found = _split(tensor, source, piece, edit, whole=editor.takes_base(piece.parameter))
-            begin = found[0].to - tensor.start
-            copies.append(Copy(source.start + position, begin - position, tensor.start + position))
-            position = begin + sum(r.rows * r.row_bytes for r in found)
-            rewrites += found
-        copies.append(Copy(source.start + position, source.stop - source.start - position, tensor.start + position))
-    return _join(copies), rewrites
-
-
-def _split(
-    tensor: TensorRange, source: TensorRange | None, piece: Piece, edit: Edit, whole: bool = False
-) -> list[Rewrite]:
-    """A piece as rewrites of at most [`BLOCK_BYTES`], unless it takes all rows to compute one."""
-    total = 1
-    for dimension in (
-        tensor.shape[:2] if len(tensor.shape) == 3 and piece.rows != tensor.shape[0] else tensor.shape[:1]
-    ):
-        total *= dimension
-    row_bytes = (tensor.stop - tensor.start) // max(total, 1)
-    step = max(BLOCK_BYTES // max(row_bytes, 1) // _ROW_MULTIPLE, 1) * _ROW_MULTIPLE
-    if whole or edit.value is not None or (edit.magnitude and edit.transposed):
-        step = max(piece.rows, 1)
-    bounds = list(range(0, piece.rows, step))
-    if len(bounds) > 1 and piece.rows - bounds[-1] < _ROW_MULTIPLE:
-        bounds.pop()
-    return [
-        Rewrite(
-            tensor,
-            piece.parameter,
-            edit,
-            piece.expert,
-            piece.offset + low,
-            high - low,
-            row_bytes,
-            None if source is None else source.start + (piece.row + low) * row_bytes,
-            tensor.start + (piece.row + low) * row_bytes,
-        )
-        for low, high in _pairs(bounds, piece.rows)
-    ]
-
-
-def _join(copies: Sequence[Copy]) -> list[Copy]:
-    """Neighbouring copies as one, and long ones in blocks that threads can share."""
-    joined: list[Copy] = []
-    for copy in copies:
-        last = joined[-1] if joined else None
-        if last and last.start + last.length == copy.start and last.to + last.length == copy.to:
-            joined[-1] = Copy(last.start, last.length + copy.length, last.to)
-        elif copy.length:
-            joined.append(copy)
-    return [
-        Copy(copy.start + at, min(BLOCK_BYTES, copy.length - at), copy.to + at)
-        for copy in joined
-        for at in range(0, copy.length, BLOCK_BYTES)
-    ]

@@ -2,6 +2,7 @@
 """The full model's files, on disk or on the Hub, its weights fetched shard by shard."""
 
 import functools
+import json
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +13,21 @@ from .shards import WEIGHTS, WEIGHTS_INDEX, Shard, check_index, parse_shard, rea
 # Weights in other formats, adapters, and what a federation keeps: none of it belongs to the merged model.
 _LEFT_BEHIND = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.index.json")
 _LEFT_BEHIND_NAMES = ("adapter_config.json", "base_manifest.json", "training_args.bin")
+
+
+UNDO_DIR = "_merge_undo"
+UNDO_STATE = "state.json"
+
+
+def refuse_interrupted(directory: Path) -> None:
+    """Refuse a directory in which a merge in place was killed half-way.
+
+    Raises:
+        ValueError: if it was.
+    """
+    state = directory / UNDO_DIR / UNDO_STATE
+    if state.is_file() and not json.loads(state.read_text())["complete"]:
+        raise ValueError(f"A merge in place into `{directory}` was interrupted; run `undo_merge_` on it first.")
 
 
 class FullModel:
@@ -44,6 +60,7 @@ class FullModel:
                 f"delete_source_shards: `{model}` is a directory, whose shards can't be fetched again when a merge is "
                 "interrupted. Use in_place, which needs no second copy either."
             )
+        refuse_interrupted(self.directory)
         index = self.directory / WEIGHTS_INDEX
         # As from_pretrained does: a single file comes before an index.
         if (self.directory / WEIGHTS).is_file():
@@ -133,14 +150,10 @@ class FullModel:
         if WEIGHTS not in sizes and index.is_file():
             self.weight_map = read_index(index.read_text(encoding="utf-8"))
         for file in sorted(set(self.weight_map.values())) if self.weight_map else [WEIGHTS]:
-            if sizes.get(file) is None:
+            size = sizes.get(file)
+            if size is None:
                 raise ValueError(f"`{self.model}` has no `{file}` on the Hub; only safetensors are merged.")
-            try:
-                self.shards[file] = parse_shard(
-                    file, sizes[file], lambda at, n, file=file: self._read_range(file, at, n)
-                )
-            except EntryNotFoundError as error:
-                raise ValueError(f"`{self.model}` has no `{file}` on the Hub ({error}).") from error
+            self.shards[file] = parse_shard(file, size, functools.partial(self._read_range, file))
         if self.weight_map:
             check_index(self.shards, self.weight_map)
 

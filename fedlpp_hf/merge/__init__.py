@@ -2,12 +2,12 @@
 """Write adapters into the full-precision model: one pass over its files, in memory that does not grow with the model."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import shutil
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -18,16 +18,19 @@ import torch
 from transformers import AutoConfig
 from transformers.utils import logging
 
+from .editor import Copy, Editor, Rewrite
+from .fallback import merge_with_peft
 from .full_model import FullModel
-from .merge_engine import Copy, Editor, Rewrite, plan_jobs
-from .merge_plan import MergePlan, NeedsPeft, plan_merge
-from .merge_sources import BaseReader, open_adapters
-from .shards import WEIGHTS, WEIGHTS_INDEX, Shard, change_layout, clone_file, read_shard, sync_file, write_range
+from .in_place import patch_model_, undo_merge_
+from .jobs import plan_jobs, plan_layouts, verify_shard, write_shard
+from .plan import MergePlan, NeedsPeft, plan_merge
+from .shards import WEIGHTS_INDEX, Shard, sync_file
+from .sources import BaseReader, open_adapters
 
+
+__all__ = ["LayerReport", "MergeReport", "merge_adapter", "undo_merge_"]
 
 logger = logging.get_logger(__name__)
-
-_DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +73,17 @@ class MergeReport:
 def merge_adapter(
     full_model: str | os.PathLike,
     adapter: str | os.PathLike | Sequence[str | os.PathLike],
-    output_dir: str | os.PathLike,
+    output_dir: str | os.PathLike | None = None,
     *,
     weights: Sequence[float] | None = None,
     target: str = "full",
     base_dir: str | os.PathLike | None = None,
-    model_class: Any = None,
+    in_place: bool = False,
     verify: bool = False,
+    delete_source_shards: bool = False,
+    model_class: Any = None,
     threads: int | None = None,
     device: str | torch.device = "cpu",
-    delete_source_shards: bool = False,
     sync: bool = True,
     revision: str | None = None,
     token: str | None = None,
@@ -96,140 +100,143 @@ def merge_adapter(
         weights: of the adapters, in proportion; equal by default, and numbers of examples for clients' updates.
         target: "full" merges into W; "base" into the dequantized Q(W) of `base_dir`, which reproduces what clients see.
         base_dir: the quantized base. With it the report has ‖E‖/‖ΔW‖, E = W − Q(W), for each layer.
-        model_class: the class the adapter was trained on, where the configurations don't tell.
+        in_place: patch `output_dir`, a copy of the full model (without `output_dir`: the full model itself), and keep
+            what was there in `_merge_undo`, from which [`undo_merge_`] puts it back.
         verify: read the result back and compare all of it with the source or a recomputation.
+        delete_source_shards: delete each shard that was downloaded from the Hub when its merged one is written.
+        model_class: the class the adapter was trained on, where the configurations don't tell.
         threads: that read, multiply and write; all cores by default.
         device: where the products are computed.
-        delete_source_shards: delete each shard that was downloaded from the Hub when its merged one is written.
         sync: wait until the result is on disk before it gets its name.
 
     Raises:
         ValueError: for arguments, adapters or checkpoints that don't fit, naming the tensor or file.
         OSError: if the disk is full or not writable; then nothing is left at `output_dir`.
-        RuntimeError: if verification fails.
+        RuntimeError: if verification fails, or another merge is writing there.
     """
     began = time.perf_counter()
-    output_dir = Path(output_dir)
     if target not in ("full", "base"):
         raise ValueError(f"target={target!r}; expected 'full' (W) or 'base' (the dequantized Q(W)).")
     if target == "base" and base_dir is None:
         raise ValueError("target='base' needs `base_dir`, the quantized base to merge into.")
     if threads is not None and threads < 1:
         raise ValueError(f"threads={threads}; expected at least one.")
-    _check_destination(output_dir, full_model)
+    if output_dir is None and not in_place:
+        raise ValueError("Give `output_dir`, or in_place=True to patch the full model itself.")
+    if in_place and delete_source_shards:
+        raise ValueError(
+            "in_place patches a copy that is there; delete_source_shards has nothing to do. Leave one out."
+        )
+    destination = Path(full_model if output_dir is None else output_dir)
+    if not in_place:
+        _check_destination(destination, full_model)
+    elif not destination.is_dir():
+        raise ValueError(f"in_place: `{destination}` is no directory; expected a copy of the full model.")
     adapters, shares = open_adapters(adapter, weights, token)
-    with _working_directory(output_dir) as work, contextlib.ExitStack() as stack:
+    report = MergeReport(str(destination), target, verified=verify)
+    with contextlib.ExitStack() as stack:
+        work = destination if in_place else stack.enter_context(_working_directory(destination))
         scratch = work / ".source" if delete_source_shards else None
         source = FullModel(full_model, scratch, revision, token)
         config = _read_config(source)
-        report = MergeReport(str(output_dir), target)
         try:
             plan = plan_merge(config, source.names, adapters, model_class)
         except NeedsPeft as reason:
-            raise ValueError(str(reason)) from reason
-        base = BaseReader(base_dir, plan.transposed) if base_dir is not None else None
-        if base is not None:
-            stack.callback(base.close)
-            _add_base_pieces(plan, base)
-        editor = Editor(plan, adapters, shares, base, target == "base", torch.device(device))
-        layouts = _plan_layouts(source, plan, editor)
-        _check_space(work, sum(shard.size for shard in layouts.values()), source if scratch else None)
-        with ThreadPoolExecutor(threads or os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for file, new in layouts.items():
-                old, path = source.shards[file], source.fetch(file)
-                copies, rewrites = plan_jobs(old, new, editor)
-                write_shard(path, work / file, old, new, copies, rewrites, editor, pool)
-                if sync:
-                    sync_file(work / file)
-                if verify:
-                    verify_shard(path, work / file, new, copies, rewrites, editor, pool)
-                source.release(file)
-                report.bytes_rewritten += sum(job.rows * job.row_bytes for job in rewrites)
-                report.bytes_copied += sum(job.length for job in copies)
-        _write_companions(source, plan, layouts, work)
-        if sync:
-            for path in work.rglob("*"):
-                sync_file(path)
-            sync_file(work)
-        report.layers = [
-            LayerReport(name, norms.update**0.5, None if norms.error is None else norms.error**0.5)
-            for name, norms in sorted(editor.norms.items())
-            if name in plan.edits or name in {added for added, _, _ in plan.added}
-        ]
-        report.replaced = sorted(name for name, edit in plan.edits.items() if edit.value is not None)
-        report.added = [name for name, _, _ in plan.added]
-        report.verified = verify
-        if scratch is not None and scratch.exists():
-            shutil.rmtree(scratch)
-        os.rename(work, output_dir)
-    if sync:
-        sync_file(output_dir.parent)
+            _hand_to_peft(str(reason), source, config, adapters, work, report, model_class, token, in_place, base_dir)
+        else:
+            base = (
+                stack.enter_context(BaseReader(base_dir, plan.shapes, plan.transposed))
+                if base_dir is not None
+                else None
+            )
+            editor = Editor(plan, adapters, shares, base, target == "base", torch.device(device))
+            layouts = plan_layouts(source, plan, editor)
+            if in_place:
+                jobs: Sequence[Copy | Rewrite] = patch_model_(destination, source, layouts, editor, threads, verify)
+            else:
+                jobs = _write_model(work, source, layouts, editor, threads, verify, sync)
+                _write_companions(source, plan, layouts, work)
+            _fill_report(report, editor, jobs)
+        if not in_place:
+            _publish(work, destination, sync)
     report.seconds = time.perf_counter() - began
     return report
 
 
-def write_shard(
-    source: Path,
-    destination: Path,
-    old: Shard,
-    new: Shard,
-    copies: Sequence[Copy],
-    rewrites: Sequence[Rewrite],
+def _write_model(
+    work: Path,
+    source: FullModel,
+    layouts: dict[str, Shard],
     editor: Editor,
-    pool: ThreadPoolExecutor,
-) -> None:
-    """Write one merged shard, its copies and rewrites overlapping."""
-    with open(source, "rb", buffering=0) as reader, open(destination, "xb", buffering=0) as writer:
-        inputs, output = reader.fileno(), writer.fileno()
-        jobs: list[Copy | Rewrite] = sorted([*copies, *rewrites], key=lambda job: job.to)
-        if new is old and clone_file(inputs, output):
-            jobs = list(rewrites)
-        else:
-            write_range(output, new.header, 0)
-            os.ftruncate(output, new.size)
-        _run_all(jobs, editor, inputs, output, pool)
+    threads: int | None,
+    verify: bool,
+    sync: bool,
+) -> list[Copy | Rewrite]:
+    """Write all shards, while the next one is downloaded."""
+    needed = sum(shard.size for shard in layouts.values())
+    if source.scratch is not None:
+        needed += 2 * max(shard.size for shard in source.shards.values())
+    free = shutil.disk_usage(work).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"The merge needs {needed / 1e9:.2f} GB in `{work.parent}`, where {free / 1e9:.2f} GB are free.",
+        )
+    done: list[Copy | Rewrite] = []
+    files = list(layouts)
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool, ThreadPoolExecutor(1) as downloads:
+        coming = downloads.submit(source.fetch, files[0])
+        for file, following in zip(files, [*files[1:], None], strict=True):
+            path, new = coming.result(), layouts[file]
+            if following is not None:
+                coming = downloads.submit(source.fetch, following)
+            copies, rewrites = plan_jobs(source.shards[file], new, editor)
+            write_shard(path, work / file, source.shards[file], new, copies, rewrites, editor, pool)
+            if sync:
+                sync_file(work / file)
+            if verify:
+                verify_shard(path, work / file, new, copies, rewrites, editor, pool)
+            source.release(file)
+            done += [*copies, *rewrites]
+    return done
 
 
-def verify_shard(
-    source: Path,
-    destination: Path,
-    new: Shard,
-    copies: Sequence[Copy],
-    rewrites: Sequence[Rewrite],
-    editor: Editor,
-    pool: ThreadPoolExecutor,
-) -> None:
-    """Read a merged shard back: its header, every copied byte, and every rewritten one against a recomputation.
-
-    Raises:
-        RuntimeError: naming what differs.
-    """
-    with open(source, "rb", buffering=0) as reader, open(destination, "rb", buffering=0) as result:
-        with contextlib.suppress(OSError):
-            os.posix_fadvise(result.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, as far as can be
-        if read_shard(destination) != new or os.pread(result.fileno(), len(new.header), 0) != new.header:
-            raise RuntimeError(f"The header of `{destination.name}` is not what was written; the disk is damaged.")
-        _run_all([*copies, *rewrites], editor, reader.fileno(), result.fileno(), pool, verify=True)
+def _hand_to_peft(reason, source, config, adapters, work, report, model_class, token, in_place, base_dir) -> None:
+    if len(adapters) > 1 or in_place or base_dir is not None:
+        raise ValueError(
+            f"The adapter needs PEFT's own merge ({reason}), which merges one adapter into W, in memory and to a new "
+            "directory. Leave out the other adapters, in_place and base_dir."
+        )
+    gigabytes = source.size / 1e9
+    logger.warning(f"Merging through PEFT, because {reason}: the whole model, {gigabytes:.1f} GB, is held in memory.")
+    merge_with_peft(source, config, adapters[0], work, model_class, token)
+    report.through_peft, report.verified = reason, False
 
 
-def _run_all(
-    jobs: Sequence[Copy | Rewrite],
-    editor: Editor,
-    source: int,
-    destination: int,
-    pool: ThreadPoolExecutor,
-    verify: bool = False,
-) -> None:
-    futures = [pool.submit(editor.run, job, source, destination, verify) for job in jobs]
-    try:
-        for future in futures:
-            future.result()
-    finally:
-        for future in futures:  # the descriptors must outlive every job
-            future.cancel()
-        for future in futures:
-            if not future.cancelled():
-                future.exception()
+def _fill_report(report: MergeReport, editor: Editor, jobs: Sequence[Copy | Rewrite]) -> None:
+    plan = editor.plan
+    products = {name for name, edit in plan.edits.items() if edit.key_a}
+    products |= {name for name, _, edit in plan.added if edit.key_a}
+    report.layers = [
+        LayerReport(name, norms.update**0.5, None if norms.error is None else norms.error**0.5)
+        for name in plan.shapes
+        if name in products and (norms := editor.norms.get(name)) is not None
+    ]
+    report.replaced = sorted(name for name, edit in plan.edits.items() if edit.value is not None)
+    report.added = [name for name, _, _ in plan.added]
+    report.bytes_rewritten = sum(job.rows * job.row_bytes for job in jobs if isinstance(job, Rewrite))
+    report.bytes_copied = sum(job.length for job in jobs if isinstance(job, Copy))
+
+
+def _publish(work: Path, destination: Path, sync: bool) -> None:
+    shutil.rmtree(work / ".source", ignore_errors=True)
+    if sync:
+        for path in work.rglob("*"):
+            sync_file(path)
+        sync_file(work)
+    os.rename(work, destination)
+    if sync:
+        sync_file(destination.absolute().parent)
 
 
 def _check_destination(output_dir: Path, full_model: str | os.PathLike) -> None:
@@ -267,16 +274,6 @@ def _working_directory(output_dir: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def _check_space(work: Path, needed: int, remote: FullModel | None) -> None:
-    if remote is not None:
-        needed += max(shard.size for shard in remote.shards.values())
-    free = shutil.disk_usage(work).free
-    if free < needed:
-        raise OSError(
-            28, f"The merge needs {needed / 1e9:.2f} GB in `{work.parent}`, where {free / 1e9:.2f} GB are free."
-        )
-
-
 def _read_config(source: FullModel) -> Any:
     assert source.directory is not None
     try:
@@ -286,35 +283,6 @@ def _read_config(source: FullModel) -> Any:
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"`{source.model}` is quantized; an update merged into it would be rounded away. Give W.")
     return config
-
-
-def _add_base_pieces(plan: MergePlan, base: BaseReader) -> None:
-    """Refuse a base that was quantized from another model."""
-    unknown = sorted(set(base.entries) - set(plan.shapes))
-    if unknown:
-        raise ValueError(f"The base has `{unknown[0]}`, which the full model does not; it was exported from another.")
-
-
-def _plan_layouts(source: FullModel, plan: MergePlan, editor: Editor) -> dict[str, Shard]:
-    """Every shard as it will be: with changed shapes where a value has another, and added tensors."""
-    where = {name: file for file, shard in source.shards.items() for name in shard.tensors}
-    dtypes = Counter(t.dtype for s in source.shards.values() for t in s.tensors.values())
-    common = next((d for d, _ in dtypes.most_common() if d in _DTYPE_NAMES.values()), "F32")
-    stored_as = {pieces[0].parameter: name for name, pieces in plan.pieces.items()}
-    changes: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {file: {} for file in source.shards}
-    for name, pieces in plan.pieces.items():
-        edit, tensor = plan.edits.get(pieces[0].parameter), source.shards[where[name]].tensors[name]
-        if edit is not None and edit.value is not None and len(pieces) == 1:
-            changes[where[name]][name] = (tensor.dtype, editor.adapters[0].shape(edit.value))
-    for name, stored, edit in plan.added:
-        if stored is not None:
-            name_of = stored_as[stored]
-            tensor = source.shards[where[name_of]].tensors[name_of]
-            changes[where[name_of]][name] = (tensor.dtype, tensor.shape)
-        else:
-            assert edit.value is not None
-            changes[max(source.shards)][name] = (common, editor.adapters[0].shape(edit.value))
-    return {file: change_layout(shard, changes[file]) for file, shard in source.shards.items()}
 
 
 def _write_companions(source: FullModel, plan: MergePlan, layouts: dict[str, Shard], work: Path) -> None:
@@ -334,6 +302,3 @@ def _write_companions(source: FullModel, plan: MergePlan, layouts: dict[str, Sha
         shutil.copyfile(source.directory / WEIGHTS_INDEX, work / WEIGHTS_INDEX)
     else:
         (work / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-__all__ = ["WEIGHTS", "LayerReport", "MergeReport", "merge_adapter"]
