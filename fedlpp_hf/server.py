@@ -7,7 +7,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,10 +18,12 @@ from .aggregation import average_updates
 from .config import FederatedConfig
 from .messages import ClientFailure, ClientTask, ClientUpdate, Payload, restore_tensors
 from .optimizers import ServerOptimizer
-from .owner import Owner
 from .quantization import FULL_PRECISION, quantize_tensors
 from .store import RoundStore
 
+
+if TYPE_CHECKING:  # the server must not import what can open a model
+    from .owner import Owner
 
 TrainClients = Callable[[list[ClientTask]], Iterable[ClientUpdate | ClientFailure]]
 
@@ -49,7 +51,7 @@ class FederatedServer:
         num_examples: Mapping[str, int | None],
         base_fingerprint: str,
         *,
-        owner: Owner | None = None,
+        owner: "Owner | None" = None,
         evaluate_proxy: Callable[[Mapping[str, torch.Tensor]], dict[str, float]] | None = None,
         on_round: Callable[[dict[str, Any]], None] | None = None,
     ):

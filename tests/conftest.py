@@ -1,0 +1,86 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""Tiny models built from configurations, and rows of token ids: everything that most tests need, without a network."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from fedlpp_hf.base import export_base
+
+
+# Tests run side by side on few cores, and one thread makes sums reproducible anywhere.
+torch.set_num_threads(1)
+
+SHARED = Path(__file__).parents[1].parent / "shared"
+VOCABULARY = 64
+
+
+@pytest.fixture(scope="session")
+def full_llama(tmp_path_factory) -> Path:
+    """A Llama of 2 layers with an untied head, saved in full precision."""
+    directory = tmp_path_factory.mktemp("models") / "full-llama"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def llama_base(full_llama, tmp_path_factory) -> Path:
+    """The 4-bit base of [`full_llama`]."""
+    directory = tmp_path_factory.mktemp("bases") / "llama-4bit"
+    export_base(full_llama, directory, bits=4, model_class=AutoModelForCausalLM)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def full_bert(tmp_path_factory) -> Path:
+    """A BERT classifier of 2 layers and 3 classes, saved in full precision."""
+    directory = tmp_path_factory.mktemp("models") / "full-bert"
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        num_labels=3,
+    )
+    BertForSequenceClassification(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def lora() -> LoraConfig:
+    return LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+def make_rows(count: int = 24, seed: int = 0, clients: int = 3, length: int = 12) -> Dataset:
+    """Rows of token ids for a causal language model, with a `client` column."""
+    generator = torch.Generator().manual_seed(seed)
+    # Each row counts upwards from a random token: something that a tiny model can learn.
+    start = torch.randint(1, VOCABULARY - length, (count, 1), generator=generator)
+    ids = (start + torch.arange(length)).tolist()
+    names = [f"site-{row % clients}" for row in range(count)]
+    return Dataset.from_dict(
+        {"input_ids": ids, "labels": ids, "attention_mask": [[1] * length] * count, "client": names}
+    )

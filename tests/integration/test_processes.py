@@ -1,0 +1,68 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""Federations in several processes, and ones that are interrupted from outside."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedlpp_hf import RoundStore
+from fedlpp_hf.adapters import read_adapter
+
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.integration
+
+
+def test_two_ranks_train_each_client_together(llama_base, tmp_path):
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "0",
+        "--rdzv-backend",
+        "c10d",
+    ]
+    launch += ["--rdzv-endpoint", "localhost:0", "-m", "tests.integration.two_ranks", str(llama_base), str(tmp_path)]
+    subprocess.run(launch, check=True, cwd=ROOT, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    ranks = [load_file(tmp_path / f"rank-{rank}.safetensors") for rank in range(2)]
+    assert all(int(rank.pop("world_size")) == 2 for rank in ranks)  # some launchers quietly run one process
+    assert ranks[0].keys() == ranks[1].keys()
+    assert all(torch.equal(ranks[0][key], ranks[1][key]) for key in ranks[0])
+    records = RoundStore(tmp_path).records()
+    assert len(records) == 3
+    losses = [record["metrics"]["proxy"]["eval_loss"] for record in records]
+    assert losses[2] < losses[0]
+
+
+def test_interrupted_by_signal_and_resumed(llama_base, tmp_path):
+    """^C in the middle of a run: what is committed is whole, and resuming ends in the bits of an uninterrupted run."""
+    script = [sys.executable, "-m", "tests.integration.slow_run", str(llama_base)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(
+        [*script, str(tmp_path / "cut")], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    store = RoundStore(tmp_path / "cut")
+    deadline = time.monotonic() + 120
+    while (store.latest() or 0) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode != 0
+    assert "KeyboardInterrupt" in errors
+    assert 2 <= store.latest() < 8
+    for output_dir, options in (("cut", ["resume"]), ("whole", [])):
+        subprocess.run(
+            [*script, str(tmp_path / output_dir), *options], check=True, cwd=ROOT, env=environment, timeout=120
+        )
+    cut, whole = (read_adapter(tmp_path / name)[0] for name in ("cut", "whole"))
+    assert all(torch.equal(cut[key], whole[key]) for key in whole)

@@ -1,0 +1,120 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""What the clients' process never sees, and what the owner's process does when asked."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from fedlpp_hf import FederatedTrainer
+from fedlpp_hf.adapters import read_adapter
+from fedlpp_hf.trainer import MERGED_DIR
+
+from .conftest import make_rows
+from .test_trainer import make_args
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def private_run(full_llama, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("private") / "out"
+    subprocess.run([sys.executable, "-m", "tests.private_run", str(full_llama), str(output_dir)], check=True, cwd=ROOT)
+    return output_dir
+
+
+def test_clients_process_never_opens_the_full_model(private_run, full_llama):
+    opened = json.loads((private_run / "opened.json").read_text())
+    weights = [path for path in opened if path.startswith(str(full_llama)) and not path.endswith(".json")]
+    assert weights == []
+    # The watch itself works: it saw the base being read.
+    assert any(path.endswith("_federation/base/model.safetensors") for path in opened)
+
+
+def test_clients_process_holds_no_full_precision_matrix(private_run, full_llama):
+    held = load_file(private_run / "held.safetensors").values()
+    full = {name: tensor for name, tensor in load_file(full_llama / "model.safetensors").items() if tensor.dim() >= 2}
+    compared = 0
+    for name, weight in full.items():
+        for tensor in held:
+            for candidate in (tensor, tensor.T) if tensor.dim() == 2 else (tensor,):
+                if candidate.shape == weight.shape:
+                    compared += 1
+                    distance = (candidate - weight).norm() / weight.norm()
+                    assert distance > 0.05, f"a tensor within {distance:.1%} of {name}"
+    assert compared >= 2  # the embeddings and the head at least are floats, of reduced information
+
+
+def test_nothing_of_the_owners_is_written_where_clients_read(private_run, full_llama):
+    for path in (private_run / "_federation").rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert str(full_llama).encode() not in content, path
+            assert b"hf_secret_token" not in content, path
+    config = json.loads((private_run / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] is None
+
+
+def test_owner_evaluates_and_merges_the_full_model(private_run, full_llama):
+    """The server's metric is that of W + θ, and the merged model is W + θ, too."""
+    record = json.loads((private_run / "_federation/rounds/round-00001/round.json").read_text())
+    full = AutoModelForCausalLM.from_pretrained(full_llama)
+    served = PeftModel.from_pretrained(full, private_run).eval()
+    merged = AutoModelForCausalLM.from_pretrained(private_run / MERGED_DIR).eval()
+    rows = make_rows().remove_columns("client").with_format("torch")[:]
+    with torch.no_grad():
+        outputs, expected = merged(**rows), served(**rows)
+    torch.testing.assert_close(outputs.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    assert float(expected.loss) == pytest.approx(record["metrics"]["server"]["eval_loss"], rel=1e-4)
+
+
+def test_the_owners_head_is_where_the_server_starts(full_bert, tmp_path):
+    """A classifier's head is trained by clients; the server starts from the owner's own, clients from a reduced one."""
+    rows = make_rows()
+    labels = [row["input_ids"][0] % 3 for row in rows]
+    data = rows.remove_columns("labels").add_column("labels", labels)
+    lora = LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
+    trainer = FederatedTrainer(
+        str(full_bert), make_args(tmp_path, num_rounds=1, fit_server_step=True, broadcast="never"), train_dataset=data, eval_dataset=data,
+        owner_dataset=data.select(range(6)), peft_config=lora, model_class=AutoModelForSequenceClassification,
+    )  # fmt: skip
+    trainer.train()
+    key = "base_model.model.classifier.weight"
+    own = load_file(full_bert / "model.safetensors")["classifier.weight"]
+    start = read_adapter(trainer.server.store.round_dir(0))[0]
+    assert torch.equal(start[key], own)
+    assert not torch.equal(trainer.guard.initial[key], own)
+    assert trainer.server.store.records()[1]["server_step"] in (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / MERGED_DIR)
+    torch.testing.assert_close(merged.classifier.weight.detach(), read_adapter(tmp_path)[0][key])
+
+
+def test_owner_that_dies_is_reported(full_llama, lora, tmp_path):
+    trainer = FederatedTrainer(
+        str(full_llama),
+        make_args(tmp_path, num_rounds=1),
+        train_dataset=make_rows(),
+        eval_dataset=make_rows(),
+        peft_config=lora,
+    )
+    trainer.owner._process.kill()
+    with pytest.raises(RuntimeError, match="owner's process died"):
+        trainer.train()
+
+
+def test_what_cannot_cross_to_the_owner_is_explained(full_llama, lora, tmp_path):
+    with pytest.raises(ValueError, match="top level"):
+        FederatedTrainer(
+            str(full_llama),
+            make_args(tmp_path),
+            train_dataset=make_rows(),
+            peft_config=lora,
+            compute_metrics=lambda prediction: {},
+        )

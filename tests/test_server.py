@@ -1,0 +1,185 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""The round loop on adapters alone: sampling, windows of broadcasts, and what is not accepted from a client."""
+
+import dataclasses
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from fedlpp_hf import FederatedConfig, FederatedServer
+from fedlpp_hf.messages import ClientFailure, ClientUpdate, restore_tensors
+
+
+KEY_A, KEY_B = "base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"
+CLIENTS = {"a": 10, "b": 20, "c": 30}
+
+
+def make_server(output_dir, num_examples=CLIENTS, **options):
+    adapter = {KEY_A: torch.arange(8.0).view(2, 4) / 8, KEY_B: torch.zeros(4, 2)}
+    args = FederatedConfig(str(output_dir), use_cpu=True, **{"num_rounds": 2, "adapter_bits": 32, **options})
+    return FederatedServer(args, adapter, LoraConfig(r=2, target_modules=["q"]), num_examples, "fingerprint")
+
+
+def answer(task, value=1.0, **changes):
+    delta = {KEY_A: torch.full((2, 4), value), KEY_B: torch.full((4, 2), value)}
+    update = ClientUpdate(
+        task.federation_id,
+        task.round,
+        task.client_id,
+        task.base_fingerprint,
+        CLIENTS.get(task.client_id, 1),
+        delta,
+        {"loss": 1.0},
+    )
+    return dataclasses.replace(update, **changes)
+
+
+def answer_all(tasks):
+    return [answer(task) for task in tasks]
+
+
+def test_sampling_depends_on_seed_and_round_alone(tmp_path):
+    clients = {f"client-{number}": 1 for number in range(50)}
+    first, again, other = (
+        make_server(tmp_path / str(n), clients, clients_per_round=5, num_clients=50, seed=seed)
+        for n, seed in enumerate((1, 1, 2))
+    )
+    assert first.sample_clients(3) == again.sample_clients(3)
+    assert first.sample_clients(3) != first.sample_clients(4)
+    assert first.sample_clients(3) != other.sample_clients(3)
+    drawn = [client for number in range(200) for client in first.sample_clients(number)]
+    assert all(len(set(first.sample_clients(number))) == 5 for number in range(20))
+    assert min(drawn.count(client) for client in clients) > 5  # uniform: 20 expected
+
+
+def test_examples_and_uniform_weighting(tmp_path):
+    def run(tasks):
+        return [answer(task, float(value)) for value, task in enumerate(tasks)]
+
+    for weighting, mean in (("examples", (0 * 10 + 1 * 20 + 2 * 30) / 60), ("uniform", 1.0)):
+        server = make_server(tmp_path / weighting, weighting=weighting, num_rounds=1)
+        server.run(run)
+        torch.testing.assert_close(server.adapter[KEY_B], torch.full((4, 2), mean))
+
+
+@pytest.mark.parametrize(("broadcast", "expected"), [("every_round", 6.0), ("2", 1.5 + 3.5 + 5.5), ("never", 3.5)])
+def test_rounds_at_one_proxy_are_averaged(tmp_path, broadcast, expected):
+    """Client updates are 1, 2, … 6 in six rounds; with every broadcast they add up, in between they are averaged."""
+    sent = []
+
+    def run(tasks):
+        sent.append(None if tasks[0].proxy is None else restore_tensors(tasks[0].proxy)[KEY_B][0, 0].item())
+        value = 1.0 if broadcast == "every_round" else float(tasks[0].round)
+        return [answer(task, value) for task in tasks]
+
+    server = make_server(tmp_path, broadcast=broadcast, num_rounds=6)
+    server.run(run)
+    torch.testing.assert_close(server.adapter[KEY_B], torch.full((4, 2), expected))
+    assert (
+        sent
+        == {
+            "every_round": [0.0, 1.0, 2.0, 3.0, 4.0, 5.0],
+            "2": [0.0, 0.0, 1.5, 1.5, 5.0, 5.0],
+            "never": [None] * 6,
+        }[broadcast]
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"round": 9}, "its round is 9"),
+        ({"federation_id": "another"}, "its federation_id"),
+        ({"base_fingerprint": "another"}, "its base_fingerprint"),
+        ({"num_examples": 0}, "claims 0 examples"),
+        ({"num_examples": -3}, "claims -3 examples"),
+        ({"num_examples": 10**12}, "expected 1 to 10"),
+        ({"delta": {KEY_A: torch.ones(2, 4)}}, "missing"),
+        (
+            {"delta": {KEY_A: torch.ones(2, 4), KEY_B: torch.ones(4, 2), "input_ids": torch.ones(2)}},
+            "unknown: input_ids",
+        ),
+        ({"delta": {KEY_A: torch.ones(2, 5), KEY_B: torch.ones(4, 2)}}, "shape"),
+        ({"delta": {KEY_A: torch.full((2, 4), torch.nan), KEY_B: torch.ones(4, 2)}}, "NaN"),
+        ({"delta": {KEY_A: torch.ones(2, 4), KEY_B: torch.full((4, 2), torch.inf)}}, "infinite"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_is_wrong_is_rejected_by_name_and_the_round_goes_on(tmp_path, change, reason):
+    def run(tasks):
+        return [answer(task, **(change if task.client_id == "a" else {})) for task in tasks]
+
+    server = make_server(tmp_path, num_rounds=1)
+    (_, record) = server.run(run)
+    assert reason in record["rejected"]["a"]
+    assert list(record["clients"]) == ["b", "c"]
+    assert torch.equal(server.adapter[KEY_B], torch.ones(4, 2))
+
+
+def test_strangers_doubles_failures_and_silence(tmp_path):
+    def run(tasks):
+        a, b, _ = tasks
+        yield answer(b)
+        yield answer(b, 100.0)
+        yield answer(dataclasses.replace(a, client_id="stranger"))
+        yield ClientFailure("a", "its machine caught fire")
+
+    server = make_server(tmp_path, num_rounds=1)
+    (_, record) = server.run(run)
+    assert record["rejected"] == {
+        "a": "its machine caught fire",
+        "b": "it answered twice",
+        "c": "it did not answer",
+        "stranger": "it was not asked in this round",
+    }
+    assert torch.equal(server.adapter[KEY_B], torch.ones(4, 2))
+
+
+def test_updates_of_an_earlier_round_are_not_replayed(tmp_path):
+    first = []
+
+    def run(tasks):
+        first.extend(answer_all(tasks) if not first else [])
+        return first
+
+    with pytest.raises(RuntimeError, match="Round 2 has 0 acceptable updates.*its round is 1"):
+        make_server(tmp_path).run(run)
+
+
+def test_order_of_arrival_does_not_matter(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    values = {client: torch.randn(1, generator=generator).item() for client in CLIENTS}
+    forward, backward = make_server(tmp_path / "f"), make_server(tmp_path / "b")
+    forward.run(lambda tasks: [answer(task, values[task.client_id]) for task in tasks])
+    backward.run(lambda tasks: [answer(task, values[task.client_id]) for task in reversed(tasks)])
+    for key, value in forward.adapter.items():
+        assert torch.equal(value, backward.adapter[key])
+
+
+def test_all_clients_failing_fails(tmp_path):
+    server = make_server(tmp_path)
+    with pytest.raises(RuntimeError, match="0 acceptable updates; min_clients=1"):
+        server.run(lambda tasks: [])
+    assert server.store.latest() == 0
+
+
+def test_a_longer_federation_may_resume_a_shorter_one(tmp_path):
+    make_server(tmp_path, num_rounds=1).run(answer_all)
+    longer = make_server(tmp_path, num_rounds=3)
+    records = longer.run(answer_all, resume=True)
+    assert [record["round"] for record in records] == [0, 1, 2, 3]
+    torch.testing.assert_close(longer.adapter[KEY_B], torch.full((4, 2), 3.0))
+
+
+def test_tasks_of_a_round_differ_in_client_and_seed_alone(tmp_path):
+    seen = []
+
+    def run(tasks):
+        seen.append(tasks)
+        return answer_all(tasks)
+
+    make_server(tmp_path, adapter_bits=4).run(run)
+    for tasks in seen:
+        assert len({task.seed for task in tasks}) == 3
+        assert len({dataclasses.replace(task, client_id="", seed=0).to_bytes() for task in tasks}) == 1
