@@ -27,6 +27,7 @@ from .base_files import (
 )
 from .base_packing import pack_base, unpack_base
 from .base_tensors import BaseSettings, quantize_base_tensor
+from .bnb_cpu import keep_layout_
 from .checkpoints import Checkpoint, plan_tensors
 from .quantization import FULL_PRECISION, check_bits
 
@@ -278,26 +279,27 @@ def load_base(
         base_dir, config=config, dtype=dtype or "auto", device_map=device_map, output_loading_info=True, **kwargs
     )
     _check_missing(meta, sorted(set(info["missing_keys"]) - set(manifest["initialized_by_clients"])), [])
+    if dtype is not None:
+        _cast_floats_(model, dtype)
     keep_layout_(model)
     model.base_fingerprint = manifest["fingerprint"]
     return model
+
+
+def _cast_floats_(model: PreTrainedModel, dtype: torch.dtype | str) -> None:
+    """Give all floats the dtype that `from_pretrained` (transformers 5.23) gives to biases only when it loads
+    bitsandbytes weights."""
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    in_fp32 = set(model._get_dtype_plan(dtype))
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and in_fp32.isdisjoint(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
 
 
 def _is_cpu(device_map: Any) -> bool:
     if device_map is None:  # where transformers then puts a bitsandbytes model
         return not torch.accelerator.is_available()
     return str(device_map.get("") if isinstance(device_map, dict) else device_map) == "cpu"
-
-
-def keep_layout_(model: nn.Module) -> None:
-    """Keep bitsandbytes from rearranging 4-bit weights in place.
-
-    On a CPU with AVX512-bf16, the first forward in eval mode repacks each weight and rounds its scales to bfloat16, for
-    good. It fails on sizes that are no multiples of 32, and in training after it no gradient passes the layer.
-    """
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 def base_fingerprint(base: str | os.PathLike | nn.Module) -> str:
