@@ -188,7 +188,8 @@ def parse_args(dataclass_types: Sequence[type], args: Sequence[str] | None = Non
         ValueError: for a key that no dataclass knows, with the nearest known one, or a file that is no mapping.
     """
     args = list(sys.argv[1:] if args is None else args)
-    parser = HfArgumentParser(dataclass_types)
+    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    parser = HfArgumentParser(dataclass_types, allow_abbrev=False)  # `--num_round` is a typo, not an abbreviation
     known = [entry.name for dataclass_type in dataclass_types for entry in fields(dataclass_type) if entry.init]
     if "--config" in args:
         place = args.index("--config")
@@ -198,7 +199,7 @@ def parse_args(dataclass_types: Sequence[type], args: Sequence[str] | None = Non
         del args[place : place + 2]
         for key in values:
             if key not in known:
-                raise ValueError(f"The config has an unknown key `{key}`{_nearest(key, known)}.")
+                raise ValueError(f"The config has an unknown key `{key}`{_nearest(str(key), known)}.")
         # A required argument that the file gives must not be asked for again on the command line.
         for action in parser._actions:
             if action.dest in values:
