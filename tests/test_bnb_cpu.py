@@ -44,7 +44,7 @@ def test_products_and_gradients_are_those_of_the_codes(rows, length, double_quan
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("block_size", [32, 64, 128, 2048])
+@pytest.mark.parametrize("block_size", [32, 64, 128])
 def test_dequantized_values_are_those_of_the_codes(dtype, block_size):
     for length in (16, 32, 40, 48, 64, 96, 160, 320):
         weight = torch.randn(7, length, generator=torch.Generator().manual_seed(length)).to(dtype)
