@@ -235,6 +235,10 @@ class _Desk:
         args.full_model, args.base_bits, args.adapter_bits = None, FULL_PRECISION, FULL_PRECISION
         args.report_to, args.push_to_hub, args.merge, args.disable_tqdm = [], False, False, True
         args.compare_full_precision, args.fit_server_step, args.overwrite = False, False, True
+        # To evaluate, there is one client, the owner; the federation may want more than one in a round.
+        if args.clients_per_round is not None:
+            args.clients_per_round = min(args.clients_per_round, len(datasets))
+        args.min_clients = min(args.min_clients, len(datasets))
         model = load_full_model(self.setup.full_model, self.setup.model_class, args)
         return self.setup.trainer_class(
             model=model,

@@ -18,12 +18,12 @@ from .adapters import load_adapter_
 from .base import BASE_MANIFEST, load_base
 from .callbacks import QuantizedBaseCallback, audit_model
 from .config import FederatedConfig
-from .messages import ClientTask, ClientUpdate, decode_message, encode_message
+from .messages import ClientFailure, ClientTask, ClientUpdate, decode_message, encode_message
 from .owner import Owner, OwnerSetup
 from .partition import partition_dataset
 from .quantization import FULL_PRECISION
 from .report import RoundReporter
-from .server import FederatedServer
+from .server import FederatedServer, TrainClients
 from .store import FEDERATION_DIR, RoundStore
 
 
@@ -34,7 +34,8 @@ _TIMINGS = ("_runtime", "_samples_per_second", "_steps_per_second", "model_prepa
 class FederatedMixin:
     """Makes a `Trainer` subclass federated: `class FederatedSFTTrainer(FederatedMixin, SFTTrainer)`.
 
-    `train_dataset` is a `datasets.Dataset`, partitioned by `args.partition`, or a mapping of client ids to datasets.
+    `train_dataset` is a `datasets.Dataset`, partitioned by `args.partition`, or a mapping of client ids to datasets; an
+    empty one where the clients are elsewhere (see [`train_remotely`]).
     `model` is a base (a directory written by `export_base`, or a quantized model), or the path or Hub id of the owner's
     full model: then, and where `args.full_model` is set, a spawned process plays the owner (see [`Owner`]).
     `peft_config` describes the adapter, unless `model` is a PeftModel already. `owner_dataset` holds rows of the
@@ -70,7 +71,8 @@ class FederatedMixin:
         self.owner: Owner | None = None
         self.server: FederatedServer | None = None
         self.raw_datasets = self._partition(train_dataset, args)
-        args.check_clients(len(self.raw_datasets))
+        if self.raw_datasets:
+            args.check_clients(len(self.raw_datasets))
         self.eval_rows = eval_dataset
         setup = OwnerSetup(
             full_model=args.full_model or "",
@@ -98,7 +100,7 @@ class FederatedMixin:
             model,
             args,
             data_collator,
-            next(iter(self.raw_datasets.values())),
+            next(iter(self.raw_datasets.values()), None),
             eval_dataset,
             callbacks=[self.guard, *(callbacks or [])],
             **kwargs,
@@ -131,6 +133,8 @@ class FederatedMixin:
         Raises:
             ValueError: if `output_dir` holds a federation and neither resuming nor overwriting was asked for.
         """
+        if not self.client_datasets:
+            raise ValueError("There are no clients here: `train_dataset` is empty. Use `train_remotely`.")
         # What lives long is frozen, else the `gc.collect()` in accelerate's `free_memory` walks all of it in every run.
         gc.collect()
         gc.freeze()
@@ -138,9 +142,23 @@ class FederatedMixin:
             if not self.is_world_process_zero():
                 self._follow()
                 return TrainOutput(0, 0.0, {})
-            return self._lead(bool(resume_from_checkpoint))
+            num_examples = {client: len(rows) for client, rows in self.client_datasets.items()}
+            return self._lead(num_examples, self._train_clients, bool(resume_from_checkpoint))
         finally:
             gc.unfreeze()
+
+    def train_remotely(
+        self,
+        train_clients: TrainClients,
+        num_examples: Mapping[str, int | None],
+        resume_from_checkpoint: bool | str | None = None,
+    ) -> TrainOutput:
+        """[`train`] with clients elsewhere: `num_examples` maps each to its number of rows, `train_clients` reaches them.
+
+        Raises:
+            ValueError: as [`train`].
+        """
+        return self._lead(num_examples, train_clients, bool(resume_from_checkpoint))
 
     def train_client(self, task: ClientTask) -> ClientUpdate:
         """One client's local run: from the task's proxy, on the client's rows, by the parent's `train()`.
@@ -197,7 +215,7 @@ class FederatedMixin:
             store.output_dir.mkdir(parents=True, exist_ok=True)
             store.publish(adapter, self.model.peft_config["default"])
 
-    def _lead(self, resume: bool) -> TrainOutput:
+    def _lead(self, num_examples: Mapping[str, int | None], train_clients: TrainClients, resume: bool) -> TrainOutput:
         adapter = dict(self.guard.initial)
         if self.owner is not None:
             own = self.owner.initial_adapter()
@@ -209,14 +227,20 @@ class FederatedMixin:
             self.args,
             adapter,
             self.model.peft_config["default"],
-            {client: len(rows) for client, rows in self.client_datasets.items()},
+            num_examples,
             self.guard.fingerprint,
             owner=self.owner,
             evaluate_proxy=self._evaluate_together if self.eval_dataset is not None else None,
             on_round=reporter.on_round,
         )
+
+        def train_and_report(tasks: list[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
+            for answer in train_clients(tasks):
+                yield answer
+                reporter.on_client(answer.client_id)
+
         with reporter:
-            records = self.server.run(lambda tasks: self._train_clients(tasks, reporter), resume)
+            records = self.server.run(train_and_report, resume)
             self._share("stop")
             self.guard.prove_base_unmoved()
             reference = None
@@ -231,11 +255,10 @@ class FederatedMixin:
         loss = sum(losses) / len(losses) if losses else float("nan")
         return TrainOutput(len(records) - 1, loss, records[-1]["metrics"].get("server", {}))
 
-    def _train_clients(self, tasks: list[ClientTask], reporter: RoundReporter) -> Iterator[ClientUpdate]:
+    def _train_clients(self, tasks: list[ClientTask]) -> Iterator[ClientUpdate]:
         for task in tasks:
             self._share("train", task.to_bytes())
             yield self.train_client(task)
-            reporter.on_client(task.client_id)
 
     def _evaluate_together(self, adapter: Mapping[str, torch.Tensor]) -> dict[str, float]:
         self._share("evaluate", encode_message("adapter", {}, adapter))
@@ -269,8 +292,8 @@ class FederatedMixin:
             datasets = partition_dataset(
                 train_dataset, args.partition, args.num_clients, args.dirichlet_alpha, args.dirichlet_column, args.seed
             )
-        if not datasets:
-            raise ValueError("There are no clients: `train_dataset` is empty.")
+            if not datasets:
+                raise ValueError("There are no clients: `train_dataset` is empty.")
         return datasets
 
     def _check_clients(self) -> None:
