@@ -169,7 +169,7 @@ def encode_message(kind: str, header: dict[str, Any], payload: Payload) -> bytes
     Equal messages make equal bytes.
 
     Raises:
-        ValueError: for a plain tensor that is not floating point, or two tensors that would be stored under one name.
+        ValueError: for a plain tensor of another dtype than a message can hold, or two tensors that would be stored under one name.
     """
     tensors: dict[str, torch.Tensor] = {}
     quantized = {}
@@ -248,8 +248,10 @@ def _restore_quantized(
 
 def _check_plain(tensors: Mapping[str, torch.Tensor], kind: str) -> None:
     for key, tensor in tensors.items():
-        if tensor.dtype not in _FLOATS:
-            raise ValueError(f"The {kind}'s `{key}` is of {tensor.dtype}; expected float64, 32, 16 or bfloat16.")
+        if tensor.dtype not in (*_FLOATS, torch.uint8):  # bytes are what compressed updates are made of
+            raise ValueError(
+                f"The {kind}'s `{key}` is of {tensor.dtype}; expected float64, 32, 16, bfloat16 or uint8."
+            )
 
 
 def _digest(body: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:

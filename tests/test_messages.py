@@ -71,7 +71,7 @@ def test_task_without_broadcast_is_not_a_task_with_an_empty_proxy():
         assert ClientTask.from_bytes(replace(make_task(), proxy=proxy).to_bytes()).proxy == proxy
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8])
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3), (2, 3), (2, 1, 3)])
 def test_update_comes_back_equal(dtype, shape):
     update = make_update(delta={"w": torch.ones(shape, dtype=dtype), "q": quantize(torch.ones(shape), 3, 4)})
@@ -290,7 +290,7 @@ def encode_with_tensors(quantized: dict, tensors: dict[str, torch.Tensor]) -> by
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
-def test_plain_tensor_that_is_no_float_is_refused_on_both_sides(dtype):
+def test_plain_tensor_of_another_dtype_is_refused_on_both_sides(dtype):
     tensor = torch.zeros(2).to(dtype)
     with pytest.raises(ValueError, match="`w` is of"):
         encode_message("update", {}, {"w": tensor})
