@@ -1,12 +1,72 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""From clients' updates to one mean update. Pure functions of mappings of tensors, in double precision."""
+"""From clients' updates to the server's mean update: the mean itself, and one entry for every rule."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
 
 import torch
+from peft import PeftConfig
+from safetensors import safe_open
 
-from .adapters import check_keys
+from .adapters import check_keys, lora_factors
+from .products import mean_of_products, stack_products, truncate_product
+from .robust import (
+    coordinate_median,
+    geometric_median_weights,
+    gram_matrix,
+    krum_weights,
+    norm_clipping_scales,
+    trimmed_mean,
+)
+from .rules import trainable_keys
+
+
+# Updates that are read side by side: the sum in double precision goes through memory once for all of them.
+_GROUP = 32
+# A piece of the sum and a piece of one update, in double precision, stay in the processor's second cache.
+_CHUNK = 2**15
+
+Update = Mapping[str, torch.Tensor]
+
+
+class TensorFile(Mapping[str, torch.Tensor]):
+    """An adapter or an update in a safetensors file, of which a tensor is read when it is asked for.
+
+    The file is open only while it is read, so that there may be more of them than file handles.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = path
+        with safe_open(path, "pt") as file:
+            self._keys = list(file.keys())
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        with safe_open(self.path, "pt") as file:
+            return file.get_tensor(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+@dataclass(frozen=True, slots=True)
+class AggregationResult:
+    """What a round's updates come to.
+
+    `delta` is for the server's optimizer; tensors that this round did not train are absent. `residual` holds, under the
+    adapter's keys, the factors of what the adapter's rank can't hold (`exact`, `stack`): the server keeps it, hands it to
+    the next round's [`aggregate`] and merges it ([`join_residual`]), and never sends it. `report` is for the round's record.
+    """
+
+    delta: dict[str, torch.Tensor]
+    residual: dict[str, torch.Tensor] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
 
 
 def normalize_weights(weights: Sequence[float]) -> list[float]:
@@ -26,30 +86,150 @@ def normalize_weights(weights: Sequence[float]) -> list[float]:
     return [share / total for share in shares]
 
 
-def average_updates(
-    updates: Iterable[Mapping[str, torch.Tensor]], weights: Sequence[float]
-) -> dict[str, torch.Tensor]:
+def average_updates(updates: Iterable[Update], weights: Sequence[float]) -> dict[str, torch.Tensor]:
     """The weighted mean of `updates`, tensor by tensor, float32: Δ̄ = Σ p_i Δ_i (FedAvg, arXiv 1602.05629).
 
-    One update at a time is read, so that with updates that are files, opened as they are iterated over, memory is flat in
-    their number: two adapters for the sum in double precision, and one tensor. Give them in a fixed order of clients: sums
-    are rounded, and the order of arrival must not show in the result.
+    With updates that are files ([`TensorFile`], or a generator of them) memory is flat in their number: the sum in double
+    precision, and 32 updates' views of one tensor. Give them in a fixed order of clients: sums are rounded, and the order of
+    arrival must not show in the result.
 
     Raises:
         ValueError: if updates differ in keys or shapes, or the weights fit neither their number nor [`normalize_weights`].
     """
-    shares = normalize_weights(weights)
+    return _sum_updates(updates, normalize_weights(weights))
+
+
+@torch.no_grad()
+def _sum_updates(
+    updates: Iterable[Update], shares: Sequence[float], keys: Sequence[str] | None = None
+) -> dict[str, torch.Tensor]:
+    iterator, done = iter(updates), 0
     sums: dict[str, torch.Tensor] = {}
-    for place, (update, share) in enumerate(zip(updates, shares, strict=True)):
+    buffer = torch.empty(_CHUNK, dtype=torch.float64)
+    while group := list(islice(iterator, _GROUP)):
         if not sums:
-            sums = {key: torch.zeros(update[key].shape, dtype=torch.float64) for key in update}
-        check_keys(update, sums, f"update of client {place}")
+            sums = {key: torch.zeros(group[0][key].shape, dtype=torch.float64) for key in keys or group[0]}
+        for place, update in enumerate(group, done):
+            if keys is None:
+                check_keys(update, sums, f"update of client {place}")
+        group_shares = shares[done : done + len(group)]
+        done += len(group)
+        if done > len(shares):
+            break
         for key, total in sums.items():
-            tensor = update[key]
-            if tensor.shape != total.shape:
-                raise ValueError(
-                    f"`{key}` of client {place} has shape {tuple(tensor.shape)}; the first client's has "
-                    f"{tuple(total.shape)}. Mixed ranks need a rule that supports them."
-                )
-            total.add_(tensor, alpha=share)
+            tensors = [update[key] for update in group]
+            for place, tensor in enumerate(tensors, done - len(group)):
+                _check_shape(key, tensor, total.shape, place)
+            chunks = [tensor.detach().reshape(-1).split(_CHUNK) for tensor in tensors]
+            for pieces in zip(total.view(-1).split(_CHUNK), *chunks, strict=True):
+                piece, wide = pieces[0], buffer[: len(pieces[0])]
+                for share, values in zip(group_shares, pieces[1:], strict=True):
+                    # Two vectorized passes in the cache; adding float32 to float64 in one is slower.
+                    piece.add_(wide.copy_(values), alpha=share)
+    if done != len(shares):
+        raise ValueError(f"{len(shares)} weights, but {'more' if done > len(shares) else done} updates.")
     return {key: sums.pop(key).float() for key in list(sums)}
+
+
+def _check_shape(key: str, tensor: torch.Tensor, shape: torch.Size, place: int) -> None:
+    if tensor.shape != shape:
+        raise ValueError(
+            f"`{key}` of client {place} has shape {tuple(tensor.shape)}; expected {tuple(shape)}. Bring updates of another "
+            "rank to the server's shapes with `pad_update`."
+        )
+
+
+def aggregate(
+    rule: str,
+    updates: Sequence[Update],
+    weights: Sequence[float],
+    *,
+    adapter: Update,
+    proxy: Update,
+    peft_config: PeftConfig,
+    round_number: int = 1,
+    residual: Update | None = None,
+    residual_rank: int = 64,
+    robust: str = "none",
+    num_attackers: int = 0,
+    mixed_ranks: bool = False,
+) -> AggregationResult:
+    """One round's aggregation by any rule, in the order of `updates`, which must not depend on who arrived first.
+
+    `updates` are Δ_i = θ_i − proxy in the server's shapes ([`pad_update`] for clients of lower rank), with the keys of
+    [`trainable_keys`]; they may be [`TensorFile`]s. `adapter` is the server's, `proxy` what the clients started from,
+    `residual` that of the round before, of which `residual_rank` columns per target are kept; `mixed_ranks` makes
+    `exact` order the factors for clients of lower rank. [`check_rule`] says which
+    options go together.
+
+    Raises:
+        ValueError: if there are no updates, they differ from the adapter, or are too few for the robust rule.
+    """
+    if not updates:
+        raise ValueError("There are no updates to aggregate; a round needs at least one.")
+    keys = trainable_keys(rule, round_number, adapter)
+    for place, update in enumerate(updates):
+        check_keys(update, keys, f"update of client {place}")
+    if robust in ("median", "trimmed_mean"):
+        mean = coordinate_median(updates) if robust == "median" else trimmed_mean(updates, num_attackers)
+        return AggregationResult(mean)
+    shares = normalize_weights(weights)
+    report = {}
+    if robust != "none":
+        shares = _judge(updates, shares, robust, num_attackers)
+        report["client_weights"] = shares
+    if rule in ("fedavg", "freeze_a", "alternate"):
+        return AggregationResult(_sum_updates(updates, shares), {}, report)
+    return _aggregate_products(
+        rule, updates, shares, report, adapter, proxy, peft_config, residual or {}, residual_rank, mixed_ranks
+    )
+
+
+def _judge(updates: Sequence[Update], shares: list[float], robust: str, num_attackers: int) -> list[float]:
+    """Each update's part in the mean by a robust rule; only norm clipping leaves a sum below 1."""
+    gram = gram_matrix(updates)
+    if robust == "geometric_median":
+        return geometric_median_weights(gram, shares)
+    if robust == "norm_clipping":
+        return [share * scale for share, scale in zip(shares, norm_clipping_scales(gram), strict=True)]
+    selected = 1 if robust == "krum" else len(updates) - num_attackers
+    return normalize_weights(krum_weights(gram, num_attackers, selected))
+
+
+def _aggregate_products(
+    rule: str,
+    updates: Sequence[Update],
+    shares: list[float],
+    report: dict[str, Any],
+    adapter: Update,
+    proxy: Update,
+    peft_config: PeftConfig,
+    residual: Update,
+    residual_rank: int,
+    mixed_ranks: bool,
+) -> AggregationResult:
+    others = set(adapter)
+    delta: dict[str, torch.Tensor] = {}
+    left_over: dict[str, torch.Tensor] = {}
+    squares = {"product": 0.0, "residual": 0.0, "dropped": 0.0}
+    for target in lora_factors(adapter, peft_config).values():
+        others -= {target.key_a, target.key_b}
+        step = mean_of_products(target, updates, shares, proxy)
+        if rule == "stack":
+            left, right = stack_products(step)
+            left_over |= {target.key_a: right.float(), target.key_b: left.float()}
+            continue
+        held = [tensors for tensors in (adapter, residual) if target.key_a in tensors]
+        products = [(t[target.key_b].double().flatten(1), t[target.key_a].double().flatten(1)) for t in held]
+        factors, rest, norms = truncate_product(
+            target, stack_products([*products, *step]), adapter, residual_rank, mixed_ranks
+        )
+        delta |= {key: factor - adapter[key] for key, factor in factors.items()}
+        left_over |= rest
+        for name, norm in norms.items():
+            squares[name] += (target.scale * norm) ** 2
+    if others:
+        delta |= _sum_updates(updates, shares, sorted(others))
+    if rule == "exact":
+        report |= {f"{name}_norm": math.sqrt(square) for name, square in squares.items()}
+    return AggregationResult(delta, left_over, report)

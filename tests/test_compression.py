@@ -1,0 +1,127 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""Compressed updates: what arrives, what it costs on the wire, and that feedback lets nothing be lost for good."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedlpp_hf.compression import compress_update, decode_gaps, decompress_update, encode_gaps
+from fedlpp_hf.messages import ClientUpdate
+from fedlpp_hf.quantization import QuantizedTensor
+
+
+def random_update(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "q.lora_A.weight": torch.randn(8, 96, generator=generator),
+        "q.lora_B.weight": torch.randn(64, 8, generator=generator) * 1e-3,
+        "bias": torch.randn(1, generator=generator),
+    }
+
+
+def message(payload) -> ClientUpdate:
+    return ClientUpdate("f", 1, "c", "base", 1, payload)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.sets(st.integers(0, 5000)))
+def test_gaps_round_trip(places):
+    places = torch.tensor(sorted(places), dtype=torch.long)
+    assert torch.equal(decode_gaps(encode_gaps(places)), places)
+
+
+@pytest.mark.parametrize("place", [0, 254, 255, 256, 509, 510, 511])
+def test_gaps_at_the_escape(place):
+    places = torch.tensor([place])
+    assert torch.equal(decode_gaps(encode_gaps(places)), places)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8, 32])
+@pytest.mark.parametrize("density", [1.0, 0.1, 1e-6])
+def test_what_is_sent_and_the_error_are_the_update(bits, density):
+    update, memory = random_update(), {"q.lora_A.weight": torch.randn(8, 96)}
+    payload, error = compress_update(update, bits, 64, density, memory)
+    arrived = decompress_update(ClientUpdate.from_bytes(message(payload).to_bytes()).delta, update)
+    for key, tensor in update.items():
+        torch.testing.assert_close(arrived[key] + error[key], tensor + memory.get(key, 0))
+        if density < 1:
+            assert int((arrived[key] != 0).sum()) <= max(1, round(density * tensor.numel() + 0.5))
+    if bits == 32 and density == 1:
+        assert all(not error[key].any() for key in error)
+
+
+def test_top_k_keeps_the_largest():
+    update = random_update()
+    payload, _ = compress_update(update, density=0.1)
+    arrived = decompress_update(payload, update)
+    for key, tensor in update.items():
+        kept = arrived[key] != 0
+        assert torch.equal(arrived[key][kept], tensor[kept])
+        assert tensor[~kept].abs().max() <= tensor[kept].abs().min() if (~kept).any() else True
+
+
+def test_with_feedback_the_sum_arrives_and_without_it_does_not():
+    update, sent, lost, memory = random_update(), {}, {}, {}
+    rounds = 60
+    for _ in range(rounds):
+        payload, memory = compress_update(update, 2, 64, 0.05, memory)
+        for totals, part in ((sent, payload), (lost, compress_update(update, 2, 64, 0.05)[0])):
+            for key, tensor in decompress_update(part, update).items():
+                totals[key] = totals.get(key, 0) + tensor
+    for key in ("q.lora_A.weight", "q.lora_B.weight"):
+        error = [float((totals[key] / rounds - update[key]).norm() / update[key].norm()) for totals in (sent, lost)]
+        assert error[0] < 0.15 < 0.5 < error[1]
+
+
+def test_what_a_round_does_not_send_keeps_its_error():
+    update = random_update()
+    memory = {"q.lora_B.weight": torch.ones(64, 8)}
+    _, error = compress_update({"bias": update["bias"]}, 2, 64, 1.0, memory)
+    assert torch.equal(error["q.lora_B.weight"], memory["q.lora_B.weight"])
+
+
+def test_real_messages_shrink():
+    update = {"w": torch.randn(512, 512, generator=torch.Generator().manual_seed(0))}
+    whole = len(message(update).to_bytes())
+    # 4 bits and a scale per 256; one value in 100 with a byte for its place; the same with 4 bits per value.
+    for options, bits_per_value in (
+        ({"bits": 4}, 4.13),
+        ({"density": 0.01}, 0.41),
+        ({"bits": 4, "density": 0.01}, 0.13),
+    ):
+        size = len(message(compress_update(update, **options)[0]).to_bytes())
+        assert size == pytest.approx(whole * bits_per_value / 32, abs=700)
+
+
+@pytest.mark.parametrize("density", [0.0, 1.1, -0.5, float("nan")])
+def test_bad_densities_are_refused(density):
+    with pytest.raises(ValueError, match="density"):
+        compress_update(random_update(), density=density)
+
+
+def test_damaged_sparse_updates_are_refused():
+    update = {"w": torch.randn(10, 10)}
+    good, _ = compress_update(update, density=0.1)
+    gaps = good["w@gaps"].codes
+
+    def carry(codes):
+        return QuantizedTensor(codes, torch.ones(1), (len(codes),), 8, len(codes))
+
+    for damage, reason in (
+        ({"w@gaps": carry(torch.cat([gaps, gaps]))}, "values for"),
+        ({"w@gaps": carry(torch.full((200,), 255, dtype=torch.uint8))}, "values for"),
+        ({"w@gaps": carry(torch.cat([torch.full((1,), 254, dtype=torch.uint8), gaps[1:]]))}, "below 100"),
+        ({"w@gaps": gaps.float()}, "malformed"),
+        ({"w@values": good["w@values"] * float("nan")}, "NaN"),
+        ({"w": update["w"]}, "twice"),
+        ({"v@values": torch.ones(1), "v@gaps": carry(gaps[:1])}, "unknown: v"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            decompress_update(good | damage, update)
+    with pytest.raises(ValueError, match="malformed"):
+        decompress_update({"w@values": good["w@values"]}, update)
+    with pytest.raises(ValueError, match="not its values"):
+        decompress_update({"w@gaps": carry(gaps)}, update)
+    with pytest.raises(ValueError, match="missing: w"):
+        decompress_update({}, update)
