@@ -49,6 +49,11 @@ def copy_adapter(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
     return {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in parameters.items()}
 
 
+def split_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Those of `tensors` whose key begins with `prefix`, without it."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
 @torch.no_grad()
 def load_adapter_(parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
     """Copy `tensors` into live parameters, all or none.

@@ -2,6 +2,7 @@
 """Configuration of a federation: one dataclass on top of `TrainingArguments`, from a YAML file and the command line."""
 
 import difflib
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -10,8 +11,10 @@ from typing import Any
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from .quantization import FULL_PRECISION, check_bits
+from .rules import check_rule
 
 
 def check_bits_or_full(bits: int, option: str) -> None:
@@ -97,6 +100,63 @@ class FederatedConfig(TrainingArguments):
     weighting: str = field(
         default="examples", metadata={"help": "Weight of an update in the mean: examples, or uniform."}
     )
+    aggregation: str = field(
+        default="fedavg",
+        metadata={
+            "help": "fedavg (mean of the factors), freeze_a, alternate, exact (mean of the products B·A), stack. "
+            "docs/aggregation.md has the table of what each does and does not."
+        },
+    )
+    residual_rank: int = field(
+        default=64, metadata={"help": "Rank of what `exact` keeps on the server because the adapter can't hold it."}
+    )
+    client_ranks: dict | str | None = field(
+        default=None,
+        metadata={"help": 'LoRA ranks of clients with a lower one than the server\'s, as {"client": rank}.'},
+    )
+    robust: str = field(
+        default="none",
+        metadata={"help": "none, norm_clipping, median, trimmed_mean, krum, multi_krum, geometric_median."},
+    )
+    num_attackers: int = field(
+        default=0, metadata={"help": "Attackers in a round that a robust rule shall withstand."}
+    )
+    max_update_norm: float | None = field(
+        default=None, metadata={"help": "The server rejects an update that is longer than this."}
+    )
+    clip_update_norm: float | None = field(
+        default=None, metadata={"help": "Clients scale an update that is longer than this down to it."}
+    )
+    fedprox_mu: float = field(default=0.0, metadata={"help": "Weight of FedProx's pull towards the proxy."})
+    scaffold: bool = field(
+        default=False,
+        metadata={"help": "Correct clients' drift (SCAFFOLD). It needs plain SGD as the local optimizer."},
+    )
+    update_bits: int = field(
+        default=32, metadata={"help": "Bits of the updates that clients send. 32: full precision."}
+    )
+    update_density: float = field(
+        default=1.0, metadata={"help": "Share of values that clients send of each tensor, those of largest magnitude."}
+    )
+    error_feedback: bool = field(
+        default=True, metadata={"help": "Clients add what compression took from an update to their next one."}
+    )
+    over_sample: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of clients asked beyond clients_per_round; the round closes when enough have answered."
+        },
+    )
+    round_attempts: int = field(
+        default=1, metadata={"help": "How often a round with fewer than min_clients updates is tried before it fails."}
+    )
+
+    server_optimizer: str = field(default="sgd", metadata={"help": "sgd, adam, yogi or adagrad (FedOpt)."})
+    server_beta1: float = field(
+        default=0.9, metadata={"help": "First-moment decay of the adaptive server optimizers."}
+    )
+    server_beta2: float = field(default=0.99, metadata={"help": "Second-moment decay of adam and yogi on the server."})
+    server_tau: float = field(default=1e-3, metadata={"help": "Adaptivity of the adaptive server optimizers."})
     server_learning_rate: float = field(
         default=1.0,
         metadata={"help": "Step of the server along the mean update. 1 with momentum 0 is the paper's rule."},
@@ -132,10 +192,20 @@ class FederatedConfig(TrainingArguments):
             )
         self.save_strategy = "no"
         self.load_best_model_at_end = False
-        for option in ("base_bits", "embedding_bits", "adapter_bits"):
+        for option in ("base_bits", "embedding_bits", "adapter_bits", "update_bits"):
             check_bits_or_full(getattr(self, option), option)
         self._check_positive("num_rounds", "min_clients", "base_block_size", "adapter_block_size", "dirichlet_alpha")
-        self._check_positive("num_clients", "clients_per_round", optional=True)
+        self._check_positive("round_attempts", "residual_rank")
+        self._check_positive("num_clients", "clients_per_round", "max_update_norm", "clip_update_norm", optional=True)
+        if isinstance(self.client_ranks, str):
+            self.client_ranks = json.loads(self.client_ranks)
+        if self.over_sample and self.clients_per_round is None:
+            raise ValueError(f"over_sample={self.over_sample} needs clients_per_round: all clients are asked already.")
+        if self.scaffold and (self.optim not in ("sgd", OptimizerNames.SGD) or self.clip_update_norm):
+            raise ValueError(
+                f"scaffold=True with optim={str(self.optim)!r}; its correction is one of plain SGD's steps, unclipped. "
+                "Set optim='sgd' and leave clip_update_norm out."
+            )
         self._check_choice("weighting", ("examples", "uniform"))
         self._check_choice("learning_rate_horizon", ("round", "federation"))
         if self.num_clients is None and self.partition in ("iid", "dirichlet"):
@@ -149,6 +219,20 @@ class FederatedConfig(TrainingArguments):
             raise ValueError(
                 f"broadcast={self.broadcast!r}; expected every_round, never, or a positive number of rounds."
             )
+
+        check_rule(
+            self.aggregation,
+            robust=self.robust,
+            num_attackers=self.num_attackers,
+            clients_per_round=self.clients_per_round or self.num_clients,
+            weighting=self.weighting,
+            server_optimizer=self.server_optimizer,
+            server_learning_rate=self.server_learning_rate,
+            server_momentum=self.server_momentum,
+            broadcast=self.broadcast,
+            num_rounds=self.num_rounds,
+            fit_server_step=self.fit_server_step,
+        )
 
     def check_clients(self, num_clients: int) -> None:
         """Refuse rounds that want more clients than there are.

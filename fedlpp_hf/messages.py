@@ -10,7 +10,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -32,11 +32,31 @@ Payload = Mapping[str, torch.Tensor | QuantizedTensor]
 
 
 @dataclass(frozen=True, slots=True)
+class LocalOptions:
+    """How a client trains and what it sends, as far as that is the server's to say. Zero turns an option off.
+
+    `rule` says which factors are trained (see [`trainable_factors`]); `rank` is the client's own, lower one; `proximal_mu` is
+    FedProx's; `clip_norm` bounds the update; the rest is for [`compress_update`]. `scaffold` comes with a control in the task.
+    """
+
+    rule: str = "fedavg"
+    rank: int = 0
+    proximal_mu: float = 0.0
+    scaffold: bool = False
+    clip_norm: float = 0.0
+    update_bits: int = 32
+    update_block_size: int = 256
+    update_density: float = 1.0
+    error_feedback: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ClientTask:
     """Server → client: what to start from and how to train in one round.
 
     `proxy` is the quantized adapter by key (plain tensors where the federation runs unquantized), or None where nothing
-    is broadcast and the client starts from its untouched base. `round` counts from 0.
+    is broadcast and the client starts from its untouched base. `round` counts from 1. `control` is SCAFFOLD's, quantized
+    like the proxy.
     """
 
     federation_id: str
@@ -46,10 +66,13 @@ class ClientTask:
     seed: int
     base_fingerprint: str
     proxy: Payload | None
+    options: LocalOptions = LocalOptions()
+    control: Payload = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         header = {name: getattr(self, name) for name in _TASK_TYPES} | {"broadcast": self.proxy is not None}
-        return encode_message("task", header, self.proxy or {})
+        payload = dict(self.proxy or {}) | {_CONTROL + key: value for key, value in self.control.items()}
+        return encode_message("task", header | {"options": asdict(self.options)}, payload)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "ClientTask":
@@ -59,7 +82,19 @@ class ClientTask:
         """
         header, payload = decode_message("task", data)
         values = _read_fields(header, _TASK_TYPES, "task")
-        return cls(**values, proxy=payload if header.get("broadcast") else None)
+        options = header.get("options")
+        if not isinstance(options, dict) or options.keys() != _OPTION_TYPES.keys():
+            raise ValueError(
+                f"The task's `options` are {options!r:.100}; expected those of this version of fedlpp_hf."
+            )
+        proxy = {key: value for key, value in payload.items() if not key.startswith(_CONTROL)}
+        control = {key.removeprefix(_CONTROL): value for key, value in payload.items() if key.startswith(_CONTROL)}
+        return cls(
+            **values,
+            proxy=proxy if header.get("broadcast") else None,
+            options=LocalOptions(**_read_fields(options, _OPTION_TYPES, "task's options")),
+            control=control,
+        )
 
     def proxy_tensors(self) -> dict[str, torch.Tensor] | None:
         """The proxy as float32 tensors."""
@@ -115,6 +150,8 @@ _TASK_TYPES: dict[str, type] = {
     "seed": int,
     "base_fingerprint": str,
 }
+_OPTION_TYPES: dict[str, type] = {entry.name: type(entry.default) for entry in fields(LocalOptions)}
+_CONTROL = "control:"
 _UPDATE_TYPES: dict[str, type] = {
     "federation_id": str,
     "round": int,

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from peft import PeftConfig
 
-from .adapters import load_adapter_
+from .adapters import load_adapter_, split_tensors
 from .base import export_base
 from .config import FederatedConfig
 from .merge import merge_adapter
 from .messages import decode_message, encode_message
+from .products import join_residual
 from .quantization import FULL_PRECISION
 
 
@@ -95,9 +96,14 @@ class Owner:
         """The adapter as it starts on the full model: LoRA at its init, `modules_to_save` as the full model has them."""
         return self._ask("initial_adapter")[1]
 
-    def evaluate(self, adapter: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """Metrics of W + θ on the evaluation dataset."""
-        return self._ask("evaluate", adapter)[0]
+    def evaluate(
+        self, adapter: Mapping[str, torch.Tensor], residual: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, float]:
+        """Metrics of W + θ on the evaluation dataset; `residual` is what θ's rank could not hold."""
+        tensors = {f"adapter:{key}": value for key, value in adapter.items()}
+        return self._ask("evaluate", tensors | {f"residual:{key}": value for key, value in (residual or {}).items()})[
+            0
+        ]
 
     def fit_step(self, adapter: Mapping[str, torch.Tensor], delta: Mapping[str, torch.Tensor]) -> float:
         """The η of [`STEP_GRID`] for which W + θ + η·Δ has the least loss on the owner's own data."""
@@ -193,16 +199,28 @@ class _Desk:
         return {}, self.trainer.guard.initial
 
     def evaluate(self, tensors):
-        load_adapter_(self.trainer.guard.parameters, tensors)
-        return self.trainer.evaluate_metrics(), {}
+        adapter, residual = split_tensors(tensors, "adapter:"), split_tensors(tensors, "residual:")
+        parameters = self.trainer.guard.parameters
+        load_adapter_(parameters, adapter)
+        if not residual:
+            return self.trainer.evaluate_metrics(), {}
+        joined, _ = join_residual(adapter, residual, self.trainer.model.peft_config["default"])
+        small = {key: parameter.data for key, parameter in parameters.items()}
+        try:
+            for key, parameter in parameters.items():
+                parameter.data = joined[key].to(parameter)  # LoRA's layers multiply factors of any rank
+            return self.trainer.evaluate_metrics(), {}
+        finally:
+            for key, parameter in parameters.items():
+                parameter.data = small[key]
 
     def fit_step(self, tensors):
         if self.setup.owner_dataset is None:
             raise ValueError("fit_server_step=True needs rows of the owner's own; pass `owner_dataset`.")
-        adapter = {key.removeprefix("adapter:"): value for key, value in tensors.items() if key.startswith("adapter:")}
+        adapter, delta = split_tensors(tensors, "adapter:"), split_tensors(tensors, "delta:")
         losses = {}
         for step in STEP_GRID:
-            moved = {key: value + step * tensors[f"delta:{key}"] for key, value in adapter.items()}
+            moved = {key: value + step * delta[key] if key in delta else value for key, value in adapter.items()}
             load_adapter_(self.trainer.guard.parameters, moved)
             losses[step] = self.trainer.evaluate_metrics(self.trainer.client_datasets["owner"])["eval_loss"]
         return {"step": min(losses, key=losses.__getitem__)}, {}

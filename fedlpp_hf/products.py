@@ -133,20 +133,35 @@ def join_residual(
 
     The configuration that comes with it gives each target its rank and the α that keeps its scale.
     """
-    joined, config = dict(adapter), copy.deepcopy(peft_config)
-    config.rank_pattern, config.alpha_pattern = {}, {}
-    for module, target in lora_factors(adapter, peft_config).items():
+    joined, targets = dict(adapter), lora_factors(adapter, peft_config)
+    for target in targets.values():
         if target.key_a in residual:
             for key, dim in ((target.key_a, 0), (target.key_b, 1)):
                 old = adapter[key]
                 extra = residual[key].view(*(-1 if place == dim else n for place, n in enumerate(old.shape)))
                 joined[key] = torch.cat([old, extra], dim)
-        rank = len(joined[target.key_a])
+    ranks = {module: len(joined[target.key_a]) for module, target in targets.items()}
+    return joined, _with_ranks(peft_config, targets, ranks)
+
+
+def lower_rank(adapter: Tensors, peft_config: PeftConfig, rank: int) -> PeftConfig:
+    """The configuration of a client whose rank is at most `rank`, with the server's scale at each target."""
+    targets = lora_factors(adapter, peft_config)
+    ranks = {module: min(rank, _rank(peft_config, module)) for module in targets}
+    return _with_ranks(peft_config, targets, ranks)
+
+
+def _with_ranks(peft_config: PeftConfig, targets: Mapping[str, LoraFactors], ranks: Mapping[str, int]) -> PeftConfig:
+    config = copy.deepcopy(peft_config)
+    config.rank_pattern, config.alpha_pattern = {}, {}
+    for module, target in targets.items():
         # PEFT takes patterns for regular expressions that may match the end of a name.
         pattern = f"^{re.escape(module)}"
-        config.rank_pattern[pattern] = rank
-        config.alpha_pattern[pattern] = target.scale * (math.sqrt(rank) if config.use_rslora else rank)
-    return joined, config
+        config.rank_pattern[pattern] = ranks[module]
+        config.alpha_pattern[pattern] = target.scale * (
+            math.sqrt(ranks[module]) if config.use_rslora else ranks[module]
+        )
+    return config
 
 
 def truncate_adapter(

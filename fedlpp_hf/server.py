@@ -2,9 +2,11 @@
 """The server: the only round loop. It touches adapters only; no parameter of it could take a model."""
 
 import json
+import math
 import secrets
 import time
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -14,17 +16,22 @@ import torch
 from peft import PeftConfig
 
 from .adapters import check_tensors
-from .aggregation import average_updates
+from .aggregation import aggregate, average_updates
+from .compression import decompress_update
 from .config import FederatedConfig
-from .messages import ClientFailure, ClientTask, ClientUpdate, Payload, restore_tensors
+from .corrections import check_norm, update_server_control
+from .messages import ClientFailure, ClientTask, ClientUpdate, LocalOptions, Payload, restore_tensors
 from .optimizers import ServerOptimizer
+from .products import join_residual, lower_rank, pad_update, truncate_adapter
 from .quantization import FULL_PRECISION, quantize_tensors
+from .rules import check_rule, trainable_keys
 from .store import RoundStore
 
 
 if TYPE_CHECKING:  # the server must not import what can open a model
     from .owner import Owner
 
+_Accepted = tuple[ClientUpdate, dict[str, torch.Tensor]]  # as it came, and its Δ in the server's shapes
 TrainClients = Callable[[list[ClientTask]], Iterable[ClientUpdate | ClientFailure]]
 
 # What may differ between a run and its resumption without changing what is computed.
@@ -56,6 +63,7 @@ class FederatedServer:
         on_round: Callable[[dict[str, Any]], None] | None = None,
     ):
         args.check_clients(len(num_examples))
+        check_rule(args.aggregation, broadcast=args.broadcast, num_rounds=args.num_rounds, peft_config=peft_config)
         self.args = args
         self.adapter = dict(adapter)
         self.peft_config = peft_config
@@ -66,10 +74,12 @@ class FederatedServer:
         self.on_round = on_round
         self.store = RoundStore(args.output_dir)
         self.optimizer = ServerOptimizer("sgd", learning_rate=args.server_learning_rate, momentum=args.server_momentum)
+        self.residual: dict[str, torch.Tensor] = {}
         self.federation_id = ""
         self._anchor: dict[str, torch.Tensor] = {}
         self._anchor_state: dict[str, torch.Tensor] = {}
         self._optimizer_state: dict[str, torch.Tensor] = {}
+        self._control: dict[str, torch.Tensor] = {}
         self._window: dict[str, torch.Tensor] = {}
         self._window_rounds = 0
 
@@ -83,15 +93,29 @@ class FederatedServer:
         done = self._resume() if resume else self._begin()
         for number in range(done + 1, self.args.num_rounds + 1):
             self._run_round(number, train_clients)
-        self.store.publish(self.adapter, self.peft_config)
+        self.store.publish(*self.merged_adapter())
         return self.store.records()
 
-    def sample_clients(self, number: int) -> list[str]:
-        """The clients of round `number`, uniform without replacement, a function of (seed, round) alone."""
+    def sample_clients(self, number: int, attempt: int = 0) -> list[str]:
+        """The clients of a round, uniform without replacement, a function of (seed, round, attempt) alone."""
         clients = list(self.num_examples)
-        count = self.args.clients_per_round or len(clients)
-        generator = np.random.default_rng([self.args.seed, number])
+        count = len(clients)
+        if self.args.clients_per_round is not None:
+            count = min(count, math.ceil(self.args.clients_per_round * (1 + self.args.over_sample)))
+        generator = np.random.default_rng([self.args.seed, number] + [attempt] * bool(attempt))
         return [clients[index] for index in sorted(generator.choice(len(clients), count, replace=False))]
+
+    def rank_of(self, client: str, number: int) -> int:
+        """A client's LoRA rank in a round where it is lower than the server's, else 0. Override it to change over rounds."""
+        return int((self.args.client_ranks or {}).get(client, 0))
+
+    def merged_adapter(self) -> tuple[dict[str, torch.Tensor], PeftConfig]:
+        """The server's whole update as one plain adapter: what the adapter's rank can't hold makes its rank larger."""
+        return (
+            join_residual(self.adapter, self.residual, self.peft_config)
+            if self.residual
+            else (self.adapter, self.peft_config)
+        )
 
     def make_proxy(self, adapter: Mapping[str, torch.Tensor]) -> Payload:
         """The adapter as clients are sent it."""
@@ -126,11 +150,12 @@ class FederatedServer:
         adapter, state = self.store.load(done)
         check_tensors(adapter, self.adapter)
         self.adapter = adapter
-        groups: dict[str, dict[str, torch.Tensor]] = {"anchor": {}, "anchor_state": {}, "optimizer": {}, "window": {}}
+        groups: defaultdict[str, dict[str, torch.Tensor]] = defaultdict(dict)
         for key, value in state.items():
             if key != "window_rounds":
                 group, name = key.split(":", 1)
                 groups[group][name] = value
+        self.residual, self._control = groups["residual"], groups["control"]
         self._optimizer_state = groups["optimizer"]
         self._window, self._window_rounds = groups["window"], int(state["window_rounds"])
         self._anchor, self._anchor_state = groups["anchor"] or adapter, groups["anchor_state"]
@@ -146,57 +171,108 @@ class FederatedServer:
         if interval is not None and (number - 1) % interval == 0:
             self._start_window()
         proxy = None if interval is None else self.make_proxy(self._anchor)
-        tasks = {
-            client: ClientTask(
-                federation_id=self.federation_id,
-                round=number,
-                num_rounds=self.args.num_rounds,
-                client_id=client,
-                seed=_seed(self.args.seed, number, client),
-                base_fingerprint=self.base_fingerprint,
-                proxy=proxy,
-            )
-            for client in self.sample_clients(number)
-        }
-        updates, rejected = self._collect(tasks, train_clients(list(tasks.values())))
-        if len(updates) < self.args.min_clients:
+        control = self.make_proxy(self._control)
+        rejected: dict[str, str] = {}
+        for attempt in range(self.args.round_attempts):
+            tasks = {
+                client: self._make_task(number, client, proxy, control)
+                for client in self.sample_clients(number, attempt)
+            }
+            updates, refused = self._collect(tasks, train_clients(list(tasks.values())))
+            rejected |= refused
+            if len(updates) >= self.args.min_clients:
+                break
+        else:
             reasons = "; ".join(f"{client}: {reason}" for client, reason in rejected.items())
             raise RuntimeError(
                 f"Round {number} has {len(updates)} acceptable updates; min_clients={self.args.min_clients}. {reasons}. "
                 f"Rounds up to {number - 1} are committed: mend the cause and resume."
             )
-        weights = [update.num_examples if self.args.weighting == "examples" else 1.0 for update in updates.values()]
-        delta = average_updates([restore_tensors(update.delta) for update in updates.values()], weights)
+        report = self._step(number, updates, self._anchor if proxy is None else restore_tensors(proxy))
+        received = {client: update.metrics for client, (update, _) in updates.items()}
+        record = {
+            "clients": {
+                client: {"num_examples": updates[client][0].num_examples, **metrics}
+                for client, metrics in received.items()
+            },
+            "rejected": rejected,
+            "bytes_down": sum(len(task.to_bytes()) for task in tasks.values()),
+            "bytes_up": sum(len(update.to_bytes()) for update, _ in updates.values()),
+            "seconds": time.perf_counter() - began,
+            **report,
+        }
+        self._commit(number, record)
+
+    def _make_task(self, number: int, client: str, proxy: Payload | None, control: Payload) -> ClientTask:
+        args, rank = self.args, self.rank_of(client, number)
+        if rank and proxy is not None:
+            config = lower_rank(self.adapter, self.peft_config, rank)
+            proxy = self.make_proxy(truncate_adapter(self._anchor, self.peft_config, config))
+        return ClientTask(
+            federation_id=self.federation_id,
+            round=number,
+            num_rounds=args.num_rounds,
+            client_id=client,
+            seed=_seed(args.seed, number, client),
+            base_fingerprint=self.base_fingerprint,
+            proxy=proxy,
+            options=LocalOptions(
+                rule=args.aggregation,
+                rank=rank,
+                proximal_mu=args.fedprox_mu,
+                scaffold=args.scaffold,
+                clip_norm=args.clip_update_norm or 0.0,
+                update_bits=args.update_bits,
+                update_block_size=args.adapter_block_size,
+                update_density=args.update_density,
+                error_feedback=args.error_feedback,
+            ),
+            control=control,
+        )
+
+    def _step(
+        self, number: int, updates: Mapping[str, "_Accepted"], proxy: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        """Aggregate a round's updates, all taken at `proxy`, and move the server's adapter; returns what to record."""
+        args = self.args
+        result = aggregate(
+            args.aggregation,
+            [delta for _, delta in updates.values()],
+            [update.num_examples if args.weighting == "examples" else 1.0 for update, _ in updates.values()],
+            adapter=self._anchor,
+            proxy=proxy,
+            peft_config=self.peft_config,
+            round_number=number,
+            residual=self.residual,
+            residual_rank=args.residual_rank,
+            robust=args.robust,
+            num_attackers=args.num_attackers,
+            mixed_ranks=bool(args.client_ranks),
+        )
+        self.residual = result.residual
+        if args.scaffold:
+            plain = average_updates([delta for _, delta in updates.values()], [1.0] * len(updates))
+            steps = max(int(update.metrics["steps"]) for update, _ in updates.values())
+            share = len(updates) / len(self.num_examples)
+            self._control = update_server_control(self._control, plain, steps, args.learning_rate, share)
         # Every Δ of a window is taken at the same proxy, so its rounds are averaged, not summed.
-        self._window = {key: self._window.get(key, 0) + value.double() for key, value in delta.items()}
+        self._window = {key: self._window.get(key, 0) + value.double() for key, value in result.delta.items()}
         self._window_rounds += 1
         mean = {key: (value / self._window_rounds).float() for key, value in self._window.items()}
-        step = {}
-        if self.args.fit_server_step and self.owner is not None:
-            step["server_step"] = self.owner.fit_step(self._anchor, mean)
-            mean = {key: step["server_step"] * value for key, value in mean.items()}
+        report = dict(result.report)
+        if args.fit_server_step and self.owner is not None:
+            report["server_step"] = self.owner.fit_step(self._anchor, mean)
+            mean = {key: report["server_step"] * value for key, value in mean.items()}
         self.adapter, self._optimizer_state = self.optimizer.step(self._anchor, mean, self._anchor_state)
-        self._commit(
-            number,
-            {
-                "clients": {
-                    client: {"num_examples": update.num_examples, **update.metrics}
-                    for client, update in updates.items()
-                },
-                "rejected": rejected,
-                "bytes_down": sum(len(task.to_bytes()) for task in tasks.values()),
-                "bytes_up": sum(len(update.to_bytes()) for update in updates.values()),
-                "seconds": time.perf_counter() - began,
-                **step,
-            },
-        )
+        return report
 
     def _collect(
         self, tasks: Mapping[str, ClientTask], answers: Iterable[ClientUpdate | ClientFailure]
-    ) -> tuple[dict[str, ClientUpdate], dict[str, str]]:
+    ) -> tuple[dict[str, "_Accepted"], dict[str, str]]:
         """Acceptable updates in the order of the tasks, and the reason for every client without one."""
-        accepted: dict[str, ClientUpdate] = {}
+        accepted: dict[str, _Accepted] = {}
         rejected: dict[str, str] = {}
+        wanted = self.args.clients_per_round or len(tasks)
         for answer in answers:
             client = answer.client_id
             if client not in tasks:
@@ -207,32 +283,50 @@ class FederatedServer:
                 rejected[client] = "it answered twice"
             else:
                 try:
-                    self._check_update(answer, tasks[client])
-                    accepted[client] = answer
+                    accepted[client] = (answer, self._open_update(answer, tasks[client]))
                 except ValueError as error:
                     rejected[client] = str(error)
+            if len(accepted) == wanted < len(tasks):
+                break  # over-sampled: the round closes with those who were first
         for client in tasks:
             if client not in accepted and client not in rejected:
-                rejected[client] = "it did not answer"
+                rejected[client] = "the round closed without it" if len(accepted) == wanted else "it did not answer"
         return {client: accepted[client] for client in tasks if client in accepted}, rejected
 
-    def _check_update(self, update: ClientUpdate, task: ClientTask) -> None:
+    def _open_update(self, update: ClientUpdate, task: ClientTask) -> dict[str, torch.Tensor]:
+        """The update as tensors in the server's shapes.
+
+        Raises:
+            ValueError: for whatever makes it unacceptable.
+        """
         for name in ("federation_id", "round", "base_fingerprint"):
             if getattr(update, name) != getattr(task, name):
                 raise ValueError(f"its {name} is {getattr(update, name)!r}; the task's is {getattr(task, name)!r}")
         limit = self.num_examples.get(update.client_id)
         if update.num_examples < 1 or (limit is not None and update.num_examples > limit):
             raise ValueError(f"it claims {update.num_examples} examples; expected 1 to {limit or 'any number'}")
-        check_tensors(restore_tensors(update.delta), self.adapter, "update")
+        shapes = self.adapter
+        config = lower_rank(shapes, self.peft_config, task.options.rank) if task.options.rank else None
+        if config is not None:
+            shapes = truncate_adapter(shapes, self.peft_config, config)
+        trained = {key: shapes[key] for key in trainable_keys(self.args.aggregation, task.round, shapes)}
+        delta = decompress_update(update.delta, trained)
+        if config is not None:
+            delta = pad_update(delta, self.adapter, self.peft_config, config)
+        if self.args.max_update_norm is not None:
+            check_norm(delta, self.args.max_update_norm)
+        return delta
 
     def _commit(self, number: int, record: dict[str, Any]) -> None:
         metrics = {}
         if self.evaluate_proxy is not None and (number == 0 or self.args.broadcast_interval is not None):
             metrics["proxy"] = self.evaluate_proxy(restore_tensors(self.make_proxy(self.adapter)))
         if self.owner is not None:
-            metrics["server"] = self.owner.evaluate(self.adapter)
+            metrics["server"] = self.owner.evaluate(self.adapter, self.residual)
         state = {f"optimizer:{key}": value for key, value in self._optimizer_state.items()}
         state["window_rounds"] = torch.tensor(self._window_rounds)
+        for group, tensors in (("residual", self.residual), ("control", self._control)):
+            state |= {f"{group}:{key}": value for key, value in tensors.items()}
         if self.args.broadcast_interval != 1:  # else every round starts a window of its own
             for group, tensors in (
                 ("anchor", self._anchor),

@@ -125,13 +125,18 @@ class RoundStore:
         staging.rmdir()
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file that is there whole or not at all, whatever happens meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(data)
     _sync(temporary)
     os.replace(temporary, path)
     _sync(path.parent)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def _read_json(path: Path) -> dict[str, Any]:

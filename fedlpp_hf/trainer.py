@@ -1,6 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Trainers whose `train()` runs a federation, with one client's run as the primitive `train_client(task)`."""
 
+import copy
 import gc
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,7 +28,9 @@ from .server import FederatedServer, TrainClients
 from .store import FEDERATION_DIR, RoundStore
 
 
-MERGED_DIR = "_merged"  # the underscore keeps the full model out of `push_to_hub` of the adapter
+# The underscores keep these out of `push_to_hub` of the adapter.
+MERGED_DIR = "_merged"  # the full model with the server's adapter merged into it
+CLIENTS_DIR = "_clients"  # what simulated clients keep to themselves from round to round
 _TIMINGS = ("_runtime", "_samples_per_second", "_steps_per_second", "model_preparation_time")
 
 
@@ -89,11 +92,12 @@ class FederatedMixin:
             if peft_config is None:
                 raise ValueError("`peft_config` is missing: say which adapter to train, e.g. LoraConfig(r=8).")
             set_seed(args.seed)  # every client's untouched adapter must start at the same A
-            model = get_peft_model(model, peft_config)
+            model = get_peft_model(model, copy.deepcopy(peft_config))  # PEFT writes the base's path into it
         setup.peft_config = model.peft_config["default"]
         unquantized = args.base_bits == FULL_PRECISION
         audit_model(model, unquantized)
-        self.guard = QuantizedBaseCallback(allow_full_precision=unquantized)
+        memory_dir = Path(args.output_dir) / CLIENTS_DIR
+        self.guard = QuantizedBaseCallback(memory_dir=memory_dir, allow_full_precision=unquantized)
         # An empty list of trackers for the parent: a client's run would open and close them each time.
         report_to, args.report_to = args.report_to, []
         super().__init__(
@@ -173,7 +177,7 @@ class FederatedMixin:
         set_seed(task.seed)
         self.accelerator.dataloader_config.data_seed = task.seed
         self.optimizer = self.lr_scheduler = None
-        self.guard.task = task
+        self.guard.accept(task)
         federation = self.args.learning_rate_horizon == "federation"
         self._horizon = (task.round - 1, task.num_rounds) if federation else (0, 1)
         super().train()

@@ -137,8 +137,11 @@ class TestIdentities:
             {"broadcast": "2", "server_momentum": 0.5},
             {"broadcast": "never"},
             {"learning_rate_horizon": "federation", "adapter_bits": 2},
+            {"update_bits": 2, "update_density": 0.5, "server_optimizer": "adam", "server_learning_rate": 0.05},
+            {"scaffold": True, "optim": "sgd", "clients_per_round": 2},
+            {"aggregation": "exact", "residual_rank": 3, "client_ranks": {"site-1": 2}},
         ],
-        ids=["momentum", "every-2", "never", "horizon"],
+        ids=["momentum", "every-2", "never", "horizon", "compressed", "scaffold", "exact"],
     )
     def test_resumed_is_uninterrupted(self, llama_base, lora, tmp_path, options):
         options = {"num_rounds": 4, "max_steps": 1, **options}
