@@ -1,0 +1,222 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""The command `fedlpp-hf`: each subcommand is a function of the library with its arguments.
+
+A subcommand is one function that adds its parser, and one that runs it. What it needs is imported when it runs, so that
+`--help` does not wait for torch.
+"""
+
+import argparse
+import os
+import re
+import sys
+from typing import Any, NoReturn
+
+
+_EPILOG = "`fedlpp-hf COMMAND --help` has the options and examples of each command."
+_SIZE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a subcommand; errors of the user's input end in one line and exit code 2, ^C in exit code 130."""
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = vars(build_parser().parse_args([_underscored(argument) for argument in argv]))
+    run, show_traceback = arguments.pop("run"), arguments.pop("traceback")
+    try:
+        run(**arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        _end(130, "interrupted")
+    except BrokenPipeError:  # `| head` has seen enough; the interpreter's own flush must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, RuntimeError, OSError) as error:
+        if show_traceback:
+            raise
+        _end(2, f"error: {' '.join(str(error).split())}")
+
+
+def _end(code: int, message: str) -> NoReturn:
+    print(f"fedlpp-hf: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _underscored(argument: str) -> str:
+    """`--in-place` as `--in_place`: both are understood, as by transformers' own parsers."""
+    option, equals, value = argument.partition("=")
+    return option.replace("-", "_").replace("__", "--", 1) + equals + value if argument.startswith("--") else argument
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any):
+        # An abbreviation that is clear today is another option's tomorrow.
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        _end(2, f"error: {message}. See `{self.prog} --help`.")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command with all its subcommands."""
+    parser = _Parser(prog="fedlpp-hf", description="Federated LoRA on a quantized base.", epilog=_EPILOG)
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_quantize(commands)
+    _add_inspect(commands)
+    _add_merge(commands)
+    _add_undo_merge(commands)
+    return parser
+
+
+def _add_command(commands: Any, name: str, run: Any, summary: str, examples: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=f"{summary}.", epilog=f"examples:\n{examples}")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_quantize(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "quantize",
+        run_quantize,
+        "Export the quantized base that clients hold from the owner's full model",
+        "  fedlpp-hf quantize org/full-model base/                 4 bits, embeddings too\n"
+        "  fedlpp-hf quantize models/full base/ --bits 2           2 bits of information on stock 4-bit kernels\n"
+        "  fedlpp-hf quantize models/full base/ --bits ternary --block_size 128 --overwrite",
+    )
+    parser.add_argument("full_model", help="directory or Hub id of the full-precision model")
+    parser.add_argument("output_dir", help="directory of the base, which plain from_pretrained loads")
+    parser.add_argument("--bits", default=4, help="of the weights: 4 (default), 3, 2, 1 or ternary, 8")
+    parser.add_argument("--block_size", type=int, default=64, help="weights that share one scale (default 64)")
+    parser.add_argument("--double_quant", action="store_true", help="quantize the scales, too (QLoRA)")
+    parser.add_argument(
+        "--embedding_bits", default=4, help="of embeddings and heads (default 4); 32 gives them away in full precision"
+    )
+    parser.add_argument(
+        "--skip_modules", nargs="+", help="modules that stay floats (default: output embeddings and task heads)"
+    )
+    parser.add_argument("--model_class", help="class of transformers (default: the one that the configuration names)")
+    parser.add_argument("--revision", help="of the full model on the Hub")
+    parser.add_argument("--max_shard_size", type=_parse_size, default="2GB", help="of the base's files (default 2GB)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a base that is there already")
+
+
+def run_quantize(output_dir: str, model_class: str | None, **options: Any) -> None:
+    """`fedlpp-hf quantize`: [`~fedlpp_hf.export_base`], then what is in the base."""
+    from .base import export_base
+    from .inspection import describe_base
+
+    export_base(output_dir=output_dir, model_class=_find_class(model_class), **options)
+    print("\n".join(describe_base(output_dir)))
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "inspect",
+        run_inspect,
+        "Show what is in a base, an adapter or a federation, and how much of it leaves",
+        "  fedlpp-hf inspect base/ --verify       a base: what travels, what of it in full precision; check every file\n"
+        "  fedlpp-hf inspect adapter/ --tensors   an adapter: every tensor; the bytes of a broadcast at 1 to 32 bits\n"
+        "  fedlpp-hf inspect out/                 a federation: its rounds",
+    )
+    parser.add_argument("directory", help="a base, an adapter, or the output_dir of a federation")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    parser.add_argument("--verify", action="store_true", help="of a base: compare every file with its manifest")
+
+
+def run_inspect(directory: str, tensors: bool, verify: bool) -> None:
+    """`fedlpp-hf inspect`: print what a directory holds."""
+    from .inspection import describe_directory
+
+    print("\n".join(describe_directory(directory, tensors, verify)))
+
+
+def _add_merge(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "merge",
+        run_merge,
+        "Merge adapters into the full-precision model, shard by shard",
+        "  fedlpp-hf merge org/full-model out/ merged/ --verify\n"
+        "  fedlpp-hf merge models/full a/ b/ c/ merged/ --weights 3 1 1     the exact mean of their products B·A\n"
+        "  fedlpp-hf merge models/full out/ merged/ --base_dir base/        measure W - Q(W) against the update\n"
+        "  fedlpp-hf merge models/full out/ models/full --in_place          patch the files; fedlpp-hf undo-merge undoes",
+    )
+    parser.add_argument("full_model", help="directory or Hub id of the full-precision model")
+    parser.add_argument("adapter", nargs="+", help="PEFT directories or Hub ids, or a directory of clients' updates")
+    parser.add_argument("output_dir", help="directory of the merged model; with --in_place, the copy to patch")
+    parser.add_argument(
+        "--weights", nargs="+", type=float, help="of the adapters (default: equal; of updates: their examples)"
+    )
+    parser.add_argument(
+        "--target", choices=("full", "base"), default="full", help="merge into W (default), or into Q(W) of --base_dir"
+    )
+    parser.add_argument("--base_dir", help="the quantized base, to report how far it is from the full model")
+    parser.add_argument(
+        "--in_place", action="store_true", help="patch the files in OUTPUT_DIR, keeping what was there"
+    )
+    parser.add_argument("--verify", action="store_true", help="read the result back and compare all of it")
+    parser.add_argument(
+        "--delete_source_shards", action="store_true", help="of a model from the Hub, as soon as they are merged"
+    )
+    parser.add_argument("--model_class", help="class of transformers that the adapter was trained on")
+    parser.add_argument("--threads", type=int, help="that read, multiply and write (default: one per core)")
+    parser.add_argument("--device", default="cpu", help="that multiplies (default cpu)")
+    parser.add_argument("--no_sync", action="store_true", help="do not wait until the result is on disk")
+    parser.add_argument("--revision", help="of the full model on the Hub")
+    parser.add_argument("--layers", action="store_true", help="list the update of every layer")
+
+
+def run_merge(adapter: list[str], model_class: str | None, no_sync: bool, layers: bool, **options: Any) -> None:
+    """`fedlpp-hf merge`: [`~fedlpp_hf.merge_adapter`], then what it did."""
+    from .inspection import describe_merge
+    from .merge import merge_adapter
+
+    report = merge_adapter(
+        # One path may be a directory of updates, which has weights of its own.
+        adapter=adapter[0] if len(adapter) == 1 else adapter,
+        model_class=_find_class(model_class),
+        sync=not no_sync,
+        **options,
+    )
+    print("\n".join(describe_merge(report, layers)))
+
+
+def _add_undo_merge(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "undo-merge",
+        run_undo_merge,
+        "Put back what a merge in place changed",
+        "  fedlpp-hf undo-merge models/full",
+    )
+    parser.add_argument("directory", help="the model that was patched")
+
+
+def run_undo_merge(directory: str) -> None:
+    """`fedlpp-hf undo-merge`: [`~fedlpp_hf.merge.undo_merge_`]."""
+    from .merge import undo_merge_
+
+    undo_merge_(directory)
+    print(f"`{directory}` is what it was before the merge.")
+
+
+def _find_class(name: str | None) -> Any:
+    if name is None:
+        return None
+    import transformers
+
+    found = getattr(transformers, name, None)
+    if not hasattr(found, "from_pretrained"):
+        raise ValueError(f"transformers has no model class `{name}`; expected one like AutoModelForCausalLM.")
+    return found
+
+
+def _parse_size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([kmgt]?)b?", text.lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; expected bytes, or a number with kB, MB, GB or TB")
+    return int(float(match[1]) * _SIZE_UNITS[match[2]])
+
+
+if __name__ == "__main__":
+    main()
