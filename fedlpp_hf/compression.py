@@ -1,8 +1,8 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Compressed updates: w-bit blocks, top-k, or both, with feedback of the error. Pure functions of tensors.
 
-On the wire a dense tensor is one entry, as in a task: a tensor, or a [`QuantizedTensor`]. A sparse one is two: `<key>@gaps`,
-the distances between kept positions, and `<key>@values`, what is there. A byte below 255 skips that many positions and
+On the wire a dense tensor is one entry, as in a task: a tensor, or a [`QuantizedTensor`]. A sparse one is two: `<key>@gaps`
+uint8, the distances between kept positions, and `<key>@values`, what is there. A byte below 255 skips that many positions and
 keeps the next one; 255 skips 255 and keeps none. A kept value's place then costs 8 bits where one in ten is kept, 8.7 where
 one in 100 is (the entropies are 4.7 and 8.1), instead of an index's 32.
 """
@@ -54,7 +54,7 @@ def compress_update(
             flat = wanted.reshape(-1)
             count = max(math.ceil(density * flat.numel()), 1)
             places = flat.abs().topk(min(count, flat.numel())).indices.sort().values
-            payload[key + GAPS] = _carry(encode_gaps(places))
+            payload[key + GAPS] = encode_gaps(places)
             payload[key + VALUES] = _pack(flat[places], bits, block_size, key)
         sent = {name: payload[name] for name in (key, key + GAPS, key + VALUES) if name in payload}
         new_error[key] = wanted - decompress_update(sent, {key: wanted})[key]
@@ -94,16 +94,11 @@ def _pack(tensor: torch.Tensor, bits: int, block_size: int, key: str) -> torch.T
     return tensor if bits == FULL_PRECISION else quantize(tensor, bits, block_size, name=key)
 
 
-def _carry(gaps: torch.Tensor) -> QuantizedTensor:
-    # Messages carry floating point and codes, and nothing else. These are codes; their scale says nothing.
-    return QuantizedTensor(gaps, torch.ones(1), (len(gaps),), 8, len(gaps))
-
-
 def _scatter(key: str, values: torch.Tensor, payload: Payload, shape: torch.Size) -> torch.Tensor:
     gaps = payload.get(key + GAPS)
-    if not isinstance(gaps, QuantizedTensor) or gaps.bits != 8 or len(gaps.shape) != 1:
+    if not isinstance(gaps, torch.Tensor) or gaps.dtype != torch.uint8 or gaps.dim() != 1:
         raise ValueError(f"The update's `{key}` is sparse but its positions are missing or malformed.")
-    places = decode_gaps(gaps.codes)
+    places = decode_gaps(gaps)
     if values.shape != places.shape or (len(places) and int(places[-1]) >= shape.numel()):
         raise ValueError(
             f"The update's `{key}` has {values.numel()} values for {len(places)} positions up to "

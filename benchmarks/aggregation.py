@@ -1,0 +1,205 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""How fast updates become their mean: this library, a plain loop, `torch.stack`, Flower, and the floor, reading the files.
+
+    python -m benchmarks.aggregation --clients 12 100 --dtypes float32 bfloat16 --repeats 5
+
+Writes updates of a rank 16 adapter on all linear layers of an 8B Llama (41.9 M values) and has every method read and
+average them, in turn, from the page cache; for more clients than `--files` the files are taken again from the first. Prints
+medians as ratios to the floor, and the peak of anonymous memory above what the process held, in adapters of float32.
+`--layers` makes smaller adapters, `--others` adds rules that do more than average. Flower takes part where it is installed;
+it knows no bfloat16, and holds all updates and as many products at once.
+"""
+
+import argparse
+import gc
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors.numpy import load_file as load_arrays
+from safetensors.torch import load_file, save_file
+
+from fedlpp_hf.aggregation import TensorFile, aggregate, average_updates
+
+
+RANK = 16
+SIZES = {"q": (4096, 4096), "k": (4096, 1024), "v": (4096, 1024), "o": (4096, 4096)}
+SIZES |= {"gate": (4096, 14336), "up": (4096, 14336), "down": (14336, 4096)}
+
+
+def adapter_shapes(layers: int) -> dict[str, tuple[int, int]]:
+    shapes = {}
+    for layer in range(layers):
+        for name, (size_in, size_out) in SIZES.items():
+            prefix = f"base_model.model.model.layers.{layer}.{name}_proj"
+            shapes[f"{prefix}.lora_A.weight"] = (RANK, size_in)
+            shapes[f"{prefix}.lora_B.weight"] = (size_out, RANK)
+    return shapes
+
+
+def write_updates(directory: Path, count: int, layers: int, dtype: torch.dtype) -> list[Path]:
+    generator, paths = torch.Generator().manual_seed(0), []
+    for client in range(count):
+        paths.append(directory / f"update-{client}.safetensors")
+        tensors = {
+            key: torch.rand(shape, generator=generator).sub_(0.5).mul_(1e-3).to(dtype)
+            for key, shape in adapter_shapes(layers).items()
+        }
+        save_file(tensors, paths[-1])
+    return paths
+
+
+class MemoryPeak:
+    """The peak of this process's anonymous memory above its start, in bytes, sampled."""
+
+    def __enter__(self):
+        self.start = self.peak = self.read()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self):
+        while not self._stop.wait(0.005):
+            self.peak = max(self.peak, self.read())
+
+    @staticmethod
+    def read() -> int:
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status["RssAnon"].split()[0]) * 1024
+
+
+def read_files(paths: list[Path]) -> None:
+    """The floor: every byte copied once, into one buffer that is there already after the first file."""
+    buffer = bytearray(paths[0].stat().st_size)
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            file.readinto(buffer)
+
+
+def average_plainly(paths: list[Path]) -> None:
+    """What one would write first."""
+    total: dict[str, torch.Tensor] = {}
+    for path in paths:
+        for key, tensor in load_file(path).items():
+            total[key] = total.get(key, 0) + tensor.double() / len(paths)
+    {key: tensor.float() for key, tensor in total.items()}
+
+
+def average_stacked(paths: list[Path]) -> None:
+    updates = [load_file(path) for path in paths]
+    {key: torch.stack([update[key].float() for update in updates]).mean(0) for key in updates[0]}
+
+
+def average_ours(paths: list[Path]) -> None:
+    average_updates([TensorFile(path) for path in paths], [1.0] * len(paths))
+
+
+def find_flower_methods() -> dict[str, Callable[[list[Path]], None]]:
+    try:
+        from flwr.app import ArrayRecord, MetricRecord, RecordDict
+        from flwr.server.strategy.aggregate import aggregate as aggregate_lists
+        from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
+    except ImportError:
+        return {}
+
+    def average_lists(paths):
+        aggregate_lists([(list(load_arrays(path).values()), 1) for path in paths])
+
+    def average_records(paths):
+        records = [
+            RecordDict(
+                {
+                    "arrays": ArrayRecord(list(load_arrays(path).values()), keep_input=True),
+                    "metrics": MetricRecord({"n": 1}),
+                }
+            )
+            for path in paths
+        ]
+        aggregate_arrayrecords(records, "n")
+
+    return {"flower aggregate": average_lists, "flower arrayrecords": average_records}
+
+
+def find_other_methods(shapes: dict[str, tuple[int, int]]) -> dict[str, Callable[[list[Path]], None]]:
+    zeros = {key: torch.zeros(shape) for key, shape in shapes.items()}
+    options = {"adapter": zeros, "proxy": zeros, "peft_config": LoraConfig(r=RANK)}
+
+    def run(rule: str, **kwargs) -> Callable[[list[Path]], None]:
+        return lambda paths: aggregate(
+            rule, [TensorFile(path) for path in paths], [1.0] * len(paths), **options, **kwargs
+        )
+
+    return {
+        "exact": run("exact"),
+        "krum": run("fedavg", robust="krum", num_attackers=1),
+        "geometric_median": run("fedavg", robust="geometric_median"),
+        "median": run("fedavg", robust="median"),
+    }
+
+
+def measure(methods: dict[str, Callable[[list[Path]], None]], paths: list[Path], repeats: int, values: int) -> None:
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    peaks: dict[str, float] = dict.fromkeys(methods, 0.0)
+    for repeat in range(repeats + 1):
+        for name, method in methods.items():
+            gc.collect()
+            with MemoryPeak() as memory:
+                began = time.perf_counter()
+                method(paths)
+                took = time.perf_counter() - began
+            if repeat:  # the first round fills the page cache
+                seconds[name].append(took)
+            peaks[name] = max(peaks[name], (memory.peak - memory.start) / (4 * values))
+    print("| method | seconds | × reading | anonymous memory, adapters |\n|---|---|---|---|")
+    floors = next(iter(seconds.values()))
+    for name, taken in seconds.items():
+        ratio = statistics.median(one / floor for one, floor in zip(taken, floors, strict=True))
+        print(f"| {name} | {statistics.median(taken):.2f} | {ratio:.2f} | {peaks[name]:.1f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--clients", type=int, nargs="+", default=[12, 100])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--files", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--memory-limit", type=float, default=6.0, help="GB; Flower is left out where it needs more")
+    parser.add_argument("--others", action="store_true", help="also exact products and robust rules: minutes")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    shapes = adapter_shapes(args.layers)
+    values = sum(a * b for a, b in shapes.values())
+    for dtype in args.dtypes:
+        with tempfile.TemporaryDirectory() as scratch:
+            files = write_updates(
+                Path(scratch), min(args.files, max(args.clients)), args.layers, getattr(torch, dtype)
+            )
+            for clients in args.clients:
+                methods = {
+                    "reading": read_files,
+                    "ours": average_ours,
+                    "plain loop": average_plainly,
+                    "torch.stack": average_stacked,
+                }
+                if dtype == "float32" and 2 * clients * values * 4 < args.memory_limit * 1e9:
+                    methods |= find_flower_methods()
+                if args.others:
+                    methods |= find_other_methods(shapes)
+                print(f"\n{clients} clients, {values / 1e6:.1f} M values, {dtype}, {args.threads} thread(s)\n")
+                measure(methods, [files[place % len(files)] for place in range(clients)], args.repeats, values)
+
+
+if __name__ == "__main__":
+    main()
