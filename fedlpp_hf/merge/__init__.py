@@ -22,7 +22,7 @@ from .editor import Copy, Editor, Rewrite
 from .fallback import merge_with_peft
 from .full_model import FullModel
 from .in_place import patch_model_, undo_merge_
-from .jobs import plan_jobs, plan_layouts, verify_shard, write_shard
+from .jobs import plan_jobs, plan_layouts, start_workers, verify_shard, write_shard
 from .plan import MergePlan, NeedsPeft, plan_merge
 from .shards import WEIGHTS_INDEX, Shard, sync_file
 from .sources import BaseReader, open_adapters
@@ -184,7 +184,7 @@ def _write_model(
         )
     done: list[Copy | Rewrite] = []
     files = list(layouts)
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool, ThreadPoolExecutor(1) as downloads:
+    with start_workers(threads) as pool, ThreadPoolExecutor(1) as downloads:
         coming = downloads.submit(source.fetch, files[0])
         for file, following in zip(files, [*files[1:], None], strict=True):
             path, new = coming.result(), layouts[file]

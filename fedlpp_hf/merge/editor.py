@@ -1,6 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """The merge's arithmetic: new rows from old ones, chunk by chunk."""
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -54,6 +55,17 @@ class Rewrite:
     to: int
 
 
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One adapter's part of an update: share · scale · B·A."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    share: float
+    gram: torch.Tensor | None = None
+
+
 @dataclass(slots=True)
 class Editor:
     """Computes new rows from old ones; safe to share between threads."""
@@ -92,45 +104,46 @@ class Editor:
     @torch.inference_mode()
     def _rewrite(self, job: Rewrite, source: int, destination: int, verify: bool) -> None:
         edit, dtype = job.edit, job.tensor.torch_dtype
-        norms, columns = Norms(), job.row_bytes // dtype.itemsize
+        columns = job.row_bytes // dtype.itemsize
         if edit.value is not None:
-            mean = self._mean([reader.read(edit.value) for reader in self.adapters])
-            self._store(_select(mean, job, columns), job, 0, destination, verify)
+            value = self._mean([reader.read(edit.value) for reader in self.adapters])
+            result = _select(value, job, columns).to(dtype).contiguous()
+            self._store(result, job, 0, destination, verify)
             return
         work = torch.float64 if len(self.adapters) > 1 or dtype == torch.float64 else torch.float32
-        original = None
+        norms, original = Norms(), None
         if self.base is not None and self.base.is_quantized(job.parameter):
             original = _select(self.base.read(job.parameter), job, columns)
-        factors = [
-            tuple(f.to(self.device, work) for f in edit.load_factors(reader, job.expert)) if edit.key_a else None
-            for reader in self.adapters
-        ]
-        step = job.rows if edit.magnitude and edit.transposed else self._step(job.row_bytes)
-        bounds = list(range(0, job.rows, step))
-        if len(bounds) > 1 and job.rows - bounds[-1] < ROW_MULTIPLE:
-            bounds.pop()
-        raw = torch.empty(job.row_bytes * max(b - a for a, b in pairs(bounds, job.rows)), dtype=torch.uint8)
-        for low, high in pairs(bounds, job.rows):
+        step = job.rows if edit.magnitude and edit.transposed else self._step(columns * work.itemsize)
+        chunks = list(pairs(split_rows(job.rows, step), job.rows))
+        longest = max(high - low for low, high in chunks)
+        raw = torch.empty(job.row_bytes * longest, dtype=torch.uint8)
+        wide = torch.empty(longest, columns, dtype=work, device=self.device)
+        spare = torch.empty_like(wide)  # allocating for each chunk costs more than the arithmetic
+        update = self._load_update(job, work, columns)
+        for low, high in chunks:
             assert job.start is not None
-            view = raw[: (high - low) * job.row_bytes]
-            read_range(source, memoryview(view.numpy().data), job.start + low * job.row_bytes)
-            weight = view.view(dtype).view(high - low, columns).to(self.device, work)
+            bytes_ = raw[: (high - low) * job.row_bytes]
+            read_range(source, bytes_.numpy().data, job.start + low * job.row_bytes)
+            stored = bytes_.view(dtype).view(high - low, columns)
+            in_memory = dtype == work and self.device.type == "cpu"
+            weight = stored if in_memory else wide[: high - low].copy_(stored)
             if original is not None:
                 base = original[low:high].to(self.device, work)
-                norms.error = (norms.error or 0.0) + float((weight - base).square().sum())
-                weight = base if self.into_base else weight
-            delta = self._delta(job, factors, low, high, work)
-            if delta is not None:
-                norms.update += float(torch.linalg.vector_norm(delta)) ** 2
-                # Not on top of `view` where that is the source's own memory: verify and errors still read it.
-                weight = weight + delta
+                norms.error = (norms.error or 0.0) + float(torch.linalg.vector_norm(weight - base)) ** 2
+                if self.into_base:
+                    weight.copy_(base)
+            norms.update += self._add_update_(weight, update, job, low, spare[: high - low])
             if edit.magnitude is not None:
                 magnitude = self._mean([reader.read(edit.magnitude) for reader in self.adapters]).to(self.device, work)
-                dimension = 0 if edit.transposed else 1
-                norm = torch.linalg.norm(weight.T if edit.transposed else weight, dim=1)
-                part = magnitude if edit.transposed else magnitude[job.first + low : job.first + high]
-                weight = (part / norm).unsqueeze(dimension) * weight
-            self._store(weight, job, low, destination, verify)
+                if edit.transposed:
+                    weight.mul_(magnitude / torch.linalg.norm(weight.T, dim=1))
+                else:
+                    part = magnitude[job.first + low : job.first + high]
+                    weight.mul_((part / torch.linalg.norm(weight, dim=1)).unsqueeze(1))
+            if not in_memory:
+                stored.copy_(weight)
+            self._store(stored, job, low, destination, verify)
         if not verify:
             with self._lock:
                 total = self.norms.setdefault(job.parameter, Norms())
@@ -138,25 +151,45 @@ class Editor:
                 if norms.error is not None:
                     total.error = (total.error or 0.0) + norms.error
 
-    def _delta(self, job: Rewrite, factors: Sequence, low: int, high: int, work: torch.dtype) -> torch.Tensor | None:
-        """Rows of Σ p·s·B·A, or of a bias's update."""
-        edit, total = job.edit, None
-        start, stop = job.first + low, job.first + high
-        for reader, weight, pair in zip(self.adapters, self.weights, factors, strict=True):
+    def _load_update(self, job: Rewrite, work: torch.dtype, columns: int) -> list[Product]:
+        """What makes the rows of Σ p·s·B·A, or of a bias's update, for all of a job."""
+        edit, found = job.edit, []
+        for reader, share in zip(self.adapters, self.weights, strict=True):
             if edit.bias is not None:
-                delta = reader.read(edit.bias)[start:stop].unsqueeze(1).to(self.device, work) * edit.scale
-            elif pair is not None:
-                a, b = pair
-                # Not Aᵀ·Bᵀ: the same sums in another order, and then the result is not PEFT's to the bit.
-                delta = (
-                    (b @ a[:, start:stop]).T * edit.scale if edit.transposed else (b[start:stop] @ a).mul_(edit.scale)
-                )
+                found.append(Product(torch.ones(1, columns), reader.read(edit.bias).unsqueeze(1), edit.scale, share))
+            elif edit.key_a is not None:
+                found.append(Product(*edit.load_factors(reader, job.expert), edit.scale, share))
+        moved = [(p.a.to(self.device, work), p.b.to(self.device, work), p.scale, p.share) for p in found]
+        return [Product(*factors, factors[0] @ factors[0].T if len(moved) == 1 else None) for factors in moved]
+
+    def _add_update_(
+        self, weight: torch.Tensor, update: Sequence[Product], job: Rewrite, low: int, spare: torch.Tensor
+    ) -> float:
+        """Add the update's rows to `weight`; returns their squared norm."""
+        start, stop = job.first + low, job.first + low + len(weight)
+        if not update:
+            return 0.0
+        if len(update) == 1 and not job.edit.transposed:
+            (one,) = update
+            rows = one.b[start:stop]
+            if weight.dtype != job.tensor.torch_dtype and math.frexp(one.scale)[0] == 0.5:
+                # A power of two may go into a factor; the sum in one call is not PEFT's to the bit, but then the
+                # container is narrower, and this is half the time.
+                rows = rows * one.scale
+                weight.addmm_(rows, one.a)
+                return _square_norm(rows, one)
+            weight.add_(torch.mm(rows, one.a, out=spare).mul_(one.scale))
+            return _square_norm(rows, one) * one.scale**2
+        total = spare.zero_() if len(update) > 1 else spare
+        for one in update:
+            # Not Aᵀ·Bᵀ: the same sums in another order, and then the result is not PEFT's to the bit.
+            delta = (one.b @ one.a[:, start:stop]).T if job.edit.transposed else one.b[start:stop] @ one.a
+            if len(update) == 1:
+                total.copy_(delta).mul_(one.scale)
             else:
-                return None
-            if len(self.adapters) == 1:
-                return delta
-            total = delta.mul_(weight) if total is None else total.add_(delta, alpha=weight)
-        return total
+                total.add_(delta, alpha=one.scale * one.share)
+        weight.add_(total)
+        return float(torch.linalg.vector_norm(total)) ** 2
 
     def _mean(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         if len(tensors) == 1:
@@ -164,18 +197,17 @@ class Editor:
         return sum((w * t.double() for w, t in zip(self.weights, tensors, strict=True)), torch.zeros(()).double())
 
     def _step(self, row_bytes: int) -> int:
+        """Rows of a chunk."""
         rows = (CHUNK_BYTES if self.device.type == "cpu" else BLOCK_BYTES) // row_bytes
         return max(rows // ROW_MULTIPLE, 1) * ROW_MULTIPLE
 
-    def _store(self, rows: torch.Tensor, job: Rewrite, low: int, destination: int, verify: bool) -> None:
-        dtype = job.tensor.torch_dtype
-        result = rows.to("cpu", dtype).contiguous()
-        smallest, largest = torch.aminmax(rows)
-        limit = torch.finfo(dtype).max
-        if not (-limit <= float(smallest) and float(largest) <= limit) and not torch.isfinite(result.float()).all():
+    def _store(self, result: torch.Tensor, job: Rewrite, low: int, destination: int, verify: bool) -> None:
+        # A sum is the cheapest pass that any NaN or infinity shows in; when it overflows by itself, look closely.
+        exact = result.float() if result.dtype.itemsize == 1 else result
+        if not math.isfinite(exact.sum(dtype=torch.float32)) and not torch.isfinite(exact).all():
             raise ValueError(
-                f"`{job.tensor.name}` would have values that are NaN or beyond {dtype} after the merge. Look for damage "
-                "in the full model, or save it in a wider dtype."
+                f"`{job.tensor.name}` would have values that are NaN or beyond {result.dtype} after the merge. Look for "
+                "damage in the full model, or save it in a wider dtype."
             )
         data = result.view(-1).view(torch.uint8).numpy().data
         at = job.to + low * job.row_bytes
@@ -188,6 +220,12 @@ class Editor:
             raise RuntimeError(f"`{job.tensor.name}` in the result is not what the merge computes; it is damaged.")
 
 
+def _square_norm(rows: torch.Tensor, product: Product) -> float:
+    """‖B·A‖² = tr(BᵀB·AAᵀ) for some rows of B, without the product."""
+    assert product.gram is not None
+    return max(float(((rows.T @ rows).double() * product.gram.double()).sum()), 0.0)
+
+
 def _select(parameter: torch.Tensor, job: Rewrite, columns: int) -> torch.Tensor:
     matrix = parameter if job.expert is None else parameter[job.expert]
     return matrix.reshape(-1, columns)[job.first : job.first + job.rows]
@@ -195,3 +233,11 @@ def _select(parameter: torch.Tensor, job: Rewrite, columns: int) -> torch.Tensor
 
 def pairs(bounds: Sequence[int], stop: int) -> Iterator[tuple[int, int]]:
     return zip(bounds, [*bounds[1:], stop], strict=True)
+
+
+def split_rows(rows: int, step: int) -> list[int]:
+    """Where chunks of `step` rows begin; a last one that is too short for the same kernels joins the one before."""
+    bounds = list(range(0, rows, step))
+    if len(bounds) > 1 and rows - bounds[-1] < ROW_MULTIPLE:
+        bounds.pop()
+    return bounds

@@ -5,12 +5,11 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .editor import Copy, Editor, Rewrite
 from .full_model import UNDO_DIR, UNDO_STATE, FullModel, refuse_interrupted
-from .jobs import plan_jobs, run_jobs, verify_shard
+from .jobs import plan_jobs, run_jobs, start_workers, verify_shard
 from .shards import Shard, change_layout, copy_range, read_shard, sync_file, write_range
 
 
@@ -35,7 +34,7 @@ def patch_model_(
     _write_undo(directory, source, {file: rewrites for file, (_, rewrites) in planned.items()})
     itself = source.is_local and source.directory is not None and source.directory.samefile(directory)
     try:
-        with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        with start_workers(threads) as pool:
             for file, (copies, rewrites) in planned.items():
                 if not rewrites:
                     continue

@@ -4,11 +4,13 @@
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .editor import BLOCK_BYTES, ROW_MULTIPLE, Copy, Editor, Rewrite, pairs
+import torch
+
+from .editor import BLOCK_BYTES, ROW_MULTIPLE, Copy, Editor, Rewrite, pairs, split_rows
 from .full_model import FullModel
 from .plan import Edit, MergePlan, Piece, whole_pieces
 from .shards import (
@@ -96,9 +98,6 @@ def _split(
     step = max(BLOCK_BYTES // max(row_bytes, 1) // ROW_MULTIPLE, 1) * ROW_MULTIPLE
     if whole or edit.value is not None or (edit.magnitude and edit.transposed):
         step = max(piece.rows, 1)
-    bounds = list(range(0, piece.rows, step))
-    if len(bounds) > 1 and piece.rows - bounds[-1] < ROW_MULTIPLE:
-        bounds.pop()
     return [
         Rewrite(
             tensor,
@@ -111,7 +110,7 @@ def _split(
             None if source is None else source.start + (piece.row + low) * row_bytes,
             tensor.start + (piece.row + low) * row_bytes,
         )
-        for low, high in pairs(bounds, piece.rows)
+        for low, high in pairs(split_rows(piece.rows, step), piece.rows)
     ]
 
 
@@ -173,6 +172,17 @@ def verify_shard(
         if read_shard(destination) != new or os.pread(result.fileno(), len(new.header), 0) != new.header:
             raise RuntimeError(f"The header of `{destination.name}` is not what was written; the disk is damaged.")
         run_jobs([*copies, *rewrites], editor, reader.fileno(), result.fileno(), pool, verify=True)
+
+
+@contextlib.contextmanager
+def start_workers(threads: int | None) -> Iterator[ThreadPoolExecutor]:
+    """A pool whose threads compute with one core each; torch's own threads would only get in their way."""
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads or os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)  # the count is the thread's own, but also what later threads start with
 
 
 def run_jobs(
