@@ -101,7 +101,8 @@ def quantize_nf4(
         state.absmax, state.state2 = quantize_blockwise(absmax - state.offset, blocksize=_NESTED_BLOCK_SIZE)
         state.nested = True
     entries = {f"{name}.{key}": tensor for key, tensor in state.as_dict(packed=True).items()}
-    return {name: pack_nibbles(subset[indices.int()])} | entries
+    codes = indices if bits == 4 else subset.index_select(0, indices.int())
+    return {name: pack_nibbles(codes)} | entries
 
 
 def quantize_int8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -16,6 +16,8 @@ FULL_PRECISION = 32
 _TAIL_QUANTILE = 0.9677083
 # The eight NF4 codes with the least mean squared error on Gaussian blocks of 64 among the subsets with -1, 0 and 1.
 _NF4_SUBSETS = {1: (0, 7, 15), 2: (0, 7, 11, 15), 3: (0, 1, 3, 5, 7, 10, 13, 15), 4: tuple(range(16))}
+_CELLS = 1024  # per unit, for `_count_below`
+_CACHED = 1 << 15  # values whose temporaries stay in a core's cache, and that torch does not spread over threads
 _TRITS_PER_BYTE = 5  # 3**5 = 243 <= 256: 1.6 bits per ternary code
 
 
@@ -144,8 +146,31 @@ def round_to_levels(
     if tail.numel():
         torch.div(tail, divisors[-1], out=scaled[whole:])
     levels = levels.to(flat.device)
-    bounds = (levels[:-1] + levels[1:]) / 2
-    return torch.bucketize(scaled, bounds, out_int32=True).to(torch.uint8), scales
+    return _count_below(scaled, (levels[:-1] + levels[1:]) / 2), scales
+
+
+def _count_below(values: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """How many of the sorted `bounds` are below each of `values` `(n,)` in [-1, 1], uint8: `torch.bucketize`, ten times as
+    fast.
+
+    [-1, 1] is cut into cells with at most one bound each. A value's cell tells all bounds but the one in the same cell,
+    as rounding is monotone, and with that one it is compared.
+    """
+
+    def find_cells(values: torch.Tensor) -> torch.Tensor:
+        return (values + 1).mul_(_CELLS).int()
+
+    cells = find_cells(bounds)
+    if len(cells.unique()) < len(cells):
+        return torch.bucketize(values, bounds, out_int32=True).to(torch.uint8)
+    below = torch.bucketize(torch.arange(2 * _CELLS + 2, device=cells.device), cells).to(torch.uint8)
+    own_bound = torch.full((2 * _CELLS + 2,), math.inf, device=cells.device).index_put_((cells,), bounds)
+    counts = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
+    for part, out in zip(values.split(_CACHED), counts.split(_CACHED), strict=True):
+        index = find_cells(part)
+        torch.index_select(below, 0, index, out=out)
+        out += part > own_bound.index_select(0, index)
+    return counts
 
 
 def restore_from_levels(
