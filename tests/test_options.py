@@ -10,7 +10,7 @@ from fedlpp_hf.messages import restore_tensors
 from fedlpp_hf.trainer import MERGED_DIR
 
 from .conftest import make_rows
-from .test_trainer import assert_equal, make_trainer, task_of
+from .test_trainer import assert_equal, make_trainer
 
 
 class Recorder(FederatedTrainer):
@@ -99,12 +99,6 @@ def test_clients_of_lower_rank(llama_base, lora, tmp_path):
                 assert value.shape[0 if "lora_A" in key else 1] == ranks[task.client_id], key
     for key, value in trainer.server.adapter.items():
         assert value.shape == trainer.guard.initial[key].shape
-
-
-def test_rank_of_a_client_may_change(llama_base, lora, tmp_path):
-    trainer = make_trainer(load_base(llama_base), tmp_path, lora, cls=Recorder, num_rounds=2)
-    task = task_of(trainer)
-    assert task.options.rank == 0
 
 
 def test_compressed_updates_are_small_and_remembered(llama_base, lora, tmp_path):

@@ -183,3 +183,24 @@ def test_tasks_of_a_round_differ_in_client_and_seed_alone(tmp_path):
     for tasks in seen:
         assert len({task.seed for task in tasks}) == 3
         assert len({dataclasses.replace(task, client_id="", seed=0).to_bytes() for task in tasks}) == 1
+
+
+def test_a_clients_rank_may_change_between_rounds(tmp_path):
+    class Growing(FederatedServer):
+        def rank_of(self, client, number):
+            return number if client == "a" else 0
+
+    seen = []
+
+    def run(tasks):
+        for task in tasks:
+            rank = task.options.rank or 2
+            seen.append((task.client_id, task.proxy[KEY_A].shape[0], task.proxy[KEY_B].shape[1]))
+            yield answer(task, delta={KEY_A: torch.ones(rank, 4), KEY_B: torch.ones(4, rank)})
+
+    server = make_server(tmp_path, weighting="uniform")
+    server.__class__ = Growing
+    server.run(run)
+    assert [ranks for client, *ranks in seen if client == "a"] == [[1, 1], [2, 2]]
+    # In round 1 the client of rank 1 did not move the second row and column.
+    torch.testing.assert_close(server.adapter[KEY_B], torch.tensor([[2.0, 1 + 2 / 3]]).expand(4, 2))
