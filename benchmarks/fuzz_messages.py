@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from fedlpp_hf.messages import ClientTask, ClientUpdate, _digest, restore_tensors
+from fedlpp_hf.messages import ClientTask, ClientUpdate, LocalOptions, _digest, restore_tensors
 from fedlpp_hf.quantization import quantize
 
 
@@ -33,7 +33,8 @@ def make_messages() -> list[ClientTask | ClientUpdate]:
     quantized = {
         key: quantize(value, bits, 8) for (key, value), bits in zip(plain.items(), (1, 2, 3, 4, 8, 2), strict=True)
     }
-    task = ClientTask("federation", 3, 10, "client-1", 7, "ab" * 32, quantized)
+    control = {"layers.0.lora_A.weight": torch.ones(4, 6)}
+    task = ClientTask("federation", 3, 10, "client-1", 7, "ab" * 32, quantized, LocalOptions(clip_norm=2.0), control)
     update = ClientUpdate(
         "federation", 3, "client-1", "ab" * 32, 12, plain | {"head": torch.ones(3).half()}, {"loss": 1.5}
     )
@@ -128,7 +129,8 @@ def run(count: int, seed: int) -> int:
             changed = rewrite_header(data, chance, kind == "forged")
         try:
             received = type(sent).from_bytes(changed)
-            restore_tensors(getattr(received, "delta", None) or getattr(received, "proxy", None) or {})
+            for name in ("delta", "proxy", "control"):
+                restore_tensors(getattr(received, name, None) or {})
             # Equal messages make equal bytes, and these hold all there is of a message.
             outcome = "equal" if received.to_bytes() == data else "accepted"
         except ValueError:

@@ -172,7 +172,7 @@ def restore_tensors(payload: Payload) -> dict[str, torch.Tensor]:
 def _read_fields(header: dict[str, Any], types: dict[str, type], kind: str) -> dict[str, Any]:
     for name, expected in types.items():
         value = header.get(name)
-        if type(value) is not expected:
+        if type(value) is not expected and (expected, type(value)) != (float, int):  # who sets 1.0 may write 1
             raise ValueError(f"The {kind}'s `{name}` is {value!r:.100}; expected a value of type {expected.__name__}.")
         if isinstance(value, int) and not 0 <= value <= _LARGEST:
             raise ValueError(f"The {kind}'s `{name}` is {value!r:.40}; expected a number from 0 to 2**63 - 1.")

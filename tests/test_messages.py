@@ -4,7 +4,7 @@
 import json
 import math
 import struct
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from fedlpp_hf.messages import ClientTask, ClientUpdate, decode_message, encode_message, restore_tensors
+from fedlpp_hf.messages import ClientTask, ClientUpdate, LocalOptions, decode_message, encode_message, restore_tensors
 from fedlpp_hf.quantization import BITS, QuantizedTensor, quantize
 
 
@@ -22,7 +22,9 @@ KEY = "base_model.model.layers.0.q_proj.lora_A.weight"
 def make_task(bits: int = 2) -> ClientTask:
     generator = torch.Generator().manual_seed(0)
     proxy = {KEY: quantize(torch.randn(3, 7, generator=generator), bits, 8), "b": torch.randn(2, generator=generator)}
-    return ClientTask("f0", 3, 10, "klinik-ä", 1234, "ab" * 32, proxy)
+    options = LocalOptions(rule="exact", rank=2, clip_norm=1, update_density=0.1, error_feedback=True)
+    control = {KEY: quantize(torch.ones(3, 7), bits, 8)}
+    return ClientTask("f0", 3, 10, "klinik-ä", 1234, "ab" * 32, proxy, options, control)
 
 
 def make_update(**changes) -> ClientUpdate:
@@ -223,6 +225,21 @@ def test_key_that_comes_twice_is_refused():
 def test_field_of_a_wrong_type_is_refused_by_its_name(changes):
     with pytest.raises(ValueError, match=f"update's `{next(iter(changes))}`"):
         ClientUpdate.from_bytes(make_update(**changes).to_bytes())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rule": 1}, {"rank": -1}, {"rank": 2.0}, {"clip_norm": "1"}, {"clip_norm": None}, {"scaffold": 1}]
+)
+def test_option_of_a_wrong_type_is_refused_by_its_name(changes):
+    with pytest.raises(ValueError, match=f"task's options's `{next(iter(changes))}`"):
+        ClientTask.from_bytes(replace(make_task(), options=LocalOptions(**changes)).to_bytes())
+
+
+def test_options_of_another_version_are_refused():
+    header = {name: getattr(TASK, name) for name in ClientTask.__slots__[:6]}
+    for options in (None, {}, {**asdict(TASK.options), "new": 1}):
+        with pytest.raises(ValueError, match="`options`"):
+            ClientTask.from_bytes(encode_message("task", header | {"options": options}, {}))
 
 
 def test_missing_field_is_refused():

@@ -50,6 +50,11 @@ def store(tmp_path) -> RoundStore:
     return store
 
 
+def write_half(path) -> None:
+    with open(path, "wb") as file:
+        file.write(b'{"ro')
+
+
 class Saboteur:
     """Lets `count` writes through and fails the next one half-way, and every one after it."""
 
@@ -57,12 +62,11 @@ class Saboteur:
         self.left, self.error = count, error
         monkeypatch.setattr(os, "replace", self.wrap(os.replace))
         monkeypatch.setattr(os, "fsync", self.wrap(os.fsync))
-        monkeypatch.setattr(
-            Path, "write_text", self.wrap(Path.write_text, half=lambda path, *_, **__: path.write_bytes(b'{"ro'))
-        )
+        for name in ("write_text", "write_bytes"):
+            monkeypatch.setattr(Path, name, self.wrap(getattr(Path, name), lambda path, *_, **__: write_half(path)))
         for module in (fedlpp_hf.adapters, fedlpp_hf.store):
-            half = lambda _, path, **__: Path(path).write_bytes(b"\x40\0\0")  # noqa: E731
-            monkeypatch.setattr(module, "save_file", self.wrap(module.save_file, half))
+            half = self.wrap(module.save_file, lambda _, path, **__: write_half(path))
+            monkeypatch.setattr(module, "save_file", half)
 
     def wrap(self, function, half=lambda *_, **__: None):
         def call(*arguments, **options):
@@ -99,16 +103,14 @@ def test_commit_mark_is_written_last_and_by_replacing(store, monkeypatch):
     seen = []
 
     def replace(source, target, _replace=os.replace):
-        seen.append((Path(target).name, sorted(path.name for path in Path(target).parent.iterdir())))
+        seen.append((Path(target), {path.name for path in Path(target).parent.iterdir()} - {Path(source).name}))
         _replace(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
     commit(store, 2)
-    others = [ADAPTER_CONFIG, ADAPTER_WEIGHTS, f"{ROUND_FILE}.tmp", SERVER_STATE]
-    assert seen == [(ROUND_FILE, others)]
-    assert sorted(path.name for path in store.round_dir(2).iterdir()) == sorted(
-        [*others[:2], ROUND_FILE, SERVER_STATE]
-    )
+    others = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, SERVER_STATE}
+    assert seen == [(store.round_dir(2) / ROUND_FILE, others)]
+    assert {path.name for path in store.round_dir(2).iterdir()} == others | {ROUND_FILE}
 
 
 def test_round_without_its_mark_does_not_count_and_is_written_anew(store):
