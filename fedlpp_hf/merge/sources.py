@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit
+from bitsandbytes.functional import QuantState, dequantize_blockwise
 from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 
 from ..adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..base import read_manifest
+from ..base_tensors import unpack_nibbles
 from ..checkpoints import Checkpoint
 from ..messages import ClientTask, ClientUpdate
-from ..quantization import QuantizedTensor, dequantize
+from ..quantization import QuantizedTensor, dequantize, restore_from_levels
 
 
 class AdapterReader:
@@ -192,7 +193,12 @@ def dequantize_base_tensor(checkpoint: Checkpoint, entry: dict[str, Any]) -> tor
         prefix = f"{name}."
         state = {n.removeprefix(prefix): checkpoint.read(n) for n in checkpoint.names if n.startswith(prefix)}
         quantized = QuantState.from_dict(state, device=torch.device("cpu"))
-        return dequantize_4bit(checkpoint.read(name), quantized).float()
+        scales = quantized.absmax
+        if quantized.nested:
+            scales = dequantize_blockwise(scales, quantized.state2) + quantized.offset
+        # Not dequantize_4bit, whose AVX-512 kernel misreads rows that are no whole number of blocks.
+        codes = unpack_nibbles(checkpoint.read(name), list(quantized.shape))
+        return restore_from_levels(codes, scales, quantized.code, quantized.blocksize).view(quantized.shape)
     if entry["kind"] == "linear8bit":
         return checkpoint.read(name).float() * (checkpoint.read(f"{module}SCB").float()[:, None] / 127)
     return checkpoint.read(name).float()
