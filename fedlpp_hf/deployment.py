@@ -1,0 +1,328 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""`fedlpp-hf server` and `fedlpp-hf client`: start what a federation over Flower needs, and end all of it again."""
+
+import argparse
+import contextlib
+import ipaddress
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .certificates import (
+    CA_CERTIFICATE,
+    NODE_PUBLIC_KEY,
+    SERVER_CERTIFICATE,
+    SERVER_KEY,
+    make_certificates,
+    make_node_key,
+)
+from .client import ClientSettings, stop_trainer
+
+
+SERVER_PID_FILE = "FEDLPP_HF_SERVER_PID_FILE"  # names the file in which the ServerApp says which process it is
+SERVER_PID, SUPERLINK_PID = "server.pid", "superlink.pid"
+_CONNECTION = "fedlpp"
+_APP = {
+    "pyproject.toml": """\
+[project]
+name = "fedlpp-hf-app"
+version = "0.1.0"
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "fedlpp-hf"
+
+[tool.flwr.app.components]
+serverapp = "fedlpp_app:server_app"
+clientapp = "fedlpp_app:client_app"
+
+[tool.flwr.app.config]
+config = ""
+flags = "[]"
+""",
+    "fedlpp_app.py": """\
+from fedlpp_hf.flower import make_client_app, make_server_app
+
+
+server_app = make_server_app()
+client_app = make_client_app()
+""",
+}
+
+
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fedlpp-hf server`; all others are flags of the federation's configuration."""
+    parser.add_argument("--config", required=True, help="YAML file of the federation")
+    parser.add_argument(
+        "--state_dir", default="flower-server", help="certificates, keys of clients, SuperLink's database"
+    )
+    parser.add_argument("--listen", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines")
+    parser.add_argument("--port", type=int, default=8000, help="the one port that clients reach")
+    parser.add_argument(
+        "--hosts", nargs="+", default=[], help="names and addresses by which clients call this machine"
+    )
+    parser.add_argument("--client_keys", help="directory with the *.pub files that clients sent")
+    parser.add_argument("--insecure", action="store_true", help="no TLS and no node keys; on loopback only")
+
+
+def add_client_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fedlpp-hf client`; all others are flags of the federation's configuration."""
+    parser.add_argument("--config", required=True, help="YAML file of the federation")
+    parser.add_argument(
+        "--data", required=True, help="this client's rows: .jsonl, .csv, .parquet, or a dataset's directory"
+    )
+    parser.add_argument("--server", default="127.0.0.1:8000", help="HOST:PORT of the server")
+    parser.add_argument("--certificate", help="the server's ca.crt")
+    parser.add_argument("--client_id", help="this client's name in the federation; the data's file name by default")
+    parser.add_argument("--state_dir", help="node key, trainer's log; flower-CLIENT_ID by default")
+    parser.add_argument("--cache_dir", default="~/.cache/fedlpp_hf/bases", help="where bases are kept")
+    parser.add_argument("--base", help="directory or Hub id of the base, if it does not come from the server")
+    parser.add_argument("--processes", type=int, default=1, help="GPUs to train on, through accelerate launch")
+    parser.add_argument("--cold", action="store_true", help="no long-lived trainer: load everything for every task")
+    parser.add_argument("--insecure", action="store_true", help="no TLS and no node key; on loopback only")
+
+
+def run_server(args: argparse.Namespace, flags: Sequence[str] = ()) -> int:
+    """Start a SuperLink, run the federation of `args.config` on it to its end, and end the SuperLink.
+
+    Returns 0 only if the run completed: `flwr run --stream` alone returns 0 for a run that failed.
+
+    Raises:
+        ValueError: for arguments that don't fit together.
+        RuntimeError: if the SuperLink or the run can't be started.
+    """
+    state = Path(args.state_dir).resolve()
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _check_insecure(args.insecure, args.listen)
+    address = f"127.0.0.1:{args.port}"
+    command = [sys.executable, "-m", "fedlpp_hf.superlink", "--host", args.listen, "--port", str(args.port)]
+    command += ["--database", str(state / "superlink.db"), "--disable-runtime-dependency-installation"]
+    connection = {"address": address, "insecure": args.insecure}
+    if args.insecure:
+        command += ["--insecure"]
+    else:
+        hosts = [*args.hosts, "127.0.0.1", "localhost"]
+        make_certificates(state, hosts)
+        files = [str(state / name) for name in (CA_CERTIFICATE, SERVER_CERTIFICATE, SERVER_KEY)]
+        command += ["--ssl-ca-certfile", files[0], "--ssl-certfile", files[1], "--ssl-keyfile", files[2]]
+        command += ["--enable-supernode-auth"]
+        connection["root-certificates"] = files[0]
+    _write_app(state, connection, args.config, flags)
+    environment = _environment(state)
+    _end_with_signal()
+    for name in (SERVER_PID, SUPERLINK_PID):  # left by a server that was killed
+        _end_process(state / name)
+    with _running(command, environment, state / "superlink.log") as superlink:
+        (state / SUPERLINK_PID).write_text(str(superlink.pid))
+        _wait_for_port(args.port, superlink, state / "superlink.log")
+        try:
+            _register_clients(state, args.client_keys, environment)
+            print(_what_clients_type(args, state), flush=True)
+            return _run_app(state, environment)
+        finally:
+            _end_process(state / SERVER_PID)  # a ServerApp can outlive its SuperLink
+            (state / SUPERLINK_PID).unlink()
+
+
+def run_client(args: argparse.Namespace, flags: Sequence[str] = ()) -> int:
+    """Be a client of the federation until interrupted: a SuperNode, restarted when it ends, and a trainer on demand.
+
+    Raises:
+        ValueError: for arguments that don't fit together.
+    """
+    client_id = args.client_id or Path(args.data).stem
+    state = Path(args.state_dir or f"flower-{client_id}").resolve()
+    _check_insecure(args.insecure, args.server.rsplit(":", 1)[0])
+    if not Path(args.data).exists():
+        raise ValueError(f"data='{args.data}' does not exist.")
+    launch = [] if args.processes == 1 else ["accelerate", "launch", "--num_processes", str(args.processes)]
+    settings = ClientSettings(
+        config=str(Path(args.config).resolve()),
+        data=str(Path(args.data).resolve()),
+        client_id=client_id,
+        state_dir=str(state),
+        cache_dir=str(Path(args.cache_dir).expanduser().resolve()),
+        flags=list(flags),
+        base=args.base,
+        warm=not args.cold,
+        launch=launch,
+        parent=os.getpid(),
+    )
+    with socket.socket() as probe:  # the ClientApp's way to the SuperNode, on loopback
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = ["flower-supernode", "--superlink", args.server, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--node-config", f'settings="{settings.write()}"']
+    if args.insecure:
+        command += ["--insecure"]
+    else:
+        if args.certificate is None:
+            raise ValueError("--certificate is missing: the ca.crt that the server made and its owner sent you.")
+        command += ["--root-certificates", str(Path(args.certificate).resolve())]
+        command += ["--auth-supernode-private-key", str(make_node_key(state))]
+        print(
+            f"This client's key is `{state / NODE_PUBLIC_KEY}`. Send that file to the server's owner, who puts it as "
+            f"`{client_id}.pub` into the directory of --client_keys.",
+            flush=True,
+        )
+    environment = _environment(state)
+    _end_with_signal()
+    try:
+        while True:
+            with _running(command, environment, state / "supernode.log") as node:
+                code = node.wait()
+            print(
+                f"The SuperNode ended with code {code}; see `{state / 'supernode.log'}`. It starts again.", flush=True
+            )
+            time.sleep(5)
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        stop_trainer(settings)
+
+
+def _check_insecure(insecure: bool, host: str) -> None:
+    try:
+        local = host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        local = False
+    if insecure and not local:
+        raise ValueError(
+            f"--insecure with `{host}`: without TLS and keys only loopback is allowed. Leave --insecure out."
+        )
+
+
+def _environment(state: Path) -> dict[str, str]:
+    return os.environ | {
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_HOME": str(state / "flwr"),
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",  # a second by default, in every message
+        SERVER_PID_FILE: str(state / SERVER_PID),
+        # Flower finds its own commands by name.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+    }
+
+
+def _write_app(state: Path, connection: dict[str, Any], config: str, flags: Sequence[str]) -> None:
+    for name, text in _APP.items():
+        (state / "app").mkdir(exist_ok=True)
+        (state / "app" / name).write_text(text, encoding="utf-8")
+    lines = [f"{name} = {json.dumps(value)}" for name, value in connection.items()]
+    (state / "flwr").mkdir(exist_ok=True)
+    (state / "flwr" / "config.toml").write_text(
+        "\n".join(["[superlink]", f'default = "{_CONNECTION}"', f"[superlink.{_CONNECTION}]", *lines, ""])
+    )
+    run = {"config": str(Path(config).resolve()), "flags": json.dumps(list(flags))}
+    (state / "run.toml").write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in run.items()))
+
+
+@contextlib.contextmanager
+def _running(command: Sequence[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen]:
+    with open(log, "ab") as file:
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_for_port(port: int, process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.1)
+    raise RuntimeError(f"The SuperLink did not start on port {port}; see `{log}`.")
+
+
+def _flwr(environment: dict[str, str], *arguments: str) -> dict[str, Any]:
+    command = ["flwr", *arguments, "--format", "json"]
+    result = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    place = result.stdout.find("{")
+    try:
+        return json.loads(result.stdout[place:])
+    except ValueError:
+        raise RuntimeError(f"`{' '.join(command)}` failed: {result.stdout}{result.stderr}") from None
+
+
+def _register_clients(state: Path, client_keys: str | None, environment: dict[str, str]) -> None:
+    known = state / "registered"
+    known.mkdir(exist_ok=True)
+    for path in sorted(Path(client_keys).glob("*.pub")) if client_keys else ():
+        text = path.read_text()
+        if any(text == seen.read_text() for seen in known.iterdir()):
+            continue
+        answer = _flwr(environment, "supernode", "register", str(path), _CONNECTION, "--name", path.stem)
+        if not answer.get("success"):
+            raise RuntimeError(f"The key `{path}` can't be registered: {answer}")
+        (known / path.name).write_text(text)
+
+
+def _run_app(state: Path, environment: dict[str, str]) -> int:
+    options = [_CONNECTION, "--run-config", str(state / "run.toml")]
+    answer = _flwr(environment, "run", str(state / "app"), *options)
+    if not answer.get("success"):
+        raise RuntimeError(f"The run can't be started: {answer}")
+    run = str(answer["run-id"])
+    subprocess.run(["flwr", "log", run, _CONNECTION, "--stream"], env=environment, stdin=subprocess.DEVNULL)
+    while True:
+        [status] = _flwr(environment, "list", _CONNECTION, "--run-id", run)["runs"]
+        if status["status"].startswith("finished"):
+            print(f"Run {run}: {status['status']}.", flush=True)
+            return 0 if status["status"] == "finished:completed" else 1
+        time.sleep(2)
+
+
+def _end_process(pid_file: Path) -> None:
+    if not pid_file.exists():
+        return
+    pid = pid_file.read_text()
+    # The id may have become another's since.
+    command = subprocess.run(["ps", "-o", "command=", "-p", pid], capture_output=True, text=True).stdout
+    if "fedlpp_hf.superlink" in command or "flwr-serverapp" in command:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGTERM)
+    pid_file.unlink(missing_ok=True)
+
+
+def _end_with_signal() -> None:
+    """Let a plain `kill` run the clean-up, too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def _what_clients_type(args: argparse.Namespace, state: Path) -> str:
+    host = (args.hosts or ["127.0.0.1"])[0]
+    security = "--insecure" if args.insecure else "--certificate ca.crt"
+    lines = [f"Clients start: fedlpp-hf client --config {Path(args.config).name} --data ROWS.jsonl "]
+    lines[0] += f"--server {host}:{args.port} {security}"
+    if not args.insecure:
+        lines.append(f"They need `{state / CA_CERTIFICATE}`, and you need their node.pub (see --client_keys).")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m fedlpp_hf.deployment server|client …`: the same as `fedlpp-hf server|client …`."""
+    parser = argparse.ArgumentParser(prog="python -m fedlpp_hf.deployment", description=main.__doc__)
+    sides = parser.add_subparsers(dest="side", required=True)
+    add_server_arguments(sides.add_parser("server", allow_abbrev=False))
+    add_client_arguments(sides.add_parser("client", allow_abbrev=False))
+    args, flags = parser.parse_known_args(argv)
+    return run_server(args, flags) if args.side == "server" else run_client(args, flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

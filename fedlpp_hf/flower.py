@@ -1,0 +1,296 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""The Flower transport (extra `flower`): tasks to clients and updates back, over Flower's Grid. The round loop, the state
+and what counts as an update stay with [`FederatedServer`], so that a federation over Flower ends in the bits of one in
+process.
+
+Messages carry the bytes of [`ClientTask`] and [`ClientUpdate`] in a ConfigRecord: an ArrayRecord refuses bfloat16.
+torch is imported by the server's side only: the ClientApp is a new process in every message.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from . import __version__
+from .base_transfer import PackedBase, count_received, find_base, receive_piece
+from .client import ClientSettings, ask_trainer, describe_trainer, make_client_trainer, train_task
+
+
+if TYPE_CHECKING:
+    from .messages import ClientFailure, ClientTask, ClientUpdate
+    from .remote import RemoteConfig
+
+logger = logging.getLogger(__name__)
+
+SERVER_PID_FILE = "FEDLPP_HF_SERVER_PID_FILE"
+RECORD = "fedlpp_hf"
+DESCRIBE, BASE, TRAIN = "query.describe", "query.base", "train"
+_POLL_SECONDS = 0.2  # Flower's own `send_and_receive` looks every 3 s
+
+
+def make_server_app() -> ServerApp:
+    """The ServerApp: runs the federation of the YAML file that the run's `config` names, on the server's own disk."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        with _note_process():
+            run_federation(grid, str(context.run_config["config"]), json.loads(str(context.run_config["flags"])))
+
+    return app
+
+
+@contextlib.contextmanager
+def _note_process() -> Iterator[None]:
+    # A ServerApp can outlive its SuperLink; whoever started that one ends this one by its id.
+    path = os.environ.get(SERVER_PID_FILE)
+    if path:
+        Path(path).write_text(str(os.getpid()))
+    try:
+        yield
+    finally:
+        if path:
+            Path(path).unlink(missing_ok=True)
+
+
+def run_federation(grid: Grid, config: str, flags: list[str]) -> None:
+    """Make the server's trainer, gather the clients, run or resume the rounds, and merge at the end."""
+    from .remote import load_trainer
+    from .store import FEDERATION_DIR, RoundStore
+
+    trainer, remote = load_trainer(config, flags, model=None, train_dataset={})
+    args = trainer.args
+    store = RoundStore(args.output_dir)
+    base_dir = remote.base or store.output_dir / FEDERATION_DIR / "base"
+    # A resumed federation has the clients that it began with, whoever is here now: sampling depends on them.
+    known = store.read()["clients"] if args.resume_from_checkpoint and store.latest() is not None else None
+    clients = FlowerClients(grid, remote, PackedBase(base_dir))
+    present = clients.gather(args.num_clients if known is None else args.min_clients)
+    trainer.train_remotely(clients.train, present if known is None else known, args.resume_from_checkpoint)
+
+
+class FlowerClients:
+    """The clients that a Grid reaches, by the ids that they announce; one node may stand for several."""
+
+    def __init__(self, grid: Grid, remote: "RemoteConfig", base: PackedBase):
+        self.grid, self.remote, self.base = grid, remote, base
+        self.num_examples: dict[str, int] = {}
+        self._nodes: dict[str, int] = {}  # by client id
+        self._described: dict[int, str] = {}  # by node: since when it has been connected
+        self._refused: dict[int, str] = {}
+
+    def gather(self, count: int) -> dict[str, int]:
+        """Wait until `count` clients are connected and hold the base; returns their numbers of rows.
+
+        Raises:
+            RuntimeError: if they are not there within `join_timeout`, naming those that were refused and why.
+        """
+        deadline = time.monotonic() + self.remote.join_timeout
+        while True:
+            self._welcome(self.remote.join_timeout)  # a client's first answer may load a model
+            if len(self._nodes) >= count:
+                break
+            if time.monotonic() > deadline:
+                refused = "".join(f" Node {node}: {reason}." for node, reason in self._refused.items())
+                raise RuntimeError(
+                    f"{len(self._nodes)} of {count} clients joined within {self.remote.join_timeout:.0f} s "
+                    f"({', '.join(self._nodes) or 'none'}).{refused} Start the others, or lower num_clients."
+                )
+            time.sleep(_POLL_SECONDS)
+        logger.info("Clients: %s", ", ".join(f"{client} ({rows} rows)" for client, rows in self.num_examples.items()))
+        return dict(self.num_examples)
+
+    def train(self, tasks: list["ClientTask"]) -> Iterator["ClientUpdate | ClientFailure"]:
+        """Send the tasks and yield what comes back, in the order of arrival; every task is answered once."""
+        from .messages import ClientFailure, ClientUpdate
+
+        left = {task.client_id: task for task in tasks}
+        reasons: dict[str, str] = {}
+        timeout = self.remote.round_timeout
+        for _ in range(1 + self.remote.task_retries):
+            self._welcome(self.remote.lost_timeout)
+            for client in left.keys() - self._nodes.keys():
+                reasons[client] = "it is not connected"
+            requests = (
+                (
+                    client,
+                    self._nodes[client],
+                    {"task": task.to_bytes(), "base": self.base.fingerprint, "timeout": timeout},
+                )
+                for client, task in list(left.items())
+                if client in self._nodes
+            )
+            for client, answer in self._ask(TRAIN, requests, timeout):
+                try:
+                    if isinstance(answer, str) or "error" in answer:
+                        raise ValueError(answer if isinstance(answer, str) else answer["error"])
+                    update = ClientUpdate.from_bytes(answer["update"])
+                    if update.client_id != client:
+                        raise ValueError(f"it answered in the name of {update.client_id!r}")
+                except (ValueError, KeyError, TypeError) as error:
+                    reasons[client] = str(error)
+                    logger.warning("Client %s: %s", client, error)
+                else:
+                    del left[client]
+                    yield update
+            if not left:
+                return
+        for client in left:
+            yield ClientFailure(client, reasons[client])
+
+    def _welcome(self, timeout: float) -> None:
+        """Learn who has connected, or connected anew, and send the base to those who lack it."""
+        present = self._present()
+        for client, node in list(self._nodes.items()):
+            if node not in present:
+                del self._nodes[client]
+        strangers = [node for node, since in present.items() if self._described.get(node) != since]
+        request = {"base": self.base.fingerprint, "version": __version__}
+        requests: Iterable[tuple[int, int, dict[str, Any]]] = ((node, node, request) for node in strangers)
+        received: dict[int, int] = {}
+        kind, step = DESCRIBE, self.remote.chunk_megabytes << 20
+        while strangers:
+            lacking: dict[int, int] = {}
+            for node, answer in self._ask(kind, requests, timeout):
+                if isinstance(answer, str) or "error" in answer:
+                    self._refuse(node, answer, present[node])
+                elif "received" in answer and int(answer["received"]) > received.get(node, -1):
+                    lacking[node] = received[node] = int(answer["received"])
+                elif "received" in answer:
+                    self._refuse(
+                        node, {"error": "it does not keep the pieces of the base that it is sent"}, present[node]
+                    )
+                else:
+                    self._register(node, json.loads(answer["clients"]), present[node])
+            strangers, kind, timeout = list(lacking), BASE, self.remote.round_timeout
+            requests = ((node, node, request | self.base.read(start, step)) for node, start in lacking.items())
+
+    def _register(self, node: int, rows: Mapping[str, int], since: str) -> None:
+        taken = [client for client in rows if self._nodes.get(client, node) != node]
+        if taken:
+            self._refuse(node, {"error": f"it announces {taken[0]!r}, which node {self._nodes[taken[0]]} is"}, since)
+            return
+        self._described[node] = since
+        self._refused.pop(node, None)
+        for client, count in rows.items():
+            self._nodes[client] = node
+            self.num_examples[client] = count
+
+    def _refuse(self, node: int, answer: Mapping[str, Any] | str, since: str) -> None:
+        """Note why a node is none of the clients. One that said so itself is not asked again before it reconnects."""
+        if not isinstance(answer, str):
+            self._described[node] = since
+        reason = answer if isinstance(answer, str) else str(answer["error"])
+        if self._refused.get(node) != reason:
+            logger.warning("Node %d is refused: %s", node, reason)
+        self._refused[node] = reason
+
+    def _ask(
+        self, kind: str, requests: Iterable[tuple[Any, int, dict[str, Any]]], timeout: float
+    ) -> Iterator[tuple[Any, ConfigRecord | str]]:
+        """Send (name, node, content) and yield (name, answer) as they come; an answer that is a str says what failed."""
+        waiting: dict[str, tuple[Any, int]] = {}
+        missed: dict[str, float] = {}
+        deadline = time.monotonic() + timeout
+        for name, node, content in requests:
+            message = Message(RecordDict({RECORD: ConfigRecord(content)}), node, kind, ttl=timeout)
+            (identity,) = self.grid.push_messages([message])
+            if identity:
+                waiting[identity] = name, node
+            else:
+                yield name, "it could not be reached"
+        while waiting:
+            present = self._present()
+            # Asked for an answer of a node that is offline, Flower would make up an error and drop the answer for good.
+            online = [identity for identity, (_, node) in waiting.items() if node in present]
+            for message in self.grid.pull_messages(online) if online else ():
+                name, _ = waiting.pop(message.metadata.reply_to_message_id)
+                yield name, _read(message)
+            now = time.monotonic()
+            for identity, (name, node) in list(waiting.items()):
+                since = missed.setdefault(identity, now) if node not in present else missed.pop(identity, now)
+                if now > deadline:
+                    reason = f"it did not answer within {timeout:.0f} s"
+                elif now - since > self.remote.lost_timeout:
+                    reason = f"there was no sign of it for {self.remote.lost_timeout:.0f} s"
+                else:
+                    continue
+                del waiting[identity]
+                yield name, reason
+            if waiting:
+                time.sleep(_POLL_SECONDS)
+
+    def _present(self) -> dict[int, str]:
+        """The nodes that are online, with the time since when."""
+        return {node.node_id: node.last_activated_at for node in self.grid.get_nodes()}
+
+
+def _read(message: Message) -> ConfigRecord | str:
+    if message.has_error():
+        return f"Flower reports: {message.error.reason} (code {message.error.code})"
+    record = message.content.config_records.get(RECORD)
+    if record is None:
+        return "its answer is none of this library's"
+    return record
+
+
+def make_client_app() -> ClientApp:
+    """The ClientApp: hands what the server asks to this client's trainer (see [`ClientSettings`])."""
+    app = ClientApp()
+
+    def answer(message: Message, context: Context) -> Message:
+        try:
+            settings = ClientSettings.read(str(context.node_config["settings"]))
+            request = message.content.config_records[RECORD]
+            content = _ANSWERS[message.metadata.message_type](settings, request)
+        except Exception as error:
+            # The server names the reason in `round.json`; Flower alone would only say that the ClientApp failed.
+            logger.exception("The request can't be answered.")
+            content = {"error": f"{type(error).__name__}: {error}"}
+        return Message(RecordDict({RECORD: ConfigRecord(content)}), reply_to=message)
+
+    app.query("describe")(answer)
+    app.query("base")(answer)
+    app.train()(answer)
+    return app
+
+
+def _answer_describe(settings: ClientSettings, request: ConfigRecord) -> dict[str, Any]:
+    if request["version"] != __version__:
+        raise ValueError(
+            f"this client runs fedlpp_hf {__version__}, the server {request['version']}; install the same"
+        )
+    fingerprint = str(request["base"])
+    if "data" in request:
+        piece: dict[str, Any] = {name: request[name] for name in ("offset", "size", "sha256", "data")}
+        receive_piece(settings.cache_dir, fingerprint, **piece)
+    base_dir = find_base(settings.cache_dir, fingerprint, settings.base)
+    if base_dir is None:
+        return {"received": count_received(settings.cache_dir, fingerprint)}
+    if settings.warm:
+        description, _ = ask_trainer(settings, base_dir, "status")
+    else:
+        description = describe_trainer(make_client_trainer(settings, base_dir))
+    return {"clients": json.dumps(description["clients"])}
+
+
+def _answer_train(settings: ClientSettings, request: ConfigRecord) -> dict[str, Any]:
+    task = bytes(request["task"])
+    base_dir = find_base(settings.cache_dir, str(request["base"]), settings.base)
+    if base_dir is None:
+        raise ValueError(f"this client does not hold the base {str(request['base'])[:12]}… any more; restart it")
+    if settings.warm:
+        return {"update": ask_trainer(settings, base_dir, "train", task, float(request["timeout"]))[1]}
+    return {"update": train_task(make_client_trainer(settings, base_dir), task)}
+
+
+_ANSWERS = {DESCRIBE: _answer_describe, BASE: _answer_describe, TRAIN: _answer_train}

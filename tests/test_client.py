@@ -1,0 +1,222 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""The client's side of a network: the local trainer's socket, the base in pieces, settings and certificates."""
+
+import json
+import os
+import socket
+import stat
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from fedlpp_hf import base_transfer, client
+from fedlpp_hf.base import export_base
+from fedlpp_hf.base_transfer import PackedBase, count_received, find_base, receive_piece
+from fedlpp_hf.client import ClientSettings, TrainerService, ask_trainer
+from fedlpp_hf.remote import load_function, load_rows, load_trainer
+
+from .conftest import make_rows
+
+
+FINGERPRINT = "a" * 64
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    state = tmp_path / "state"
+    state.mkdir()
+    (state / "trainer.key").touch(0o600)
+    (state / "trainer.key").write_bytes(b"k" * 32)
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "base_manifest.json").write_text(json.dumps({"fingerprint": FINGERPRINT, "full_precision_linears": []}))
+    return ClientSettings("config", "data", "site", str(state), str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def base_dir(settings, tmp_path):
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def service(settings, monkeypatch):
+    """A trainer that answers every task with the task, in a thread instead of a process."""
+    trainer = SimpleNamespace(
+        client_datasets={"site": range(7)},
+        guard=SimpleNamespace(fingerprint=FINGERPRINT),
+        _share=lambda *args: None,
+    )
+
+    def train(trainer, task):
+        if task == b"bad":
+            raise ValueError("no task")
+        return b"update of " + task
+
+    monkeypatch.setattr(client, "train_task", train)
+    thread = threading.Thread(target=TrainerService(settings, trainer).serve)
+    thread.start()
+    while not settings.socket_file.exists():
+        pass
+    yield
+    client.stop_trainer(settings)
+    thread.join(timeout=10)
+    assert not thread.is_alive() and not settings.socket_file.exists()
+
+
+class TestTrainerService:
+    def test_answers(self, settings, service, base_dir):
+        status, _ = ask_trainer(settings, base_dir, "status")
+        assert status == {"clients": {"site": 7}, "base": FINGERPRINT, "pid": os.getpid()}
+        assert ask_trainer(settings, base_dir, "train", b"task")[1] == b"update of task"
+
+    def test_failure_is_told_and_survived(self, settings, service, base_dir):
+        with pytest.raises(RuntimeError, match="ValueError: no task"):
+            ask_trainer(settings, base_dir, "train", b"bad")
+        assert ask_trainer(settings, base_dir, "train", b"good")[1] == b"update of good"
+
+    def test_socket_is_the_users_alone(self, settings, service):
+        assert stat.S_IMODE(settings.socket_file.stat().st_mode) == 0o600
+        assert stat.S_IMODE(settings.socket_file.parent.stat().st_mode) == 0o700
+
+    def test_wrong_key_is_refused(self, settings, service):
+        settings.key_file.write_bytes(b"x" * 32)
+        with pytest.raises((EOFError, OSError)):
+            client._call(settings, "status", b"", 5)
+        settings.key_file.write_bytes(b"k" * 32)
+
+    def test_garbage_does_not_end_it(self, settings, service, base_dir):
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(settings.socket_file))
+            connection.sendall(b"\xff" * 1000)
+        assert ask_trainer(settings, base_dir, "status")[0]["base"] == FINGERPRINT
+
+    def test_key_that_others_can_read_is_refused(self, settings):
+        settings.key_file.chmod(0o644)
+        with pytest.raises(RuntimeError, match="can be read by others"):
+            TrainerService(settings, None)
+
+    def test_shared_runtime_directory_is_refused(self, settings, tmp_path):
+        (tmp_path / f"fedlpp-{os.getuid()}").mkdir()
+        (tmp_path / f"fedlpp-{os.getuid()}").chmod(0o755)
+        with pytest.raises(RuntimeError, match="this user alone"):
+            _ = settings.socket_file
+
+    def test_ends_with_its_parent(self, settings, monkeypatch):
+        monkeypatch.setattr(client, "_is_alive", lambda pid: False)
+        TrainerService(settings, SimpleNamespace(_share=lambda *args: None)).serve()
+        assert not settings.socket_file.exists()
+
+    def test_trainer_that_does_not_start_tells_why(self, settings, base_dir):
+        with pytest.raises(RuntimeError, match=r"did not start.*copy the base again"):
+            ask_trainer(settings, base_dir, "status")
+
+
+class TestSettings:
+    def test_round_trip(self, settings):
+        assert ClientSettings.read(settings.write()) == settings
+
+    def test_damaged_file(self, tmp_path):
+        (tmp_path / "client.json").write_text("{}")
+        with pytest.raises(ValueError, match=r"client\.json.*can't be read"):
+            ClientSettings.read(tmp_path / "client.json")
+
+
+class TestBaseInPieces:
+    def receive_all(self, packed, cache, step=10_000, until=None):
+        have = count_received(cache, packed.fingerprint)
+        while have < (until or packed.size):
+            have = receive_piece(cache, packed.fingerprint, **packed.read(have, step))
+        return have
+
+    @pytest.fixture
+    def packed(self, llama_base, tmp_path):
+        (tmp_path / "sent").mkdir()
+        (tmp_path / "sent" / "base").symlink_to(llama_base)
+        return PackedBase(tmp_path / "sent" / "base")
+
+    def test_arrives_as_it_was(self, packed, llama_base, tmp_path):
+        assert find_base(tmp_path / "cache", packed.fingerprint) is None
+        self.receive_all(packed, tmp_path / "cache")
+        base = find_base(tmp_path / "cache", packed.fingerprint)
+        assert {file.name for file in base.iterdir()} == {file.name for file in llama_base.iterdir()}
+        assert all((base / file.name).read_bytes() == file.read_bytes() for file in llama_base.iterdir())
+
+    def test_resumes_where_it_broke_off(self, packed, tmp_path):
+        self.receive_all(packed, tmp_path, until=20_000)
+        assert count_received(tmp_path, packed.fingerprint) == 20_000
+        assert receive_piece(tmp_path, packed.fingerprint, **packed.read(0, 100)) == 20_000  # a repeated piece
+        self.receive_all(packed, tmp_path)
+        assert find_base(tmp_path, packed.fingerprint)
+
+    def test_damaged_piece_is_not_kept(self, packed, tmp_path):
+        piece = packed.read(0, 1000)
+        with pytest.raises(ValueError, match="damaged"):
+            receive_piece(tmp_path, packed.fingerprint, **(piece | {"data": b"x" * 1000}))
+        assert count_received(tmp_path, packed.fingerprint) == 0
+
+    def test_another_base_is_refused(self, packed, tmp_path):
+        with pytest.raises(ValueError, match="instead of aaaaaaaaaaaa"):
+            receive_piece(tmp_path, FINGERPRINT, **packed.read(0, packed.size))
+        assert count_received(tmp_path, FINGERPRINT) == 0
+
+    def test_fingerprint_is_no_path(self, tmp_path):
+        with pytest.raises(ValueError, match="no fingerprint"):
+            receive_piece(tmp_path, "../" + "a" * 61, offset=0, size=1, sha256="", data=b"")
+
+    def test_own_base_must_be_the_federations(self, llama_base, tmp_path):
+        fingerprint = base_transfer.read_fingerprint(llama_base)
+        assert find_base(tmp_path, fingerprint, str(llama_base)) == Path(llama_base)
+        with pytest.raises(ValueError, match="the federation's is aaaaaaaaaaaa"):
+            find_base(tmp_path, FINGERPRINT, str(llama_base))
+
+
+class TestRemoteConfig:
+    def test_reference_to_a_function(self, tmp_path):
+        (tmp_path / "task_of_test.py").write_text("def make():\n    return 1\n")
+        assert load_function("task_of_test.py:make", tmp_path)() == 1
+        with pytest.raises(ValueError, match="has no `other`"):
+            load_function("task_of_test.py:other", tmp_path)
+        with pytest.raises(ValueError, match=r"expected FILE\.py:FUNCTION"):
+            load_function("nothing.py:make", tmp_path)
+
+    def test_function_without_types(self, tmp_path):
+        (tmp_path / "untyped_task.py").write_text("def make(task, args, model, train_dataset):\n    pass\n")
+        (tmp_path / "fed.yaml").write_text("trainer: untyped_task.py:make\n")
+        with pytest.raises(ValueError, match="declare the types"):
+            load_trainer(tmp_path / "fed.yaml", [], model="base", train_dataset={})
+
+    def test_rows(self, tmp_path):
+        rows = make_rows(4)
+        rows.to_json(tmp_path / "rows.jsonl")
+        rows.to_parquet(tmp_path / "rows.parquet")
+        rows.save_to_disk(tmp_path / "rows")
+        for name in ("rows.jsonl", "rows.parquet", "rows"):
+            assert load_rows(tmp_path / name)["input_ids"] == rows["input_ids"]
+        with pytest.raises(ValueError, match=r"rows\.txt"):
+            load_rows(tmp_path / "rows.txt")
+
+    def test_base_with_full_precision_linears_is_refused(self, settings, full_llama, tmp_path):
+        export_base(full_llama, tmp_path / "base-32", embedding_bits=32, model_class=AutoModelForCausalLM)
+        with pytest.raises(ValueError, match=r"1 linear layers in full precision \(lm_head\.weight\)"):
+            client.make_client_trainer(settings, tmp_path / "base-32")
+
+
+def test_certificates(tmp_path):
+    pytest.importorskip("cryptography")
+    from fedlpp_hf.certificates import make_certificates, make_node_key
+
+    make_certificates(tmp_path, ["127.0.0.1", "localhost"])
+    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    make_certificates(tmp_path, ["127.0.0.1"])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
+    make_certificates(tmp_path, ["server.example"])  # another name: a new certificate from the same authority
+    assert (tmp_path / "ca.crt").read_bytes() == first["ca.crt"]
+    assert (tmp_path / "server.crt").read_bytes() != first["server.crt"]
+    key = make_node_key(tmp_path)
+    assert make_node_key(tmp_path) == key and key.read_bytes() == (tmp_path / "node.key").read_bytes()
+    for name in ("ca.key", "server.key", "node.key"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
