@@ -145,7 +145,7 @@ def aggregate(
     weights: Sequence[float],
     *,
     adapter: Update,
-    proxy: Update,
+    proxy: Update | Sequence[Update],
     peft_config: PeftConfig,
     round_number: int = 1,
     residual: Update | None = None,
@@ -157,7 +157,8 @@ def aggregate(
     """One round's aggregation by any rule, in the order of `updates`, which must not depend on who arrived first.
 
     `updates` are Δ_i = θ_i − proxy in the server's shapes ([`pad_update`] for clients of lower rank), with the keys of
-    [`trainable_keys`]; they may be [`TensorFile`]s. `adapter` is the server's, `proxy` what the clients started from,
+    [`trainable_keys`]; they may be [`TensorFile`]s. `adapter` is the server's, `proxy` what the clients started from
+    (each its own, where they differ: clients of lower rank, brought to the server's shapes by [`pad_update`], too),
     `residual` that of the round before, of which `residual_rank` columns per target are kept; `mixed_ranks` makes
     `exact` order the factors for clients of lower rank. [`check_rule`] says which
     options go together.
@@ -180,8 +181,9 @@ def aggregate(
         report["client_weights"] = shares
     if rule in ("fedavg", "freeze_a", "alternate"):
         return AggregationResult(_sum_updates(updates, shares), {}, report)
+    proxies = [proxy] * len(updates) if isinstance(proxy, Mapping) else proxy
     return _aggregate_products(
-        rule, updates, shares, report, adapter, proxy, peft_config, residual or {}, residual_rank, mixed_ranks
+        rule, updates, shares, report, adapter, proxies, peft_config, residual or {}, residual_rank, mixed_ranks
     )
 
 
@@ -202,7 +204,7 @@ def _aggregate_products(
     shares: list[float],
     report: dict[str, Any],
     adapter: Update,
-    proxy: Update,
+    proxies: Sequence[Update],
     peft_config: PeftConfig,
     residual: Update,
     residual_rank: int,
@@ -214,7 +216,7 @@ def _aggregate_products(
     squares = {"product": 0.0, "residual": 0.0, "dropped": 0.0}
     for target in lora_factors(adapter, peft_config).values():
         others -= {target.key_a, target.key_b}
-        step = mean_of_products(target, updates, shares, proxy)
+        step = mean_of_products(target, updates, shares, proxies)
         if rule == "stack":
             left, right = stack_products(step)
             left_over |= {target.key_a: right.float(), target.key_b: left.float()}

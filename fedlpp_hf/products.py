@@ -8,7 +8,7 @@ outside. Adapters of clients with another rank are brought to the server's units
 import copy
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,19 +57,21 @@ def decompose_product(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Te
 
 
 def mean_of_products(
-    target: LoraFactors, updates: Sequence[Tensors], shares: Sequence[float], proxy: Tensors
-) -> Iterable[Product]:
-    """Products that sum up to M = Σ p_i (B_i·A_i − B_p·A_p), the step of the mean product from the clients' proxy.
+    target: LoraFactors, updates: Sequence[Tensors], shares: Sequence[float], proxies: Sequence[Tensors]
+) -> Iterator[Product]:
+    """Products that sum up to M = Σ p_i (B_i·A_i − B_p·A_p), the step of the mean product from the clients' proxies.
 
-    With B_i = B_p + ΔB_i and A_i = A_p + ΔA_i that is Σ p_i ΔB_i·A_i + B_p·ΔĀ: nothing large is subtracted.
+    With B_i = B_p + ΔB_i and A_i = A_p + ΔA_i that is Σ p_i ΔB_i·A_i + B_p·Σ p_i ΔA_i: nothing large is subtracted, and what
+    a proxy has in common for its clients is summed first.
     """
-    proxy_a, proxy_b = _matrix(proxy[target.key_a]), _matrix(proxy[target.key_b])
-    mean_a = torch.zeros_like(proxy_a)
-    for update, share in zip(updates, shares, strict=True):
+    common: dict[int, Product] = {}
+    for update, share, proxy in zip(updates, shares, proxies, strict=True):
         delta_a, delta_b = _matrix(update[target.key_a]), _matrix(update[target.key_b])
-        mean_a += share * delta_a
-        yield share * delta_b, proxy_a + delta_a
-    yield proxy_b, mean_a
+        if id(proxy) not in common:
+            common[id(proxy)] = _matrix(proxy[target.key_b]), torch.zeros_like(delta_a)
+        common[id(proxy)][1].add_(delta_a, alpha=share)
+        yield share * delta_b, _matrix(proxy[target.key_a]) + delta_a
+    yield from common.values()
 
 
 def truncate_product(

@@ -36,6 +36,7 @@ def check_rule(
     robust: str = "none",
     num_attackers: int = 0,
     clients_per_round: int | None = None,
+    min_clients: int | None = None,
     weighting: str = "examples",
     server_optimizer: str = "sgd",
     server_learning_rate: float = 1.0,
@@ -110,24 +111,24 @@ def check_rule(
     for conflict, reason in conflicts:
         if conflict:
             raise ValueError(f"aggregation={rule!r} does not go with {reason}.")
-    _check_attackers(robust, num_attackers, clients_per_round)
+    _check_attackers(robust, num_attackers, clients_per_round, min_clients)
 
 
 def _is_no_product(peft_config: PeftConfig) -> bool:
     return bool(getattr(peft_config, "use_dora", False) or getattr(peft_config, "target_parameters", None))
 
 
-def _check_attackers(robust: str, num_attackers: int, clients_per_round: int | None) -> None:
+def _check_attackers(robust: str, num_attackers: int, clients_per_round: int | None, min_clients: int | None) -> None:
     counted = robust in ("trimmed_mean", "krum", "multi_krum")
     if num_attackers < 0 or (counted and num_attackers == 0):
         raise ValueError(
             f"robust={robust!r} with num_attackers={num_attackers}; expected how many attackers a round may have."
         )
-    if not counted or clients_per_round is None:
-        return
     needed = 2 * num_attackers + (1 if robust == "trimmed_mean" else 3)
-    if clients_per_round < needed:
-        raise ValueError(
-            f"robust={robust!r} against {num_attackers} attackers needs {needed} clients in each round; there are "
-            f"{clients_per_round}. Raise clients_per_round, or lower num_attackers."
-        )
+    # A round that loses clients must be told apart from one that can't be aggregated.
+    for option, clients in (("clients_per_round", clients_per_round), ("min_clients", min_clients)):
+        if counted and clients is not None and clients < needed:
+            raise ValueError(
+                f"robust={robust!r} against {num_attackers} attackers needs {needed} clients in each round; "
+                f"{option}={clients}. Raise {option}, or lower num_attackers."
+            )

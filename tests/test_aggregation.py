@@ -345,6 +345,22 @@ def test_exact_products_stay_exact_with_mixed_ranks():
     assert_same(total(new, result.residual, config), expected, 1e-3)
 
 
+def test_exact_knows_that_clients_started_at_different_proxies():
+    config, server = make_config(4), make_adapter(0, 4)
+    proxies, updates, expected = [], [], dense(server, config)
+    for rank in (4, 2, 4):
+        client = make_config(rank)
+        # Quantized after it was cut: other blocks, other scales than the first columns of the whole proxy.
+        start, delta = coarse(truncate_adapter(server, config, client)), make_adapter(rank, rank, 0.3)
+        step = dense(add(start, delta), client)
+        before = dense(start, client)
+        expected = {key: expected[key] + (step[key] - before[key]) / 3 for key in expected}
+        proxies.append(pad_update(start, server, config, client))
+        updates.append(pad_update(delta, server, config, client))
+    new, result = run_exact(server, proxies, updates, [1.0] * 3, config)
+    assert_same(total(new, result.residual, config), expected, 1e-3)
+
+
 def test_ordered_factors_truncate_best():
     config, server = make_config(4), make_adapter(0, 4)
     new, _ = run_exact(server, server, [make_adapter(1, 4)], [1.0], config, mixed_ranks=True)
@@ -542,6 +558,11 @@ def test_too_many_attackers_are_refused():
             "fedavg",
             {"robust": "krum", "weighting": "uniform", "num_attackers": 2, "clients_per_round": 6},
             "needs 7 clients",
+        ),
+        (
+            "fedavg",
+            {"robust": "trimmed_mean", "weighting": "uniform", "num_attackers": 2, "min_clients": 4},
+            "needs 5 clients.*min_clients",
         ),
     ],
 )
