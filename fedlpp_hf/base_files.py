@@ -89,6 +89,7 @@ class ShardWriter:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write `value` with sorted keys, so that equal values give equal files."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -133,14 +134,11 @@ def compute_fingerprint(manifest: dict[str, Any]) -> str:
 
 
 def hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return _hash_stream(file)
-
-
-def _hash_stream(file: Any) -> str:
+    """The file's sha256 in hexadecimal."""
     digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
