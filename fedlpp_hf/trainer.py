@@ -122,6 +122,8 @@ class FederatedMixin:
         if self.owner is None and args.full_model and self.is_world_process_zero():
             self.owner = Owner(setup)
         self._horizon = (0, 1)
+        self._decay_names: list[str] | None = None
+        self._trimmed: set[str] = set()  # clients whose rows have only the columns that the model takes
 
     def prepare_client_dataset(self, dataset: Any, client_id: str) -> Any:
         """What a client trains on, from the rows it was given. TRL's trainers tokenize here."""
@@ -198,6 +200,26 @@ class FederatedMixin:
             ):
                 group["lr"] = base * factor(scheduler.last_epoch)
         return scheduler
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        """The parent's, once for each client: every call makes `datasets` take a fingerprint of the table."""
+        if dataset is not self.train_dataset or self.guard.task is None:
+            return super()._remove_unused_columns(dataset, description)
+        client = self.guard.task.client_id
+        if client not in self._trimmed:
+            self.client_datasets[client] = self.train_dataset = super()._remove_unused_columns(dataset, description)
+            self._trimmed.add(client)
+        return self.train_dataset
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """The parent's, found once: it walks the whole model, and each client's run makes a new optimizer."""
+        if self._decay_names is None:
+            self._decay_names = super().get_decay_parameter_names(model)
+        return self._decay_names
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """Not counted: the parent counts all parameters anew in every step, longer than a small model's step takes."""
+        return 0
 
     def evaluate_metrics(self, eval_dataset: Any = None) -> dict[str, float]:
         """The trainer's evaluation without its timings; empty where there is no evaluation dataset."""
