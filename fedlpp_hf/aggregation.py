@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -33,26 +34,29 @@ _CHUNK = 2**15
 Update = Mapping[str, torch.Tensor]
 
 
+@lru_cache(maxsize=1024)
+def _open(path: str, stamp: tuple[int, int]) -> Any:
+    # Parsing a header takes milliseconds and 80 kB; it is worth keeping, but not for any number of clients. Open files are
+    # memory maps: they hold no file handles.
+    return safe_open(path, "pt")
+
+
 class TensorFile(Mapping[str, torch.Tensor]):
-    """An adapter or an update in a safetensors file, of which a tensor is read when it is asked for.
+    """An adapter or an update in a safetensors file, of which a tensor is read when it is asked for."""
 
-    The file is open only while it is read, so that there may be more of them than file handles.
-    """
-
-    def __init__(self, path: str | os.PathLike):
-        self.path = path
-        with safe_open(path, "pt") as file:
-            self._keys = list(file.keys())
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = os.fspath(path)
+        stat = os.stat(path)
+        self._stamp = (stat.st_mtime_ns, stat.st_size)
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        with safe_open(self.path, "pt") as file:
-            return file.get_tensor(key)
+        return _open(self.path, self._stamp).get_tensor(key)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
+        return iter(_open(self.path, self._stamp).keys())
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(_open(self.path, self._stamp).keys())
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +93,8 @@ def normalize_weights(weights: Sequence[float]) -> list[float]:
 def average_updates(updates: Iterable[Update], weights: Sequence[float]) -> dict[str, torch.Tensor]:
     """The weighted mean of `updates`, tensor by tensor, float32: Δ̄ = Σ p_i Δ_i (FedAvg, arXiv 1602.05629).
 
-    With updates that are files ([`TensorFile`], or a generator of them) memory is flat in their number: the sum in double
-    precision, and 32 updates' views of one tensor. Give them in a fixed order of clients: sums are rounded, and the order of
+    With updates that are [`TensorFile`]s memory is flat in their number: the sum in double precision, and 32 updates' views
+    of one tensor. Give them in a fixed order of clients: sums are rounded, and the order of
     arrival must not show in the result.
 
     Raises:
