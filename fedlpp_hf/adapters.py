@@ -143,10 +143,10 @@ def lora_factors(keys: Iterable[str], peft_config: PeftConfig | Mapping[str, Any
 
 def lora_scale(peft_config: PeftConfig | Mapping[str, Any], module: str) -> float:
     """The scale s of a target's ΔW = s·B·A; sources at [`lora_factors`]."""
-    config = peft_config if isinstance(peft_config, Mapping) else peft_config.to_dict()
+    config: Mapping[str, Any] = peft_config if isinstance(peft_config, Mapping) else peft_config.to_dict()
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    rank = ranks.get(get_pattern_key(list(ranks), module), config["r"])
-    alpha = alphas.get(get_pattern_key(list(alphas), module), config["lora_alpha"])
+    rank: int = ranks.get(get_pattern_key(list(ranks), module), config["r"])
+    alpha: float = alphas.get(get_pattern_key(list(alphas), module), config["lora_alpha"])
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 

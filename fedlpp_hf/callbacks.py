@@ -71,11 +71,11 @@ class QuantizedBaseCallback(TrainerCallback):
         self._control: dict[str, torch.Tensor] = {}
         self._memory: dict[str, torch.Tensor] = {}
 
-    def on_init_end(self, args, state, control, *, model: torch.nn.Module, **kwargs):
+    def on_init_end(self, args, state, control, *, model: Any, **kwargs):
         if args.push_to_hub and self.task_dir is not None:
             raise ValueError("push_to_hub=True: a client's files do not leave the client. Set it to False.")
         audit_model(model, self.allow_full_precision)
-        self.peft_config = model.peft_config["default"]
+        self.peft_config: PeftConfig = model.peft_config["default"]
         self.parameters = adapter_parameters(model)
         self.initial = copy_adapter(self.parameters)
         adapter = {id(parameter) for parameter in self.parameters.values()}
@@ -107,12 +107,7 @@ class QuantizedBaseCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, *, model: torch.nn.Module, **kwargs):
         if self.task_dir is not None:
             self.accept(_read_task(self.task_dir / TASK_FILE))
-        if self.task is None:
-            raise RuntimeError(
-                "A client's run needs a task: pass `task_dir` and `update_dir` to QuantizedBaseCallback, or train "
-                "through FederatedTrainer."
-            )
-        start = self.task.proxy_tensors() or self.initial
+        start = self.current_task.proxy_tensors() or self.initial
         if self._low_rank is not None:  # with zeros beyond its rank, a factor's gradient there is zero, too
             start = truncate_adapter(start, *self._low_rank) if start is self.initial else start
             start = pad_update(start, self.initial, *self._low_rank)
@@ -121,10 +116,10 @@ class QuantizedBaseCallback(TrainerCallback):
         self._start = copy_adapter(self.parameters)
         self._versions = [parameter._version for _, parameter in self._frozen]
         self._memory = self._recall() if self._remembers else {}
-        self._control = restore_tensors(self.task.control)
+        self._control = restore_tensors(self.current_task.control)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        options = self.task.options
+        options = self.current_task.options
         if options.proximal_mu:
             add_proximal_gradient_(self.parameters, self._start, options.proximal_mu)
         if options.scaffold:
@@ -134,11 +129,11 @@ class QuantizedBaseCallback(TrainerCallback):
         for (name, parameter), version in zip(self._frozen, self._versions, strict=True):
             if parameter._version != version:
                 raise RuntimeError(f"`{name}` of the base was written to during training; the base must stay frozen.")
-        options, end = self.task.options, copy_adapter(self.parameters)
+        options, end = self.current_task.options, copy_adapter(self.parameters)
         delta = {key: end[key].sub_(self._start[key]) for key in end}
         if self._low_rank is not None:
             delta = truncate_adapter(delta, *self._low_rank)
-        delta = {key: delta[key] for key in trainable_keys(options.rule, self.task.round, delta)}
+        delta = {key: delta[key] for key in trainable_keys(options.rule, self.current_task.round, delta)}
         if options.scaffold:
             own = update_client_control(
                 split_tensors(self._memory, CONTROL), self._control, delta, state.global_step, args.learning_rate
@@ -160,9 +155,9 @@ class QuantizedBaseCallback(TrainerCallback):
             self._remember()
         logs = [entry["train_loss"] for entry in state.log_history if "train_loss" in entry]
         self.update = ClientUpdate(
-            federation_id=self.task.federation_id,
-            round=self.task.round,
-            client_id=self.task.client_id,
+            federation_id=self.current_task.federation_id,
+            round=self.current_task.round,
+            client_id=self.current_task.client_id,
             base_fingerprint=self.fingerprint,
             num_examples=len(train_dataloader.dataset),
             delta=payload,
@@ -177,15 +172,29 @@ class QuantizedBaseCallback(TrainerCallback):
             raise RuntimeError("A client's files do not leave the client: only the server's adapter may be pushed.")
 
     @property
+    def current_task(self) -> ClientTask:
+        """The task of the run under way.
+
+        Raises:
+            RuntimeError: if there is none.
+        """
+        if self.task is None:
+            raise RuntimeError(
+                "A client's run needs a task: pass `task_dir` and `update_dir` to QuantizedBaseCallback, or train "
+                "through FederatedTrainer."
+            )
+        return self.task
+
+    @property
     def _low_rank(self) -> tuple[PeftConfig, PeftConfig] | None:
         """The server's and this client's adapter configuration, where the client's rank is the lower one."""
-        if not self.task.options.rank:
+        if not self.current_task.options.rank:
             return None
-        return self.peft_config, lower_rank(self.initial, self.peft_config, self.task.options.rank)
+        return self.peft_config, lower_rank(self.initial, self.peft_config, self.current_task.options.rank)
 
     @property
     def _remembers(self) -> bool:
-        options = self.task.options
+        options = self.current_task.options
         compresses = options.update_bits != FULL_PRECISION or options.update_density < 1
         return options.scaffold or (options.error_feedback and compresses)
 
@@ -193,17 +202,19 @@ class QuantizedBaseCallback(TrainerCallback):
         """Where a client keeps, from one round to a later one, what is its own. Client ids are the server's: never a path."""
         if self.memory_dir is None:
             raise ValueError("Error feedback and SCAFFOLD need a place that is the client's own; pass `memory_dir`.")
-        client = hashlib.sha256(f"{self.task.federation_id}/{self.task.client_id}".encode()).hexdigest()[:32]
+        client = hashlib.sha256(
+            f"{self.current_task.federation_id}/{self.current_task.client_id}".encode()
+        ).hexdigest()[:32]
         return self.memory_dir / client / f"round-{number:05d}.safetensors"
 
     def _recall(self) -> dict[str, torch.Tensor]:
         """What this client kept in its last round before the task's: a resumed federation may go back a round."""
         files = sorted(self._memory_file(0).parent.glob("round-*.safetensors"))
-        earlier = [file for file in files if file < self._memory_file(self.task.round)]
+        earlier = [file for file in files if file < self._memory_file(self.current_task.round)]
         return load_file(earlier[-1]) if earlier else {}
 
     def _remember(self) -> None:
-        file = self._memory_file(self.task.round)
+        file = self._memory_file(self.current_task.round)
         write_atomically(file, save(self._memory))
         for old in sorted(other for other in file.parent.glob("round-*.safetensors") if other < file)[:-1]:
             old.unlink()
@@ -227,7 +238,7 @@ class QuantizedBaseCallback(TrainerCallback):
             raise RuntimeError("The base differs from what it was before training; it must stay frozen.")
 
 
-def audit_model(model: torch.nn.Module, allow_full_precision: bool = False) -> None:
+def audit_model(model: Any, allow_full_precision: bool = False) -> None:
     """Refuse a model that is not an adapter on a quantized base.
 
     Raises:
@@ -262,7 +273,7 @@ def audit_model(model: torch.nn.Module, allow_full_precision: bool = False) -> N
         )
 
 
-def full_precision_linears(model: PeftModel) -> list[str] | None:
+def full_precision_linears(model: Any) -> list[str] | None:
     """Names of the base's linear layers that hold full-precision weights; None if the base has no quantized layer."""
     import bitsandbytes as bnb  # heavy, and not needed to import the package
 
@@ -283,7 +294,7 @@ def full_precision_linears(model: PeftModel) -> list[str] | None:
     ]
 
 
-def find_manifest(model: PeftModel) -> dict[str, Any] | None:
+def find_manifest(model: Any) -> dict[str, Any] | None:
     """The manifest of the base that the model was loaded from, if it was loaded from a directory that has one."""
     directory = getattr(model.get_base_model().config, "_name_or_path", "")
     return read_manifest(directory) if directory and (Path(directory) / BASE_MANIFEST).is_file() else None

@@ -26,7 +26,7 @@ from .adapters import load_adapter_, split_tensors
 from .base import export_base
 from .config import FederatedConfig
 from .merge import merge_adapter
-from .messages import decode_message, encode_message
+from .messages import decode_message, encode_message, restore_tensors
 from .products import join_residual
 from .quantization import FULL_PRECISION
 
@@ -58,7 +58,7 @@ class OwnerSetup:
     full_model: str
     args: FederatedConfig
     trainer_class: type
-    model_class: type | None
+    model_class: Any
     peft_config: PeftConfig
     owner_dataset: Any = None
     client_datasets: Any = None
@@ -140,7 +140,7 @@ class Owner:
         if header["error"] is not None:
             kind, text = header["error"]
             raise (ValueError if kind == "ValueError" else RuntimeError)(f"The owner's process: {text}")
-        return header["answer"], payload
+        return header["answer"], restore_tensors(payload)
 
 
 def _end(pipe, process) -> None:
@@ -267,7 +267,7 @@ class _Desk:
         )
 
 
-def load_full_model(full_model: str, model_class: type | None, args: FederatedConfig) -> torch.nn.Module:
+def load_full_model(full_model: str, model_class: Any, args: FederatedConfig) -> torch.nn.Module:
     """The owner's model in full precision; in float32 on the CPU, where 16-bit products are many times slower."""
     from transformers import AutoModelForCausalLM
 

@@ -7,7 +7,7 @@ import numpy as np
 
 
 def partition_rows(
-    column: Sequence | None, num_rows: int, partition: str, num_clients: int | None, alpha: float, seed: int
+    column: Sequence, num_rows: int, partition: str, num_clients: int, alpha: float, seed: int
 ) -> dict[str, np.ndarray]:
     """Row indices by client id.
 
@@ -45,7 +45,7 @@ def partition_rows(
     return dict(zip(names, parts, strict=True))
 
 
-def partition_dataset(dataset, partition: str, num_clients: int | None, alpha: float, column: str, seed: int) -> dict:
+def partition_dataset(dataset, partition: str, num_clients: int, alpha: float, column: str, seed: int) -> dict:
     """A `datasets.Dataset` for each client, as views by index into one dataset; arguments as in [`partition_rows`].
 
     `column` is the one that `dirichlet` spreads; any other `partition` than iid and dirichlet is itself a column.
@@ -53,7 +53,7 @@ def partition_dataset(dataset, partition: str, num_clients: int | None, alpha: f
     Raises:
         ValueError: for an unknown column, or as [`partition_rows`].
     """
-    values = None
+    values: Sequence = ()
     if partition != "iid":
         column = column if partition == "dirichlet" else partition
         if column not in dataset.column_names:

@@ -2,7 +2,7 @@
 """Block quantization of tensors: codebooks, rounding, bit packing. Pure tensor functions."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -293,7 +293,7 @@ def unpack_codes(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
 
 
 def quantize_tensors(
-    tensors: dict[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
     bits: int,
     block_size: int = 256,
     scale_dtype: torch.dtype = torch.float32,

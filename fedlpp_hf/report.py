@@ -25,10 +25,9 @@ class RoundReporter:
         self.trackers = trackers
         self.output_dir = Path(args.output_dir)
         self.state, self.control = TrainerState(is_world_process_zero=True), TrainerControl()
-        self._bar: tqdm | None = None
+        self._bar = tqdm(total=args.num_rounds, unit="round", disable=args.disable_tqdm, leave=False, delay=0.1)
 
     def __enter__(self) -> "RoundReporter":
-        self._bar = tqdm(total=self.args.num_rounds, unit="round", disable=self.args.disable_tqdm, leave=False)
         self.trackers.on_train_begin(self.args, self.state, self.control)
         return self
 
@@ -194,8 +193,10 @@ def draw_rounds(records: Sequence[Record], path: Path, reference: Mapping[str, f
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    metrics = next((record["metrics"][view] for record in records for view in record["metrics"]), {})
-    name = main_metric(metrics)
+    metrics: Mapping[str, float] = next(
+        (record["metrics"][view] for record in records for view in record["metrics"]), {}
+    )
+    name = main_metric(metrics) or ""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -211,7 +212,7 @@ def draw_rounds(records: Sequence[Record], path: Path, reference: Mapping[str, f
     if reference and name in reference:
         axes.axhline(reference[name], linestyle="--", color="#555555", label="federation in full precision")
     axes.set_xlabel("round")
-    axes.set_ylabel((name or "").removeprefix("eval_"))
+    axes.set_ylabel(name.removeprefix("eval_"))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:

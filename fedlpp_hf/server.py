@@ -107,7 +107,8 @@ class FederatedServer:
 
     def rank_of(self, client: str, number: int) -> int:
         """A client's LoRA rank in a round where it is lower than the server's, else 0. Override it to change over rounds."""
-        return int((self.args.client_ranks or {}).get(client, 0))
+        ranks = self.args.client_ranks
+        return int(ranks.get(client, 0)) if isinstance(ranks, dict) else 0
 
     def merged_adapter(self) -> tuple[dict[str, torch.Tensor], PeftConfig]:
         """The server's whole update as one plain adapter: what the adapter's rank can't hold makes its rank larger."""

@@ -5,7 +5,7 @@ import copy
 import gc
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -19,7 +19,7 @@ from .adapters import load_adapter_
 from .base import BASE_MANIFEST, load_base
 from .callbacks import QuantizedBaseCallback, audit_model
 from .config import FederatedConfig
-from .messages import ClientFailure, ClientTask, ClientUpdate, decode_message, encode_message
+from .messages import ClientFailure, ClientTask, ClientUpdate, decode_message, encode_message, restore_tensors
 from .owner import Owner, OwnerSetup
 from .partition import partition_dataset
 from .quantization import FULL_PRECISION
@@ -34,7 +34,11 @@ CLIENTS_DIR = "_clients"  # what simulated clients keep to themselves from round
 _TIMINGS = ("_runtime", "_samples_per_second", "_steps_per_second", "model_preparation_time")
 
 
-class FederatedMixin:
+# For type checkers the mixin is the Trainer that it will be mixed with.
+_Parent: Any = Trainer if TYPE_CHECKING else object
+
+
+class FederatedMixin(_Parent):
     """Makes a `Trainer` subclass federated: `class FederatedSFTTrainer(FederatedMixin, SFTTrainer)`.
 
     `train_dataset` is a `datasets.Dataset`, partitioned by `args.partition`, or a mapping of client ids to datasets; an
@@ -87,21 +91,16 @@ class FederatedMixin:
             client_datasets=self.raw_datasets if args.compare_full_precision else None,
             trainer_arguments={"data_collator": data_collator, "eval_dataset": eval_dataset, **kwargs},
         )
-        model = self._resolve_model(model, setup)
-        if not isinstance(model, PeftModel):
-            if peft_config is None:
-                raise ValueError("`peft_config` is missing: say which adapter to train, e.g. LoraConfig(r=8).")
-            set_seed(args.seed)  # every client's untouched adapter must start at the same A
-            model = get_peft_model(model, copy.deepcopy(peft_config))  # PEFT writes the base's path into it
-        setup.peft_config = model.peft_config["default"]
+        peft_model = _add_adapter(self._resolve_model(model, setup), peft_config, args.seed)
+        setup.peft_config = peft_model.peft_config["default"]
         unquantized = args.base_bits == FULL_PRECISION
-        audit_model(model, unquantized)
+        audit_model(peft_model, unquantized)
         memory_dir = Path(args.output_dir) / CLIENTS_DIR
         self.guard = QuantizedBaseCallback(memory_dir=memory_dir, allow_full_precision=unquantized)
         # An empty list of trackers for the parent: a client's run would open and close them each time.
         report_to, args.report_to = args.report_to, []
         super().__init__(
-            model,
+            peft_model,
             args,
             data_collator,
             next(iter(self.raw_datasets.values()), None),
@@ -183,6 +182,8 @@ class FederatedMixin:
         federation = self.args.learning_rate_horizon == "federation"
         self._horizon = (task.round - 1, task.num_rounds) if federation else (0, 1)
         super().train()
+        if self.guard.update is None:
+            raise RuntimeError("The local run ended without an update; was QuantizedBaseCallback removed?")
         return self.guard.update
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
@@ -297,7 +298,7 @@ class FederatedMixin:
             if command == "train":
                 self.train_client(ClientTask.from_bytes(data))
             elif command == "evaluate":
-                self.evaluate_proxy(decode_message("adapter", data)[1])
+                self.evaluate_proxy(restore_tensors(decode_message("adapter", data)[1]))
             else:
                 return
 
@@ -316,7 +317,7 @@ class FederatedMixin:
             raise ValueError("`train_dataset` is missing: a Dataset, or a mapping of client ids to datasets.")
         else:
             datasets = partition_dataset(
-                train_dataset, args.partition, args.num_clients, args.dirichlet_alpha, args.dirichlet_column, args.seed
+                train_dataset, args.partition, args.num_clients or 1, args.dirichlet_alpha, args.dirichlet_column, args.seed
             )
             if not datasets:
                 raise ValueError("There are no clients: `train_dataset` is empty.")
@@ -358,6 +359,15 @@ class FederatedMixin:
 
         PartialState().wait_for_everyone()
         return load_base(base_dir, setup.model_class)
+
+
+def _add_adapter(model: torch.nn.Module, peft_config: PeftConfig | None, seed: int) -> Any:
+    if isinstance(model, PeftModel):
+        return model
+    if peft_config is None:
+        raise ValueError("`peft_config` is missing: say which adapter to train, e.g. LoraConfig(r=8).")
+    set_seed(seed)  # every client's untouched adapter must start at the same A
+    return get_peft_model(model, copy.deepcopy(peft_config))  # PEFT writes the base's path into it
 
 
 class FederatedTrainer(FederatedMixin, Trainer):
