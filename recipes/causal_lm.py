@@ -1,0 +1,121 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""Federated LoRA of a causal language model whose full-precision weights stay with their owner.
+
+    python recipes/owner_warmup.py --config recipes/configs/rnnlg_owner.yaml
+    accelerate launch recipes/causal_lm.py --config recipes/configs/rnnlg.yaml
+
+Hardware: two CPU cores for the 260 K parameters of that config; recipes/README.md has an example for a GPU. Expected: see
+the head of the config. The metric is the loss per token of the completions (perplexity is its exponential).
+
+This script is the clients' side. `model_name_or_path` may name the owner's full model: then a process of its own plays
+the owner, and this one sees no weights but the quantized base. Rows come from the Hub or from a file; with a
+`prompt_column` the loss is on the completion alone. Any flag overrides the config.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+from peft import LoraConfig, TaskType
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+
+from fedlpp_hf import FederatedConfig, FederatedTrainer, parse_args
+
+
+@dataclass
+class RecipeArguments:
+    model_name_or_path: str = field(
+        metadata={"help": "The owner's full model, or a base made by `fedlpp-hf quantize`."}
+    )
+    train_data: str = field(metadata={"help": "Hub id, or a .jsonl, .json, .csv or .parquet file: the clients' rows."})
+    eval_data: str = field(metadata={"help": "As train_data: the rows that every round is evaluated on."})
+    owner_data: str | None = field(
+        default=None, metadata={"help": "As train_data: the owner's own rows, for `fit_server_step`."}
+    )
+    data_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
+    train_split: str = field(default="train", metadata={"help": "Split of train_data, if it is on the Hub."})
+    eval_split: str = field(default="test", metadata={"help": "Split of eval_data, if it is on the Hub."})
+    max_eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on the first rows only."})
+    prompt_column: str | None = field(default=None, metadata={"help": "Column with the prompt, if any."})
+    completion_column: str = field(default="text", metadata={"help": "Column with the text that is learnt."})
+    separator: str = field(default="\n", metadata={"help": "What stands between prompt and completion."})
+    max_length: int = field(default=256, metadata={"help": "Tokens of a row; more are cut off."})
+    lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=16, metadata={"help": "The adapter is scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout in front of the adapter."})
+    target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "Linear layers that get an adapter."}
+    )
+
+
+def read_rows(source: str, split: str, config: str | None) -> Dataset:
+    suffix = Path(source).suffix.removeprefix(".")
+    if suffix in ("json", "jsonl", "csv", "parquet"):
+        return load_dataset(suffix.replace("jsonl", "json"), data_files=source, split="train")
+    return load_dataset(source, config, split=split)
+
+
+def encode_row(row: dict, arguments: RecipeArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """Token ids of a prompt and its completion; -100 keeps the prompt out of the loss."""
+    # The two are tokenized apart, so that no token reaches over the border.
+    prompt = row[arguments.prompt_column] + arguments.separator if arguments.prompt_column else ""
+    start = tokenizer(prompt)["input_ids"] if prompt else [tokenizer.bos_token_id] * bool(tokenizer.bos_token)
+    completion = tokenizer(row[arguments.completion_column], add_special_tokens=False)["input_ids"]
+    completion += [tokenizer.eos_token_id]
+    labels = [-100] * len(start) + completion
+    return {"input_ids": (start + completion)[: arguments.max_length], "labels": labels[: arguments.max_length]}
+
+
+def tokenize_rows(rows: Dataset, arguments: RecipeArguments, tokenizer: PreTrainedTokenizerBase, keep: str) -> Dataset:
+    """`input_ids` and `labels`, beside the column `keep` that says whose the row is."""
+    rows = rows.map(
+        encode_row,
+        fn_kwargs={"arguments": arguments, "tokenizer": tokenizer},
+        remove_columns=[name for name in rows.column_names if name != keep],
+        desc="Tokenizing",
+    )
+    # A prompt that fills max_length leaves nothing to learn, and a loss over no token is NaN.
+    kept = rows.filter(lambda row: any(label != -100 for label in row["labels"]), desc="Looking for completions")
+    if len(kept) < len(rows):
+        print(
+            f"{len(rows) - len(kept)} of {len(rows)} rows were dropped: max_length={arguments.max_length} cuts off all of their completion."
+        )
+    return kept
+
+
+def main() -> None:
+    arguments, args = parse_args((RecipeArguments, FederatedConfig))
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+
+    def prepare(source: str, split: str, count: int | None = None) -> Dataset:
+        with args.main_process_first():  # the others find it in the cache
+            rows = read_rows(source, split, arguments.data_config)
+            rows = rows if count is None else rows.take(min(count, len(rows)))
+            return tokenize_rows(rows, arguments, tokenizer, keep=args.partition)
+
+    targets = arguments.target_modules
+    trainer = FederatedTrainer(
+        model=arguments.model_name_or_path,
+        args=args,
+        train_dataset=prepare(arguments.train_data, arguments.train_split),
+        eval_dataset=prepare(arguments.eval_data, arguments.eval_split, arguments.max_eval_rows),
+        owner_dataset=prepare(arguments.owner_data, arguments.train_split) if arguments.owner_data else None,
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        peft_config=LoraConfig(
+            task_type=TaskType.CAUSAL_LM,
+            r=arguments.lora_r,
+            lora_alpha=arguments.lora_alpha,
+            lora_dropout=arguments.lora_dropout,
+            target_modules="all-linear" if targets == ["all-linear"] else targets,
+        ),
+        model_class=AutoModelForCausalLM,
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    main()
