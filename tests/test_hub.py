@@ -1,0 +1,268 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import _http
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fedlpp_hf.hub import push_adapter, push_merged
+from fedlpp_hf.merge import merge_adapter
+
+from .hub_server import Hub, run_hub
+
+
+SOURCE_CARD = "---\nlicense: mit\ntags:\n- stories\nlanguage: en\n---\n# The full model\n"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub on loopback that huggingface_hub takes for the only one, with a writer's token."""
+    with run_hub() as server:
+        for module_values in (
+            (constants, "ENDPOINT", server.url),
+            (constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"),
+            (constants, "HF_HUB_OFFLINE", False),
+            (constants, "HF_HUB_DISABLE_XET", True),
+            (constants, "HF_HUB_CACHE", str(tmp_path / "cache")),
+            (_http.time, "sleep", lambda seconds: None),  # retries wait for real Hubs
+        ):
+            monkeypatch.setattr(*module_values)
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("HF_TOKEN", "writer")
+        yield server
+
+
+@pytest.fixture
+def pair(tmp_path) -> tuple[Path, Path]:
+    """A sharded full model with a card and a tokenizer's file, and an adapter for its last layer."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes))
+    model.save_pretrained(tmp_path / "full", max_shard_size="15KB")
+    (tmp_path / "full" / "README.md").write_text(SOURCE_CARD)
+    (tmp_path / "full" / "special_tokens_map.json").write_text("{}")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1], task_type="CAUSAL_LM")
+    peft_model = get_peft_model(model, lora)
+    for name, parameter in peft_model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter)
+    peft_model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "README.md").unlink(missing_ok=True)
+    return tmp_path / "full", tmp_path / "adapter"
+
+
+def put_on_hub(hub: Hub, name: str, directory: Path, private: bool = True) -> None:
+    hub.add_repo(name, {path.name: path.read_bytes() for path in directory.iterdir()}, private)
+
+
+def sent_shards(hub: Hub) -> list[str]:
+    return [path for method, path, _ in hub.requests if method == "PUT"]
+
+
+def test_round_trip(hub, pair, tmp_path):
+    full, adapter = pair
+    merge_adapter(full, adapter, tmp_path / "merged")
+    push_merged(tmp_path / "merged", "owner/merged", source=full)
+    assert hub.repos["owner/merged"].private
+    local, remote = (LlamaForCausalLM.from_pretrained(place) for place in (tmp_path / "merged", "owner/merged"))
+    ids = torch.arange(12)[None]
+    assert torch.equal(local(ids).logits, remote(ids).logits)
+    card = hub.files("owner/merged")["README.md"].data.decode()
+    assert "license: mit" in card and "- stories" in card and "- federated-learning" in card
+    assert "No privacy audit was run" in card and 'LlamaForCausalLM.from_pretrained("owner/merged")' in card
+    assert str(tmp_path) not in card
+    hub.requests.clear()
+    push_merged(tmp_path / "merged", "owner/merged", source=full)
+    assert not sent_shards(hub) and not [path for _, path, _ in hub.requests if "/commit/" in path]
+
+
+def test_the_full_model_is_streamed_from_the_hub_and_its_shards_deleted(hub, pair, tmp_path):
+    full, adapter = pair
+    put_on_hub(hub, "owner/full", full)
+    merge_adapter(full, adapter, tmp_path / "local")
+    report = merge_adapter("owner/full", adapter, tmp_path / "merged", delete_source_shards=True, verify=True)
+    assert report.verified
+    names = {path.name for path in (tmp_path / "local").iterdir()}
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == names
+    assert all((tmp_path / "merged" / n).read_bytes() == (tmp_path / "local" / n).read_bytes() for n in names)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    merge_adapter("owner/full", adapter, tmp_path / "kept")
+    shards = len(list(full.glob("*.safetensors")))
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == shards
+
+
+def test_a_broken_download_leaves_nothing(hub, pair, tmp_path):
+    full, adapter = pair
+    put_on_hub(hub, "owner/full", full)
+    hub.fail("GET", "resolve/.*-00003-of", 404, times=100)
+    with pytest.raises((OSError, ValueError)):
+        merge_adapter("owner/full", adapter, tmp_path / "merged", delete_source_shards=True)
+    assert not (tmp_path / "merged").exists() and not (tmp_path / ".merged.merging").exists()
+    with pytest.raises(ValueError, match="neither a directory nor a model"):
+        merge_adapter("owner/absent", adapter, tmp_path / "merged")
+
+
+def test_only_changed_shards_are_sent(hub, pair, tmp_path):
+    full, adapter = pair
+    put_on_hub(hub, "owner/full", full)
+    report = merge_adapter("owner/full", adapter, tmp_path / "merged")
+    assert len(report.layers) == 1 and len(list(full.glob("*.safetensors"))) > 3
+    push_merged(tmp_path / "merged", "owner/merged", source="owner/full")
+    assert len(sent_shards(hub)) == 1
+    assert any("lfs-files/duplicate" in path for _, path, _ in hub.requests)
+    hub.requests.clear()
+    push_merged(tmp_path / "merged", "owner/full", source="owner/full", revision="merged")
+    assert len(sent_shards(hub)) == 1 and "merged" in hub.repos["owner/full"].branches
+    for name in ("owner/merged", "owner/full"):
+        branch = "main" if name == "owner/merged" else "merged"
+        stored = hub.files(name, branch)
+        for path in (tmp_path / "merged").glob("*.safetensors"):
+            assert stored[path.name].data == path.read_bytes()
+        assert "base_model: owner/full" in stored["README.md"].data.decode()
+
+
+def test_a_hub_that_does_not_copy_is_sent_everything(hub, pair, tmp_path):
+    full, adapter = pair
+    put_on_hub(hub, "owner/full", full)
+    merge_adapter("owner/full", adapter, tmp_path / "merged")
+    hub.fail("POST", "lfs-files/duplicate", 400)
+    push_merged(tmp_path / "merged", "owner/merged", source="owner/full")
+    assert len(sent_shards(hub)) == len(list(full.glob("*.safetensors")))
+
+
+def test_stale_weights_are_deleted_and_pull_requests_made(hub, pair, tmp_path):
+    full, adapter = pair
+    hub.add_repo("owner/merged", {"model.safetensors": b"old", "notes.txt": b"kept"})
+    merge_adapter(full, adapter, tmp_path / "merged")
+    info = push_merged(tmp_path / "merged", "owner/merged", source=full, create_pr=True)
+    assert info.pr_url and set(hub.files("owner/merged")) == {"model.safetensors", "notes.txt"}
+    (branch,) = set(hub.repos["owner/merged"].branches) - {"main"}
+    assert "model.safetensors" not in hub.files("owner/merged", branch)
+    assert "notes.txt" in hub.files("owner/merged", branch)
+
+
+@pytest.mark.parametrize(
+    ("method", "pattern", "how"), [("PUT", "^/lfs/", 500), ("PUT", "^/lfs/", "drop"), ("POST", "preupload", 503)]
+)
+def test_transient_failures_are_retried(hub, pair, tmp_path, method, pattern, how):
+    full, adapter = pair
+    merge_adapter(full, adapter, tmp_path / "merged")
+    hub.fail(method, pattern, how)
+    push_merged(tmp_path / "merged", "owner/merged", source=full)
+    assert LlamaForCausalLM.from_pretrained("owner/merged")
+
+
+def test_an_interrupted_push_resumes(hub, pair, tmp_path):
+    full, adapter = pair
+    merge_adapter(full, adapter, tmp_path / "merged")
+    hub.fail("POST", "/commit/", 500)
+    with pytest.raises(RuntimeError, match="push again"):
+        push_merged(tmp_path / "merged", "owner/merged", source=full)
+    assert sent_shards(hub)
+    hub.requests.clear()
+    push_merged(tmp_path / "merged", "owner/merged", source=full)
+    assert not sent_shards(hub) and "model.safetensors.index.json" in hub.files("owner/merged")
+
+
+def test_refusals_say_what_to_do(hub, pair, tmp_path):
+    full, adapter = pair
+    merge_adapter(full, adapter, tmp_path / "merged")
+    with pytest.raises(RuntimeError, match=r"(?s)\(401\).*hf auth login"):
+        push_merged(tmp_path / "merged", "owner/merged", token="stranger")
+    with pytest.raises(RuntimeError, match=r"(?s)\(403\).*write access"):
+        push_merged(tmp_path / "merged", "owner/merged", token="reader")
+    with pytest.raises(RuntimeError, match=r"\(403\)"):
+        push_merged(tmp_path / "merged", "other/merged")
+    hub.add_repo("owner/merged", {})
+    for status in (409, 412):
+        hub.fail("POST", "/commit/", status)
+        with pytest.raises(RuntimeError, match="changed it meanwhile"):
+            push_merged(tmp_path / "merged", "owner/merged")
+
+
+def test_a_commit_in_between_is_a_conflict(hub, pair, tmp_path, monkeypatch):
+    full, adapter = pair
+    merge_adapter(full, adapter, tmp_path / "merged")
+    repo = hub.add_repo("owner/merged", {})
+    from fedlpp_hf import hub as module
+
+    same = module._is_same
+
+    def and_someone_commits(*arguments):
+        repo.commit("main", {})
+        return same(*arguments)
+
+    monkeypatch.setattr(module, "_is_same", and_someone_commits)
+    with pytest.raises(RuntimeError, match="(?s)412.*changed it meanwhile"):
+        push_merged(tmp_path / "merged", "owner/merged")
+
+
+def test_nothing_becomes_public_by_accident(hub, pair, tmp_path):
+    full, adapter = pair
+    put_on_hub(hub, "owner/full", full)
+    put_on_hub(hub, "owner/open", full, private=False)
+    merge_adapter(full, adapter, tmp_path / "merged")
+    for source in (None, full, "owner/full"):
+        with pytest.raises(ValueError, match="allow_public"):
+            push_merged(tmp_path / "merged", "owner/merged", source=source, private=False)
+    assert "owner/merged" not in hub.repos
+    hub.add_repo("owner/shop", {}, private=False)
+    with pytest.raises(ValueError, match="allow_public"):
+        push_merged(tmp_path / "merged", "owner/shop", source=full)
+    push_merged(tmp_path / "merged", "owner/shop", source=full, allow_public=True)
+    push_merged(tmp_path / "merged", "owner/merged", source="owner/open", private=False)
+    assert not hub.repos["owner/merged"].private
+
+
+def _federation(directory):
+    (directory / "_federation").mkdir()
+
+
+def _quantize(directory):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"quantization_config": {"load_in_4bit": True}}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_federation, "_federation"),
+        (_quantize, "client's view"),
+        (lambda d: (d / "base_manifest.json").write_text("{}"), "base_manifest"),
+        (lambda d: (d / "training_args.bin").write_text(""), "training_args"),
+        (lambda d: sorted(d.glob("*.safetensors"))[0].unlink(), "index names"),
+        (lambda d: shutil.rmtree(d), "no directory"),
+    ],
+)
+def test_what_is_no_merged_model_is_not_pushed(hub, pair, tmp_path, damage, message):
+    full, adapter = pair
+    merge_adapter(full, adapter, tmp_path / "merged")
+    damage(tmp_path / "merged")
+    with pytest.raises(ValueError, match=message):
+        push_merged(tmp_path / "merged", "owner/merged", source=full)
+    assert not hub.requests
+
+
+def test_the_adapter_is_pushed_alone(hub, pair, tmp_path):
+    _, adapter = pair
+    federation = adapter / "_federation"
+    (federation / "rounds" / "round-00000").mkdir(parents=True)
+    (federation / "rounds" / "round-00000" / "round.json").write_text('{"round": 0}')
+    state = {"schema": 1, "config": {"num_rounds": 3, "base_bits": 4, "adapter_bits": 2}, "clients": {"a": 5, "b": 6}}
+    (federation / "federation.json").write_text(json.dumps(state))
+    (adapter / "training_args.bin").write_text("a token")
+    (adapter / "report.md").write_text("# Federation report\n\n| model | loss |\n|---|---|\n| server | 1.5 |\n")
+    (adapter / "audit.md").write_text("# Audit\n\nRecovered 3 % of the update.\n")
+    push_adapter(adapter, "owner/adapter")
+    files = hub.files("owner/adapter")
+    assert set(files) - {".gitattributes"} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    card = files["README.md"].data.decode()
+    for text in ("| rounds | 3 |", "| clients | 2 |", "| server | 1.5 |", "Recovered 3 %", "4 bits per weight"):
+        assert text in card
+    assert os.fspath(tmp_path) not in card
