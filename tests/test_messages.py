@@ -171,6 +171,14 @@ def test_tensors_that_changed_places_are_refused():
         decode_message("update", write_parts(header, body, buffer))
 
 
+@pytest.mark.parametrize("entry", [{"dtype": "BF16"}, {"shape": [3, 2]}])
+def test_tensor_that_would_be_read_otherwise_is_refused(entry):
+    header, body, buffer = read_parts(encode_message("update", {}, {"a": torch.ones(2, 3).half()}))
+    header["a"] |= entry
+    with pytest.raises(ValueError, match="checksum"):
+        decode_message("update", write_parts(header, body, buffer))
+
+
 def test_message_of_another_kind_or_schema_is_refused():
     with pytest.raises(ValueError, match="Expected a task"):
         ClientTask.from_bytes(make_update().to_bytes())
