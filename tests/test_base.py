@@ -43,7 +43,7 @@ from fedlpp_hf.base import (
     load_base,
     read_manifest,
 )
-from fedlpp_hf.base_tensors import pack_nibbles, quantize_nf4, unpack_nibbles
+from fedlpp_hf.base.tensors import pack_nibbles, quantize_nf4, unpack_nibbles
 from fedlpp_hf.quantization import codebook, nf4_subset
 
 

@@ -7,16 +7,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from fedlpp_hf import cli
+from fedlpp_hf import cli, hub
 from fedlpp_hf.adapters import ADAPTER_CONFIG, adapter_parameters, copy_adapter, write_adapter
-from fedlpp_hf.base_files import read_manifest
+from fedlpp_hf.base.files import read_manifest
 from fedlpp_hf.merge import merge_adapter
 from fedlpp_hf.quantization import quantize
 from fedlpp_hf.report import format_bytes
@@ -67,7 +68,7 @@ def check_error(result: tuple[int, str, str], text: str) -> None:
 def test_every_command_has_help_with_examples(run):
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("quantize", "inspect", "merge", "undo-merge"):
+    for command in ("quantize", "inspect", "merge", "undo-merge", "push"):
         assert command in out
         code, text, _ = run(command, "--help")
         assert code == 0 and f"examples:\n  fedlpp-hf {command}" in text
@@ -298,3 +299,45 @@ def test_merge_in_place_can_be_undone(run, full_llama, adapters, tmp_path):
     assert run("undo-merge", copy)[0] == 0
     assert (copy / WEIGHTS).read_bytes() == before
     assert (full_llama / WEIGHTS).read_bytes() == before
+
+
+@pytest.fixture
+def pushes(monkeypatch) -> list[tuple]:
+    """Calls of the functions that would speak to the Hub, in place of them."""
+    calls: list[tuple] = []
+
+    def record(name):
+        def push(*arguments, **options):
+            calls.append((name, *arguments, options))
+            return SimpleNamespace(commit_url="https://hub/commit")
+
+        return push
+
+    for name in ("push_merged", "push_adapter"):
+        monkeypatch.setattr(hub, name, record(name))
+    return calls
+
+
+def test_merge_pushes_what_it_wrote(run, pushes, full_llama, federation, adapters, tmp_path):
+    federation.publish(load_file(adapters[0] / "adapter_model.safetensors"), PeftConfig.from_pretrained(adapters[0]))
+    arguments = ["merge", full_llama, federation.output_dir, tmp_path / "merged"]
+    code, out, _ = run(*arguments, "--push", "org/merged")
+    assert code == 0 and "Pushed to https://hub/commit" in out and (tmp_path / "merged" / WEIGHTS).is_file()
+    options = {"source": str(full_llama), "federation_dir": str(federation.output_dir)}
+    options |= {"private": True, "allow_public": False}
+    assert pushes == [("push_merged", str(tmp_path / "merged"), "org/merged", options)]
+    check_error(run(*arguments[:-1], tmp_path / "other", "--public"), "give --push REPO_ID")
+    assert not (tmp_path / "other").exists()
+
+
+def test_push_tells_an_adapter_from_a_merged_model(run, pushes, full_llama, adapters):
+    assert run("push", adapters[0], "org/adapter", "--create-pr")[0] == 0
+    assert run("push", full_llama, "org/merged", "--public", "--source", "org/full", "--federation_dir", "out")[0] == 0
+    common = {"audit": None, "revision": None, "allow_public": False}
+    first = common | {"source": None, "create_pr": True, "private": True}
+    second = common | {"source": "org/full", "create_pr": False, "private": False, "federation_dir": "out"}
+    assert pushes == [
+        ("push_adapter", str(adapters[0]), "org/adapter", first),
+        ("push_merged", str(full_llama), "org/merged", second),
+    ]
+    check_error(run("push", adapters[0], "org/adapter", "--federation_dir", "out"), "Leave it out")

@@ -6,15 +6,16 @@ import os
 import socket
 import stat
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from transformers import AutoModelForCausalLM
 
-from fedlpp_hf import base_transfer, client
-from fedlpp_hf.base import export_base
-from fedlpp_hf.base_transfer import PackedBase, count_received, find_base, receive_piece
+from fedlpp_hf import client
+from fedlpp_hf.base import export_base, transfer
+from fedlpp_hf.base.transfer import PackedBase, count_received, find_base, receive_piece
 from fedlpp_hf.client import ClientSettings, TrainerService, ask_trainer
 from fedlpp_hf.remote import load_function, load_rows, load_trainer
 
@@ -59,8 +60,8 @@ def service(settings, monkeypatch):
     monkeypatch.setattr(client, "train_task", train)
     thread = threading.Thread(target=TrainerService(settings, trainer).serve)
     thread.start()
-    while not settings.socket_file.exists():
-        pass
+    while client._status(settings) is None:
+        time.sleep(0.01)
     yield
     client.stop_trainer(settings)
     thread.join(timeout=10)
@@ -134,9 +135,7 @@ class TestBaseInPieces:
 
     @pytest.fixture
     def packed(self, llama_base, tmp_path):
-        (tmp_path / "sent").mkdir()
-        (tmp_path / "sent" / "base").symlink_to(llama_base)
-        return PackedBase(tmp_path / "sent" / "base")
+        return PackedBase(llama_base, tmp_path / "base.packed")
 
     def test_arrives_as_it_was(self, packed, llama_base, tmp_path):
         assert find_base(tmp_path / "cache", packed.fingerprint) is None
@@ -168,7 +167,7 @@ class TestBaseInPieces:
             receive_piece(tmp_path, "../" + "a" * 61, offset=0, size=1, sha256="", data=b"")
 
     def test_own_base_must_be_the_federations(self, llama_base, tmp_path):
-        fingerprint = base_transfer.read_fingerprint(llama_base)
+        fingerprint = transfer.read_fingerprint(llama_base)
         assert find_base(tmp_path, fingerprint, str(llama_base)) == Path(llama_base)
         with pytest.raises(ValueError, match="the federation's is aaaaaaaaaaaa"):
             find_base(tmp_path, FINGERPRINT, str(llama_base))

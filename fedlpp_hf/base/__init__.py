@@ -15,7 +15,9 @@ from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from .base_files import (
+from ..checkpoints import Checkpoint, plan_tensors
+from ..quantization import FULL_PRECISION, check_bits
+from .files import (
     BASE_MANIFEST,
     FORMAT_VERSION,
     ShardWriter,
@@ -25,11 +27,9 @@ from .base_files import (
     seal_base,
     write_companions,
 )
-from .base_packing import pack_base, unpack_base
-from .base_tensors import BaseSettings, quantize_base_tensor
-from .bnb_cpu import keep_layout_
-from .checkpoints import Checkpoint, plan_tensors
-from .quantization import FULL_PRECISION, check_bits
+from .kernels import keep_layout_
+from .packing import pack_base, unpack_base
+from .tensors import BaseSettings, quantize_base_tensor
 
 
 __all__ = [

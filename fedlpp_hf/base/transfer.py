@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 
-PACKED_BASE = "base.packed"
 _MANIFEST = "base_manifest.json"
 
 
 class PackedBase:
     """The server's side of sending a base: one packed file, read in pieces."""
 
-    def __init__(self, base_dir: str | os.PathLike):
-        self.file = Path(base_dir).with_name(PACKED_BASE)
-        from .base_packing import pack_base
+    def __init__(self, base_dir: str | os.PathLike, file: str | os.PathLike):
+        self.file = Path(file)
+        from .packing import pack_base
 
         self.fingerprint = read_fingerprint(base_dir)
         self.size = pack_base(base_dir, self.file)
@@ -97,7 +96,7 @@ def receive_piece(
         os.fsync(file.fileno())
     if have + len(data) < size:
         return have + len(data)
-    from .base_packing import unpack_base
+    from .packing import unpack_base
 
     try:
         manifest = unpack_base(partial, base_dir, overwrite=True)

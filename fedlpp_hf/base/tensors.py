@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from bitsandbytes.functional import QuantState, get_4bit_type, int8_vectorwise_quant, quantize_blockwise
 
-from .quantization import FULL_PRECISION, dequantize, nf4_subset, packed_size, quantize, round_to_levels
+from ..quantization import FULL_PRECISION, dequantize, nf4_subset, packed_size, quantize, round_to_levels
 
 
 _NESTED_BLOCK_SIZE = 256

@@ -5,8 +5,8 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from fedlpp_hf.base_tensors import unpack_nibbles
-from fedlpp_hf.bnb_cpu import keep_layout_
+from fedlpp_hf.base.kernels import keep_layout_
+from fedlpp_hf.base.tensors import unpack_nibbles
 
 
 def build_layer(rows, length, double_quant=False):

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .base_files import BASE_MANIFEST, check_base, new_base_directory, write_json
-from .base_tensors import pack_nibbles, unpack_nibbles
-from .quantization import QuantizedTensor, dequantize, nf4_subset, pack_codes, quantize, unpack_codes
+from ..quantization import QuantizedTensor, dequantize, nf4_subset, pack_codes, quantize, unpack_codes
+from .files import BASE_MANIFEST, check_base, new_base_directory, write_json
+from .tensors import pack_nibbles, unpack_nibbles
 
 
 def pack_base(base_dir: str | os.PathLike, file: str | os.PathLike) -> int:
