@@ -12,18 +12,14 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
-import hmac
 import json
 import logging
 import os
 import queue
-import secrets
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -31,14 +27,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .base_transfer import read_fingerprint
+from . import local_socket
+from .base.transfer import read_fingerprint
+from .local_socket import CALL_TIMEOUT
 
 
 logger = logging.getLogger(__name__)
-
-_NONCE_BYTES = 32
-_MAX_FRAME_BYTES = 1 << 34
-_CALL_TIMEOUT = 10.0  # of everything but training: the trainer answers from a thread of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,23 +85,14 @@ class ClientSettings:
         return Path(self.state_dir) / "trainer.log"
 
     @property
+    def pid_file(self) -> Path:
+        return Path(self.state_dir) / "trainer.pid"
+
+    @property
     def socket_file(self) -> Path:
         # A socket's path may have about a hundred characters, and a state directory more.
         name = hashlib.sha256(str(Path(self.state_dir).resolve()).encode()).hexdigest()[:24]
-        return _private_directory() / f"{name}.sock"
-
-
-def _private_directory() -> Path:
-    parent = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
-    directory = Path(parent) / f"fedlpp-{os.getuid()}"
-    directory.mkdir(mode=0o700, exist_ok=True)
-    status = directory.lstat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise RuntimeError(
-            f"`{directory}` must be a directory that belongs to this user alone (mode 700), as the trainer's socket is "
-            "in it. Remove it, or set XDG_RUNTIME_DIR to a private directory."
-        )
-    return directory
+        return local_socket.find_private_directory() / f"{name}.sock"
 
 
 def make_client_trainer(settings: ClientSettings, base_dir: str | os.PathLike) -> Any:
@@ -116,7 +101,7 @@ def make_client_trainer(settings: ClientSettings, base_dir: str | os.PathLike) -
     Raises:
         ValueError: if the base ships a linear layer in full precision, or the data can't be read.
     """
-    from .base_files import read_manifest
+    from .base.files import read_manifest
     from .remote import load_rows, load_trainer
 
     exposed = read_manifest(base_dir)["full_precision_linears"]
@@ -160,20 +145,13 @@ class TrainerService:
 
     def __init__(self, settings: ClientSettings, trainer: Any):
         self.settings, self.trainer = settings, trainer
-        self.key = _read_key(settings.key_file)
+        self.key = local_socket.read_key(settings.key_file)
         self._jobs: queue.Queue[tuple[bytes, queue.Queue] | None] = queue.Queue()
 
     def serve(self) -> None:
         """Serve until `stop`, or until the parent process is gone."""
-        path = self.settings.socket_file
-        path.unlink(missing_ok=True)
-        with socket.socket(socket.AF_UNIX) as listener:
-            before = os.umask(0o177)
-            try:
-                listener.bind(str(path))
-            finally:
-                os.umask(before)
-            listener.listen()
+        with local_socket.listen(self.settings.socket_file) as listener:
+            self.settings.pid_file.write_text(str(os.getpid()))
             threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
             try:
                 while _is_alive(self.settings.parent):
@@ -184,7 +162,7 @@ class TrainerService:
                         job[1].put(self._train(job[0]))
                 self.trainer._share("stop")
             finally:
-                path.unlink(missing_ok=True)
+                self.settings.pid_file.unlink(missing_ok=True)
 
     def _train(self, task: bytes) -> tuple[dict[str, Any], bytes]:
         try:
@@ -194,19 +172,14 @@ class TrainerService:
             return {"error": f"{type(error).__name__}: {error}"}, b""
 
     def _accept(self, listener: socket.socket) -> None:
-        while True:
-            connection, _ = listener.accept()
-            threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+        with contextlib.suppress(OSError):  # the listener's end
+            while True:
+                connection, _ = listener.accept()
+                threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
 
     def _answer(self, connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError, EOFError):
-            connection.settimeout(_CALL_TIMEOUT)
-            nonce = secrets.token_bytes(_NONCE_BYTES)
-            connection.sendall(nonce)
-            proof = _receive_exactly(connection, hashlib.sha256().digest_size)
-            if not hmac.compare_digest(proof, hmac.digest(self.key, nonce, "sha256")):
-                return
-            request, payload = _receive(connection)
+            request, payload = local_socket.receive_request(connection, self.key)
             answer: tuple[dict[str, Any], bytes] = describe_trainer(self.trainer), b""
             if request["command"] == "train":
                 done: queue.Queue = queue.Queue()
@@ -214,7 +187,7 @@ class TrainerService:
                 answer = done.get()
             if request["command"] == "stop":
                 self._jobs.put(None)
-            _send(connection, *answer)
+            local_socket.send(connection, *answer)
 
 
 def ask_trainer(
@@ -222,7 +195,7 @@ def ask_trainer(
     base_dir: str | os.PathLike,
     command: str,
     payload: bytes = b"",
-    timeout: float = _CALL_TIMEOUT,
+    timeout: float = CALL_TIMEOUT,
 ) -> tuple[dict[str, Any], bytes]:
     """Ask the local trainer, started anew if there is none, or if it holds another base.
 
@@ -262,9 +235,8 @@ def ensure_trainer(settings: ClientSettings, base_dir: str | os.PathLike) -> dic
             if status["base"] == fingerprint:
                 return status
             stop_trainer(settings)
-        if not settings.key_file.exists():
-            with open(os.open(settings.key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(secrets.token_bytes(_NONCE_BYTES))
+        end_process(settings.pid_file, "fedlpp_hf.client", signal.SIGKILL)  # one that is there but does not answer
+        local_socket.make_key(settings.key_file)
         with open(settings.log_file, "ab") as log:
             process = subprocess.Popen(
                 [
@@ -296,8 +268,8 @@ def stop_trainer(settings: ClientSettings) -> None:
     if status is None:
         return
     with contextlib.suppress(OSError, EOFError):
-        _call(settings, "stop", b"", _CALL_TIMEOUT)
-    deadline = time.monotonic() + _CALL_TIMEOUT
+        _call(settings, "stop", b"", CALL_TIMEOUT)
+    deadline = time.monotonic() + CALL_TIMEOUT
     while _is_alive(status["pid"]) and settings.socket_file.exists():
         if time.monotonic() > deadline:
             os.kill(status["pid"], signal.SIGKILL)
@@ -305,52 +277,16 @@ def stop_trainer(settings: ClientSettings) -> None:
         time.sleep(0.05)
 
 
+def _call(settings: ClientSettings, command: str, payload: bytes, timeout: float) -> tuple[dict[str, Any], bytes]:
+    key = local_socket.read_key(settings.key_file)
+    return local_socket.call(settings.socket_file, key, {"command": command}, payload, timeout)
+
+
 def _status(settings: ClientSettings) -> dict[str, Any] | None:
     try:
-        return _call(settings, "status", b"", _CALL_TIMEOUT)[0]
+        return _call(settings, "status", b"", CALL_TIMEOUT)[0]
     except (OSError, EOFError):  # nobody there, or one that no longer answers
         return None
-
-
-def _call(settings: ClientSettings, command: str, payload: bytes, timeout: float) -> tuple[dict[str, Any], bytes]:
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(_CALL_TIMEOUT)
-        connection.connect(str(settings.socket_file))
-        nonce = _receive_exactly(connection, _NONCE_BYTES)
-        connection.sendall(hmac.digest(_read_key(settings.key_file), nonce, "sha256"))
-        _send(connection, {"command": command}, payload)
-        connection.settimeout(timeout)
-        return _receive(connection)
-
-
-def _send(connection: socket.socket, header: dict[str, Any], payload: bytes) -> None:
-    head = json.dumps(header).encode()
-    connection.sendall(struct.pack("<QQ", len(head), len(payload)) + head)
-    if payload:
-        connection.sendall(payload)
-
-
-def _receive(connection: socket.socket) -> tuple[dict[str, Any], bytes]:
-    sizes = struct.unpack("<QQ", _receive_exactly(connection, 16))
-    if max(sizes) > _MAX_FRAME_BYTES:
-        raise EOFError("A frame claims more bytes than any message has.")
-    return json.loads(_receive_exactly(connection, sizes[0])), _receive_exactly(connection, sizes[1])
-
-
-def _receive_exactly(connection: socket.socket, count: int) -> bytes:
-    data = bytearray()
-    while len(data) < count:
-        part = connection.recv(min(count - len(data), 1 << 20))
-        if not part:
-            raise EOFError("The connection ended early.")
-        data += part
-    return bytes(data)
-
-
-def _read_key(path: Path) -> bytes:
-    if path.stat().st_mode & 0o077:
-        raise RuntimeError(f"`{path}` can be read by others; its mode must be 600. Delete it, and a new one is made.")
-    return path.read_bytes()
 
 
 @contextlib.contextmanager
@@ -371,6 +307,16 @@ def _is_alive(pid: int | None) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def end_process(pid_file: Path, name: str, how: signal.Signals = signal.SIGTERM) -> None:
+    """End the process whose id a file holds, if its command still contains `name`: the id may be another's by now."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        pid = pid_file.read_text()
+        command = subprocess.run(["ps", "-o", "command=", "-p", pid], capture_output=True, text=True).stdout
+        if name in command:
+            os.kill(int(pid), how)
+        pid_file.unlink()
 
 
 def _log_tail(settings: ClientSettings) -> str:

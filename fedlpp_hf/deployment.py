@@ -23,7 +23,7 @@ from .certificates import (
     make_certificates,
     make_node_key,
 )
-from .client import ClientSettings, stop_trainer
+from .client import ClientSettings, end_process, stop_trainer
 
 
 SERVER_PID_FILE = "FEDLPP_HF_SERVER_PID_FILE"  # names the file in which the ServerApp says which process it is
@@ -118,8 +118,8 @@ def run_server(args: argparse.Namespace, flags: Sequence[str] = ()) -> int:
     _write_app(state, connection, args.config, flags)
     environment = _environment(state)
     _end_with_signal()
-    for name in (SERVER_PID, SUPERLINK_PID):  # left by a server that was killed
-        _end_process(state / name)
+    end_process(state / SERVER_PID, "flwr-serverapp")  # left by a server that was killed
+    end_process(state / SUPERLINK_PID, "fedlpp_hf.superlink")
     with _running(command, environment, state / "superlink.log") as superlink:
         (state / SUPERLINK_PID).write_text(str(superlink.pid))
         _wait_for_port(args.port, superlink, state / "superlink.log")
@@ -128,7 +128,7 @@ def run_server(args: argparse.Namespace, flags: Sequence[str] = ()) -> int:
             print(_what_clients_type(args, state), flush=True)
             return _run_app(state, environment)
         finally:
-            _end_process(state / SERVER_PID)  # a ServerApp can outlive its SuperLink
+            end_process(state / SERVER_PID, "flwr-serverapp")  # it can outlive its SuperLink
             (state / SUPERLINK_PID).unlink()
 
 
@@ -285,18 +285,6 @@ def _run_app(state: Path, environment: dict[str, str]) -> int:
             print(f"Run {run}: {status['status']}.", flush=True)
             return 0 if status["status"] == "finished:completed" else 1
         time.sleep(2)
-
-
-def _end_process(pid_file: Path) -> None:
-    if not pid_file.exists():
-        return
-    pid = pid_file.read_text()
-    # The id may have become another's since.
-    command = subprocess.run(["ps", "-o", "command=", "-p", pid], capture_output=True, text=True).stdout
-    if "fedlpp_hf.superlink" in command or "flwr-serverapp" in command:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(pid), signal.SIGTERM)
-    pid_file.unlink(missing_ok=True)
 
 
 def _end_with_signal() -> None:

@@ -21,7 +21,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from . import __version__
-from .base_transfer import PackedBase, count_received, find_base, receive_piece
+from .base.transfer import PackedBase, count_received, find_base, receive_piece
 from .client import ClientSettings, ask_trainer, describe_trainer, make_client_trainer, train_task
 
 
@@ -70,10 +70,11 @@ def run_federation(grid: Grid, config: str, flags: list[str]) -> None:
     trainer, remote = load_trainer(config, flags, model=None, train_dataset={})
     args = trainer.args
     store = RoundStore(args.output_dir)
-    base_dir = remote.base or store.output_dir / FEDERATION_DIR / "base"
+    directory = store.output_dir / FEDERATION_DIR
+    base = PackedBase(remote.base if trainer.owner is None else directory / "base", directory / "base.packed")
     # A resumed federation has the clients that it began with, whoever is here now: sampling depends on them.
     known = store.read()["clients"] if args.resume_from_checkpoint and store.latest() is not None else None
-    clients = FlowerClients(grid, remote, PackedBase(base_dir))
+    clients = FlowerClients(grid, remote, base)
     present = clients.gather(args.num_clients if known is None else args.min_clients)
     trainer.train_remotely(clients.train, present if known is None else known, args.resume_from_checkpoint)
 

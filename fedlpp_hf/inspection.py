@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapters import ADAPTER_CONFIG, lora_factors, read_adapter
-from .base_files import BASE_MANIFEST, check_base, read_manifest
+from .base.files import BASE_MANIFEST, check_base, read_manifest
 from .config import FederatedConfig
 from .quantization import BITS, packed_size
 from .report import find_warnings, format_bytes, format_table, main_metric, mean_client_loss

@@ -35,7 +35,6 @@ FLOORS = {
     "hub": 1,
     "merge": 1,
     "model_card": 1,
-    "model_card": 1,
     "messages": 1,
     "optimizers": 1,
     "products": 1,

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..base import read_manifest
-from ..base_tensors import unpack_nibbles
+from ..base.tensors import unpack_nibbles
 from ..checkpoints import Checkpoint
 from ..messages import ClientTask, ClientUpdate
 from ..quantization import QuantizedTensor, dequantize, restore_from_levels
