@@ -1,0 +1,130 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""Requests between processes of one user: over a Unix socket that no other user can open, with a key to prove."""
+
+import contextlib
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import socket
+import struct
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+CALL_TIMEOUT = 10.0
+_KEY_BYTES = _NONCE_BYTES = 32
+_MAX_FRAME_BYTES = 1 << 34
+
+Frame = tuple[dict[str, Any], bytes]
+
+
+def make_key(path: Path) -> None:
+    """Write a new key to `path`, for its user alone, unless there is one."""
+    if not path.exists():
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(_KEY_BYTES))
+
+
+def read_key(path: Path) -> bytes:
+    """
+    Raises:
+        RuntimeError: if others can read it.
+    """
+    if path.stat().st_mode & 0o077:
+        raise RuntimeError(f"`{path}` can be read by others; its mode must be 600. Delete it, and a new one is made.")
+    return path.read_bytes()
+
+
+def find_private_directory() -> Path:
+    """A directory for sockets that belongs to this user alone.
+
+    Raises:
+        RuntimeError: if there is another one in its place.
+    """
+    parent = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    directory = Path(parent) / f"fedlpp-{os.getuid()}"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    status = directory.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise RuntimeError(
+            f"`{directory}` must be a directory that belongs to this user alone (mode 700), as the trainer's socket is "
+            "in it. Remove it, or set XDG_RUNTIME_DIR to a private directory."
+        )
+    return directory
+
+
+@contextlib.contextmanager
+def listen(path: Path) -> Iterator[socket.socket]:
+    """Listen at `path`, readable and writable for this user alone; it is removed in the end."""
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as listener:
+        before = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(before)
+        listener.listen()
+        try:
+            yield listener
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def receive_request(connection: socket.socket, key: bytes) -> Frame:
+    """The request of a caller who knows the key.
+
+    Raises:
+        EOFError: if the caller does not, or leaves early.
+    """
+    connection.settimeout(CALL_TIMEOUT)
+    nonce = secrets.token_bytes(_NONCE_BYTES)
+    connection.sendall(nonce)
+    proof = _receive_exactly(connection, hashlib.sha256().digest_size)
+    if not hmac.compare_digest(proof, hmac.digest(key, nonce, "sha256")):
+        raise EOFError("The caller does not know the key.")
+    return _receive(connection)
+
+
+def call(path: Path, key: bytes, header: dict[str, Any], payload: bytes, timeout: float) -> Frame:
+    """Send a request and return its answer.
+
+    Raises:
+        OSError: if nobody listens, or (TimeoutError) nobody answers within `timeout` seconds.
+        EOFError: if the connection ends early.
+    """
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(CALL_TIMEOUT)
+        connection.connect(str(path))
+        connection.sendall(hmac.digest(key, _receive_exactly(connection, _NONCE_BYTES), "sha256"))
+        send(connection, header, payload)
+        connection.settimeout(timeout)
+        return _receive(connection)
+
+
+def send(connection: socket.socket, header: dict[str, Any], payload: bytes) -> None:
+    """Send JSON values and bytes."""
+    head = json.dumps(header).encode()
+    connection.sendall(struct.pack("<QQ", len(head), len(payload)) + head)
+    if payload:
+        connection.sendall(payload)
+
+
+def _receive(connection: socket.socket) -> Frame:
+    sizes = struct.unpack("<QQ", _receive_exactly(connection, 16))
+    if max(sizes) > _MAX_FRAME_BYTES:
+        raise EOFError("A frame claims more bytes than any message has.")
+    return json.loads(_receive_exactly(connection, sizes[0])), _receive_exactly(connection, sizes[1])
+
+
+def _receive_exactly(connection: socket.socket, count: int) -> bytes:
+    data = bytearray()
+    while len(data) < count:
+        part = connection.recv(min(count - len(data), 1 << 20))
+        if not part:
+            raise EOFError("The connection ended early.")
+        data += part
+    return bytes(data)
