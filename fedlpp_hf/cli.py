@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_merge(commands)
     _add_undo_merge(commands)
+    _add_push(commands)
     return parser
 
 
@@ -137,6 +138,7 @@ def _add_merge(commands: Any) -> None:
         run_merge,
         "Merge adapters into the full-precision model, shard by shard",
         "  fedlpp-hf merge org/full-model out/ merged/ --verify\n"
+        "  fedlpp-hf merge org/full-model out/ merged/ --push org/merged    private; with a card from the federation\n"
         "  fedlpp-hf merge models/full a/ b/ c/ merged/ --weights 3 1 1     the exact mean of their products B·A\n"
         "  fedlpp-hf merge models/full out/ merged/ --base_dir base/        measure W - Q(W) against the update\n"
         "  fedlpp-hf merge models/full out/ models/full --in_place          patch the files; fedlpp-hf undo-merge undoes",
@@ -164,21 +166,52 @@ def _add_merge(commands: Any) -> None:
     parser.add_argument("--no_sync", action="store_true", help="do not wait until the result is on disk")
     parser.add_argument("--revision", help="of the full model on the Hub")
     parser.add_argument("--layers", action="store_true", help="list the update of every layer")
+    parser.add_argument("--push", metavar="REPO_ID", help="upload the result to this repository")
+    _add_privacy_of_push(parser)
 
 
-def run_merge(adapter: list[str], model_class: str | None, no_sync: bool, layers: bool, **options: Any) -> None:
-    """`fedlpp-hf merge`: [`~fedlpp_hf.merge_adapter`], then what it did."""
+def run_merge(
+    full_model: str,
+    adapter: list[str],
+    output_dir: str,
+    model_class: str | None,
+    no_sync: bool,
+    layers: bool,
+    push: str | None,
+    public: bool,
+    allow_public: bool,
+    **options: Any,
+) -> None:
+    """`fedlpp-hf merge`: [`~fedlpp_hf.merge_adapter`], then what it did, then [`~fedlpp_hf.hub.push_merged`]."""
+    if public and not push:
+        raise ValueError("--public says how to push; give --push REPO_ID, too.")
     from .inspection import describe_merge
     from .merge import merge_adapter
 
     report = merge_adapter(
+        full_model,
         # One path may be a directory of updates, which has weights of its own.
-        adapter=adapter[0] if len(adapter) == 1 else adapter,
+        adapter[0] if len(adapter) == 1 else adapter,
+        output_dir,
         model_class=_find_class(model_class),
         sync=not no_sync,
         **options,
     )
-    print("\n".join(describe_merge(report, layers)))
+    print("\n".join(describe_merge(report, layers)), flush=True)
+    if push:
+        from .hub import push_merged
+        from .store import RoundStore
+
+        federation = next((path for path in adapter if RoundStore(path).exists), None)
+        commit = push_merged(
+            output_dir,
+            push,
+            source=full_model,
+            federation_dir=federation,
+            private=not public,
+            allow_public=allow_public,
+        )
+        print(f"Pushed to {commit.commit_url}")
 
 
 def _add_undo_merge(commands: Any) -> None:
@@ -198,6 +231,46 @@ def run_undo_merge(directory: str) -> None:
 
     undo_merge_(directory)
     print(f"`{directory}` is what it was before the merge.")
+
+
+def _add_push(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "push",
+        run_push,
+        "Upload a merged model, or the server's adapter, to the Hub",
+        "  fedlpp-hf push merged/ org/merged --source org/full-model --federation_dir out/\n"
+        "  fedlpp-hf push out/ org/adapter",
+    )
+    parser.add_argument("directory", help="a merged model, or the output_dir of a federation for its adapter")
+    parser.add_argument("repo_id", help="repository; made, private, if it is not there")
+    parser.add_argument("--source", help="the full model, whose card's licence and tags are kept")
+    parser.add_argument("--federation_dir", help="output_dir of the federation, for the card of a merged model")
+    parser.add_argument("--audit", help="Markdown or JSON of a privacy audit, for the card")
+    parser.add_argument("--revision", help="branch to push to")
+    parser.add_argument("--create_pr", action="store_true", help="open a pull request instead")
+    _add_privacy_of_push(parser)
+
+
+def _add_privacy_of_push(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--public", action="store_true", help="make the repository public, if it is made")
+    parser.add_argument(
+        "--allow_public", action="store_true", help="allow a public repository though the full model is not public"
+    )
+
+
+def run_push(directory: str, repo_id: str, federation_dir: str | None, public: bool, **options: Any) -> None:
+    """`fedlpp-hf push`: [`~fedlpp_hf.hub.push_adapter`] of an adapter, else [`~fedlpp_hf.hub.push_merged`]."""
+    from .adapters import ADAPTER_CONFIG
+    from .hub import push_adapter, push_merged
+
+    if os.path.isfile(os.path.join(directory, ADAPTER_CONFIG)):
+        if federation_dir is not None:
+            raise ValueError(f"`{directory}` is an adapter; --federation_dir is for a merged model. Leave it out.")
+        commit = push_adapter(directory, repo_id, private=not public, **options)
+    else:
+        commit = push_merged(directory, repo_id, federation_dir=federation_dir, private=not public, **options)
+    print(f"Pushed to {commit.commit_url}")
 
 
 def _find_class(name: str | None) -> Any:
