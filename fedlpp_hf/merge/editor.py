@@ -3,7 +3,7 @@
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -114,13 +114,15 @@ class Editor:
         norms, original = Norms(), None
         if self.base is not None and self.base.is_quantized(job.parameter):
             original = _select(self.base.read(job.parameter), job, columns)
-        step = job.rows if edit.magnitude and edit.transposed else self._step(columns * work.itemsize)
+        several = len(self.adapters) > 1
+        whole = several or (edit.magnitude is not None and edit.transposed)
+        step = job.rows if whole else self._step(columns * work.itemsize)
         chunks = list(pairs(split_rows(job.rows, step), job.rows))
         longest = max(high - low for low, high in chunks)
         raw = torch.empty(job.row_bytes * longest, dtype=torch.uint8)
         wide = torch.empty(longest, columns, dtype=work, device=self.device)
         spare = torch.empty_like(wide)  # allocating for each chunk costs more than the arithmetic
-        update = self._load_update(job, work, columns)
+        one = [self._load_product(job, 0, work, columns)] if not several else []
         for low, high in chunks:
             assert job.start is not None
             bytes_ = raw[: (high - low) * job.row_bytes]
@@ -133,6 +135,8 @@ class Editor:
                 norms.error = (norms.error or 0.0) + float(torch.linalg.vector_norm(weight - base)) ** 2
                 if self.into_base:
                     weight.copy_(base)
+            # Of several, one is in memory at a time, whatever their number; the rows are then all of the job's.
+            update = (self._load_product(job, i, work, columns) for i in range(len(self.adapters))) if several else one
             norms.update += self._add_update_(weight, update, job, low, spare[: high - low])
             if edit.magnitude is not None:
                 magnitude = self._mean([reader.read(edit.magnitude) for reader in self.adapters]).to(self.device, work)
@@ -151,45 +155,46 @@ class Editor:
                 if norms.error is not None:
                     total.error = (total.error or 0.0) + norms.error
 
-    def _load_update(self, job: Rewrite, work: torch.dtype, columns: int) -> list[Product]:
-        """What makes the rows of Σ p·s·B·A, or of a bias's update, for all of a job."""
-        edit, found = job.edit, []
-        for reader, share in zip(self.adapters, self.weights, strict=True):
-            if edit.bias is not None:
-                found.append(Product(torch.ones(1, columns), reader.read(edit.bias).unsqueeze(1), edit.scale, share))
-            elif edit.key_a is not None:
-                found.append(Product(*edit.load_factors(reader, job.expert), edit.scale, share))
-        moved = [(p.a.to(self.device, work), p.b.to(self.device, work), p.scale, p.share) for p in found]
-        return [Product(*factors, factors[0] @ factors[0].T if len(moved) == 1 else None) for factors in moved]
+    def _load_product(self, job: Rewrite, index: int, work: torch.dtype, columns: int) -> Product | None:
+        """One adapter's part of a parameter's update, or of a bias's; None where it has none."""
+        edit, reader, share = job.edit, self.adapters[index], self.weights[index]
+        if edit.bias is not None:
+            a, b = torch.ones(1, columns), reader.read(edit.bias).unsqueeze(1)
+        elif edit.key_a is not None:
+            a, b = edit.load_factors(reader, job.expert)
+        else:
+            return None
+        a, b = a.to(self.device, work), b.to(self.device, work)
+        return Product(a, b, edit.scale, share, a @ a.T if len(self.adapters) == 1 else None)
 
     def _add_update_(
-        self, weight: torch.Tensor, update: Sequence[Product], job: Rewrite, low: int, spare: torch.Tensor
+        self, weight: torch.Tensor, update: Iterable[Product | None], job: Rewrite, low: int, spare: torch.Tensor
     ) -> float:
         """Add the update's rows to `weight`; returns their squared norm."""
         start, stop = job.first + low, job.first + low + len(weight)
-        if not update:
+        if len(self.adapters) > 1:
+            total = spare.zero_()
+            for one in update:
+                if one is not None:
+                    total.add_(_rows(one, job, start, stop), alpha=one.scale * one.share)
+            weight.add_(total)
+            return float(torch.linalg.vector_norm(total)) ** 2
+        (one,) = update
+        if one is None:
             return 0.0
-        if len(update) == 1 and not job.edit.transposed:
-            (one,) = update
-            rows = one.b[start:stop]
-            if weight.dtype != job.tensor.torch_dtype and math.frexp(one.scale)[0] == 0.5:
-                # A power of two may go into a factor; the sum in one call is not PEFT's to the bit, but then the
-                # container is narrower, and this is half the time.
-                rows = rows * one.scale
-                weight.addmm_(rows, one.a)
-                return _square_norm(rows, one)
-            weight.add_(torch.mm(rows, one.a, out=spare).mul_(one.scale))
-            return _square_norm(rows, one) * one.scale**2
-        total = spare.zero_() if len(update) > 1 else spare
-        for one in update:
-            # Not Aᵀ·Bᵀ: the same sums in another order, and then the result is not PEFT's to the bit.
-            delta = (one.b @ one.a[:, start:stop]).T if job.edit.transposed else one.b[start:stop] @ one.a
-            if len(update) == 1:
-                total.copy_(delta).mul_(one.scale)
-            else:
-                total.add_(delta, alpha=one.scale * one.share)
-        weight.add_(total)
-        return float(torch.linalg.vector_norm(total)) ** 2
+        if job.edit.transposed:
+            total = spare.copy_(_rows(one, job, start, stop)).mul_(one.scale)
+            weight.add_(total)
+            return float(torch.linalg.vector_norm(total)) ** 2
+        rows = one.b[start:stop]
+        if weight.dtype != job.tensor.torch_dtype and math.frexp(one.scale)[0] == 0.5:
+            # A power of two may go into a factor. The sum in one call need not be PEFT's to the bit, but it takes half the
+            # time, and in a narrower container the last bit of float32 does not show.
+            rows = rows * one.scale
+            weight.addmm_(rows, one.a)
+            return _square_norm(rows, one)
+        weight.add_(torch.mm(rows, one.a, out=spare).mul_(one.scale))
+        return _square_norm(rows, one) * one.scale**2
 
     def _mean(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         if len(tensors) == 1:
@@ -218,6 +223,14 @@ class Editor:
         read_range(destination, memoryview(written), at)
         if written != data:
             raise RuntimeError(f"`{job.tensor.name}` in the result is not what the merge computes; it is damaged.")
+
+
+def _rows(product: Product, job: Rewrite, start: int, stop: int) -> torch.Tensor:
+    """Rows of B·A as the parameter is stored."""
+    if job.edit.transposed:
+        # Not Aᵀ·Bᵀ: the same sums in another order, and then the result is not PEFT's to the bit.
+        return (product.b @ product.a[:, start:stop]).T
+    return product.b[start:stop] @ product.a
 
 
 def _square_norm(rows: torch.Tensor, product: Product) -> float:

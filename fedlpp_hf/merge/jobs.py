@@ -76,7 +76,12 @@ def plan_jobs(old: Shard, new: Shard, editor: Editor) -> tuple[list[Copy], list[
                 for part in whole_pieces(name, piece.parameter, tensor.shape, edit):
                     rewrites += _split(tensor, None, part, edit)
                 continue
-            found = _split(tensor, source, piece, edit, whole=editor.takes_base(piece.parameter))
+            if not tensor.torch_dtype.is_floating_point:
+                raise ValueError(
+                    f"`{name}` is of {tensor.dtype}; an update can only be added to floating point values."
+                )
+            block = BLOCK_BYTES if len(editor.adapters) == 1 else BLOCK_BYTES // 8  # then float64, and no chunks
+            found = _split(tensor, source, piece, edit, block, whole=editor.takes_base(piece.parameter))
             begin = found[0].to - tensor.start
             copies.append(Copy(source.start + position, begin - position, tensor.start + position))
             position = begin + sum(r.rows * r.row_bytes for r in found)
@@ -86,16 +91,16 @@ def plan_jobs(old: Shard, new: Shard, editor: Editor) -> tuple[list[Copy], list[
 
 
 def _split(
-    tensor: TensorRange, source: TensorRange | None, piece: Piece, edit: Edit, whole: bool = False
+    tensor: TensorRange, source: TensorRange | None, piece: Piece, edit: Edit, block: int = 0, whole: bool = False
 ) -> list[Rewrite]:
-    """A piece as rewrites of at most [`BLOCK_BYTES`], unless it takes all rows to compute one."""
+    """A piece as rewrites of at most `block` bytes, unless it takes all rows to compute one."""
     total = 1
     for dimension in (
         tensor.shape[:2] if len(tensor.shape) == 3 and piece.rows != tensor.shape[0] else tensor.shape[:1]
     ):
         total *= dimension
     row_bytes = (tensor.stop - tensor.start) // max(total, 1)
-    step = max(BLOCK_BYTES // max(row_bytes, 1) // ROW_MULTIPLE, 1) * ROW_MULTIPLE
+    step = max((block or BLOCK_BYTES) // max(row_bytes, 1) // ROW_MULTIPLE, 1) * ROW_MULTIPLE
     if whole or edit.value is not None or (edit.magnitude and edit.transposed):
         step = max(piece.rows, 1)
     return [

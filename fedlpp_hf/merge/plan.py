@@ -305,7 +305,13 @@ def _locate(
     for first, (converter, inputs) in tensors.groups.items():
         sources = [name for _, name in inputs]
         if converter is None:
-            found: list[Piece] | None = whole_pieces(sources[0], first, state[first], edits.get(first))
+            edit = edits.get(first)
+            if names[sources[0]] != state[first] and (edit is None or edit.value is None):
+                raise ValueError(
+                    f"`{sources[0]}` has shape {names[sources[0]]} in the checkpoint; {type(model).__name__} has "
+                    f"{state[first]}. Does the configuration belong to these weights?"
+                )
+            found: list[Piece] | None = whole_pieces(sources[0], first, state[first], edit)
         else:
             patterns = [[name for pattern, name in inputs if pattern == p] for p in converter.source_patterns]
             outputs = [first.replace(converter.target_patterns[0], p) for p in converter.target_patterns]
