@@ -29,6 +29,8 @@ FLOORS = {
     # What is made of them: messages, rules of aggregation, files.
     "aggregation": 1,
     "base": 1,
+    "base_transfer": 1,
+    "base_transfer": 1,
     "checkpoints": 1,
     "compression": 1,
     "corrections": 1,
