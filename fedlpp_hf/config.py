@@ -178,6 +178,24 @@ class FederatedConfig(TrainingArguments):
             "model and the clients' data in one process: for simulations only."
         },
     )
+    audit: bool = field(
+        default=False,
+        metadata={
+            "help": "At the end, let clients attack with what they hold, and report how much of the owner's gain they "
+            "have. It needs the clients' data here: for simulations only. docs/threat-model.md explains the result."
+        },
+    )
+    audit_threshold: float | None = field(
+        default=None,
+        metadata={"help": "Fail the run if a client, or a coalition of half of them, has a larger share of the gain."},
+    )
+    audit_rows: int = field(default=128, metadata={"help": "Evaluation rows that the audit compares models on."})
+    audit_steps: int = field(
+        default=20, metadata={"help": "Steps that an attacker trains on its own rows, and local-only training has."}
+    )
+    audit_clients: int = field(
+        default=1, metadata={"help": "Clients that attack alone, those first that hold the most proxies and rows."}
+    )
     merge: bool = field(
         default=True, metadata={"help": "At the end, write the merged full model to output_dir/merged."}
     )
@@ -195,7 +213,7 @@ class FederatedConfig(TrainingArguments):
         for option in ("base_bits", "embedding_bits", "adapter_bits", "update_bits"):
             check_bits_or_full(getattr(self, option), option)
         self._check_positive("num_rounds", "min_clients", "base_block_size", "adapter_block_size", "dirichlet_alpha")
-        self._check_positive("round_attempts", "residual_rank")
+        self._check_positive("round_attempts", "residual_rank", "audit_rows", "audit_steps", "audit_clients")
         self._check_positive("num_clients", "clients_per_round", "max_update_norm", "clip_update_norm", optional=True)
         if isinstance(self.client_ranks, str):
             self.client_ranks = json.loads(self.client_ranks)
@@ -207,6 +225,8 @@ class FederatedConfig(TrainingArguments):
                 "Set optim='sgd' and leave clip_update_norm out."
             )
         self._check_choice("weighting", ("examples", "uniform"))
+        if self.audit_threshold is not None and not self.audit:
+            raise ValueError(f"audit_threshold={self.audit_threshold} without an audit; set audit=True.")
         self._check_choice("learning_rate_horizon", ("round", "federation"))
         if self.num_clients is None and self.partition in ("iid", "dirichlet"):
             self.num_clients = 8
@@ -293,7 +313,7 @@ def parse_args(dataclass_types: Sequence[type], args: Sequence[str] | None = Non
     for flag in rest:
         if flag.startswith("-"):
             name = flag.lstrip("-").split("=")[0].replace("-", "_")
-            raise ValueError(f"Unknown option `{flag}`{_nearest(name, known)}.")
+            raise ValueError(f"Unknown option `{flag}`{_nearest(name, known)}")
     if rest:
         raise ValueError(f"Unexpected arguments: {' '.join(rest)}.")
     return tuple(instances)
@@ -325,4 +345,4 @@ def _as_flag(value: Any) -> Any:
 
 def _nearest(name: str, known: Sequence[str]) -> str:
     match = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean `{match[0]}`?" if match else ""
+    return f"; did you mean `{match[0]}`?" if match else "."

@@ -37,7 +37,8 @@ TrainClients = Callable[[list[ClientTask]], Iterable[ClientUpdate | ClientFailur
 # What may differ between a run and its resumption without changing what is computed.
 _FREE_TO_CHANGE = {
     "output_dir", "overwrite", "resume_from_checkpoint", "compare_full_precision", "merge", "full_model", "report_to",
-    "disable_tqdm", "run_name", "hub_token", "hub_model_id", "push_to_hub", "log_level",
+    "disable_tqdm", "run_name", "hub_token", "hub_model_id", "push_to_hub", "log_level", "audit", "audit_threshold",
+    "audit_rows", "audit_steps", "audit_clients",
 }  # fmt: skip
 _SECRET = {"hub_token", "push_to_hub_token", "full_model"}
 
@@ -118,8 +119,10 @@ class FederatedServer:
             else (self.adapter, self.peft_config)
         )
 
-    def make_proxy(self, adapter: Mapping[str, torch.Tensor]) -> Payload:
-        """The adapter as clients are sent it."""
+    def make_proxy(self, adapter: Mapping[str, torch.Tensor], rank: int = 0) -> Payload:
+        """The adapter as clients are sent it; `rank` is the client's, where it is lower than the server's."""
+        if rank:
+            adapter = truncate_adapter(adapter, self.peft_config, lower_rank(adapter, self.peft_config, rank))
         if self.args.adapter_bits == FULL_PRECISION:
             return dict(adapter)
         return quantize_tensors(adapter, self.args.adapter_bits, self.args.adapter_block_size)
@@ -128,7 +131,7 @@ class FederatedServer:
         self.federation_id = secrets.token_hex(8)
         self.store.create(self._describe(), self.args.overwrite)
         self._start_window()
-        self._commit(0, {"clients": {}, "rejected": {}, "bytes_down": 0, "bytes_up": 0, "seconds": 0.0})
+        self._commit(0, {"clients": {}, "rejected": {}, "asked": [], "bytes_down": 0, "bytes_up": 0, "seconds": 0.0})
         return 0
 
     def _resume(self) -> int:
@@ -174,11 +177,13 @@ class FederatedServer:
         proxy = None if interval is None else self.make_proxy(self._anchor)
         control = self.make_proxy(self._control)
         rejected: dict[str, str] = {}
+        asked: set[str] = set()
         for attempt in range(self.args.round_attempts):
             tasks = {
                 client: self._make_task(number, client, proxy, control)
                 for client in self.sample_clients(number, attempt)
             }
+            asked |= tasks.keys()
             updates, refused = self._collect(tasks, train_clients(list(tasks.values())))
             rejected |= refused
             if len(updates) >= self.args.min_clients:
@@ -193,10 +198,11 @@ class FederatedServer:
         received = {client: update.metrics for client, (update, _) in updates.items()}
         record = {
             "clients": {
-                client: {"num_examples": updates[client][0].num_examples, **metrics}
+                client: metrics | {"num_examples": updates[client][0].num_examples}
                 for client, metrics in received.items()
             },
             "rejected": rejected,
+            "asked": sorted(asked),  # whoever was asked has the proxy; the audit counts them
             "bytes_down": sum(len(task.to_bytes()) for task in tasks.values()),
             "bytes_up": sum(len(update.to_bytes()) for update, _ in updates.values()),
             "seconds": time.perf_counter() - began,
@@ -207,8 +213,7 @@ class FederatedServer:
     def _make_task(self, number: int, client: str, proxy: Payload | None, control: Payload) -> ClientTask:
         args, rank = self.args, self.rank_of(client, number)
         if rank and proxy is not None:
-            config = lower_rank(self.adapter, self.peft_config, rank)
-            proxy = self.make_proxy(truncate_adapter(self._anchor, self.peft_config, config))
+            proxy = self.make_proxy(self._anchor, rank)
         return ClientTask(
             federation_id=self.federation_id,
             round=number,
@@ -306,6 +311,9 @@ class FederatedServer:
         limit = self.num_examples.get(update.client_id)
         if update.num_examples < 1 or (limit is not None and update.num_examples > limit):
             raise ValueError(f"it claims {update.num_examples} examples; expected 1 to {limit or 'any number'}")
+        for name in ("loss", "steps"):
+            if name not in update.metrics:
+                raise ValueError(f"its metrics lack `{name}`")
         shapes = self.adapter
         config = lower_rank(shapes, self.peft_config, task.options.rank) if task.options.rank else None
         if config is not None:
