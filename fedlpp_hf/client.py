@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from . import local_socket
-from .base.transfer import read_fingerprint
+from .base_transfer import read_fingerprint
 from .local_socket import CALL_TIMEOUT
 
 

@@ -21,7 +21,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from . import __version__
-from .base.transfer import PackedBase, count_received, find_base, receive_piece
+from .base_transfer import PackedBase, count_received, find_base, receive_piece
 from .client import ClientSettings, ask_trainer, describe_trainer, make_client_trainer, train_task
 
 

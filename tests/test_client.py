@@ -14,8 +14,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from fedlpp_hf import client
-from fedlpp_hf.base import export_base, transfer
-from fedlpp_hf.base.transfer import PackedBase, count_received, find_base, receive_piece
+from fedlpp_hf.base import export_base
+from fedlpp_hf.base_transfer import PackedBase, count_received, find_base, read_fingerprint, receive_piece
 from fedlpp_hf.client import ClientSettings, TrainerService, ask_trainer
 from fedlpp_hf.remote import load_function, load_rows, load_trainer
 
@@ -167,7 +167,7 @@ class TestBaseInPieces:
             receive_piece(tmp_path, "../" + "a" * 61, offset=0, size=1, sha256="", data=b"")
 
     def test_own_base_must_be_the_federations(self, llama_base, tmp_path):
-        fingerprint = transfer.read_fingerprint(llama_base)
+        fingerprint = read_fingerprint(llama_base)
         assert find_base(tmp_path, fingerprint, str(llama_base)) == Path(llama_base)
         with pytest.raises(ValueError, match="the federation's is aaaaaaaaaaaa"):
             find_base(tmp_path, FINGERPRINT, str(llama_base))

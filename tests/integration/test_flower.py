@@ -18,8 +18,8 @@ import yaml
 
 from fedlpp_hf import RoundStore
 from fedlpp_hf.adapters import read_adapter
-from fedlpp_hf.base.transfer import PackedBase
-from fedlpp_hf.client import ClientSettings
+from fedlpp_hf.base_transfer import PackedBase
+from fedlpp_hf.client import ClientSettings, make_client_trainer
 from fedlpp_hf.messages import ClientFailure
 from fedlpp_hf.remote import load_rows, load_trainer
 
@@ -56,10 +56,23 @@ OPTIONS = {
 
 
 @pytest.fixture(autouse=True)
-def identity(monkeypatch):
+def identity():
     """What Flower's processes learn from it, and messages ask for."""
     for name in ("run_id", "task_id", "node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
+        setattr(TaskIdentity, name, 1)
+
+
+@pytest.fixture(autouse=True)
+def warm_trainers(monkeypatch):
+    """One trainer per client, as where it is a process of its own."""
+    trainers = {}
+
+    def find_or_make(settings, base_dir):
+        if settings.state_dir not in trainers:
+            trainers[settings.state_dir] = make_client_trainer(settings, base_dir)
+        return trainers[settings.state_dir]
+
+    monkeypatch.setattr("fedlpp_hf.flower.make_client_trainer", find_or_make)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +137,7 @@ class Network:
     def push_messages(self, messages):
         (message,) = messages
         node = message.metadata.dst_node_id
-        message.metadata.__dict__["_message_id"] = message.object_id
+        identity = message.metadata.__dict__["_message_id"] = message.object_id
         self.asked.append((message.metadata.message_type, self.nodes[node]))
         fault = self.fault(self.nodes[node], message)
         if fault == "offline":
@@ -134,8 +147,8 @@ class Network:
             reply = self.app(message, context)
             if fault is not None:
                 reply.content["fedlpp_hf"]["update"] = fault
-            self.replies[message.object_id] = reply
-        return [message.object_id]
+            self.replies[identity] = reply
+        return [identity]
 
     def pull_messages(self, identities):
         return [self.replies.pop(identity) for identity in identities if identity in self.replies]
@@ -164,7 +177,7 @@ class TestTransport:
 
     @pytest.mark.parametrize("fault", ["silent", "offline", b"not an update"])
     def test_round_closes_without_a_failed_client(self, fault, tmp_path, write_config, rows, llama_base):
-        config = write_config(num_rounds=2, round_timeout=1)
+        config = write_config(num_rounds=2, round_timeout=1 if fault == "silent" else 60)
 
         def fail_once(client, message):
             trains = [name for kind, name in network.asked if kind == TRAIN]
@@ -194,7 +207,7 @@ class TestTransport:
         assert_equal(adapter, run_in_process(config, rows, tmp_path / "process"))
 
     def test_no_client_answers(self, tmp_path, write_config, rows, llama_base):
-        config = write_config(round_timeout=0.5)
+        config = write_config(round_timeout=0.5, num_rounds=2)
         network = Network(
             tmp_path,
             config,
@@ -226,6 +239,12 @@ class TestTransport:
 
         with pytest.raises(RuntimeError, match=r"this client runs fedlpp_hf 0\.0\.1, the server 0\.0\.2"):
             run_over(Network(tmp_path, config, rows, fault=pretend), config, tmp_path / "flower", llama_base)
+
+
+def test_client_app_is_light():
+    """It is a new process in every message: what is imported there is paid for there."""
+    heavy = "{'torch', 'transformers', 'peft', 'datasets'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", f"import sys, fedlpp_hf.flower; assert not {heavy}, {heavy}"], check=True)
 
 
 def test_other_machines_reach_the_fleet_api_alone():

@@ -1,7 +1,8 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """The quantized base on its way from the server to clients: in pieces, resumed where it broke off, kept by fingerprint.
 
-Nothing heavy is imported at the top: the ClientApp imports this module in every message.
+Nothing heavy is imported at the top, and it is no part of the package `base`, whose import loads transformers: the
+ClientApp, a new process in every message, imports this module.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ class PackedBase:
 
     def __init__(self, base_dir: str | os.PathLike, file: str | os.PathLike):
         self.file = Path(file)
-        from .packing import pack_base
+        from .base.packing import pack_base
 
         self.fingerprint = read_fingerprint(base_dir)
         self.size = pack_base(base_dir, self.file)
@@ -96,7 +97,7 @@ def receive_piece(
         os.fsync(file.fileno())
     if have + len(data) < size:
         return have + len(data)
-    from .packing import unpack_base
+    from .base.packing import unpack_base
 
     try:
         manifest = unpack_base(partial, base_dir, overwrite=True)
