@@ -551,8 +551,24 @@ def test_destinations_that_can_not_be(tmp_path):
     with pytest.raises(ValueError, match="can't be fetched again"):
         merge_adapter(full, adapter, tmp_path / "out", delete_source_shards=True)
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError):
-        merge_adapter(full, adapter, tmp_path / "file" / "out")
+    for destination in (tmp_path / "file" / "out", Path("/proc/out")):  # the latter is read-only to root, too
+        with pytest.raises(OSError):
+            merge_adapter(full, adapter, destination)
+
+
+def test_two_merges_to_one_place(tmp_path):
+    import fcntl
+
+    full, adapter, _ = make_pair(tmp_path)
+    (tmp_path / ".out.merging").mkdir()
+    (tmp_path / ".out.merging" / "left by a killed merge").write_text("")
+    lock = os.open(tmp_path / ".out.merging", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(RuntimeError, match="Another process"):
+        merge_adapter(full, adapter, tmp_path / "out")
+    os.close(lock)
+    merge_adapter(full, adapter, tmp_path / "out")
+    assert not (tmp_path / "out" / "left by a killed merge").exists()
 
 
 def test_a_full_disk_is_known_before_anything_is_written(tmp_path, monkeypatch):

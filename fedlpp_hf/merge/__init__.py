@@ -263,6 +263,8 @@ def _working_directory(output_dir: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RuntimeError(f"Another process is merging into `{output_dir}` right now.") from error
+        if not work.is_dir() or not os.path.samestat(os.fstat(lock), work.stat()):
+            raise RuntimeError(f"Another process has just finished merging into `{output_dir}`.")
         for path in work.iterdir():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         try:

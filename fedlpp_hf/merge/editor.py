@@ -3,12 +3,13 @@
 
 import math
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from .plan import Edit, MergePlan
+from .locations import Edit
+from .plan import MergePlan
 from .shards import TensorRange, copy_range, find_difference, read_range, write_range
 from .sources import AdapterReader, BaseReader
 
@@ -117,7 +118,7 @@ class Editor:
         several = len(self.adapters) > 1
         whole = several or (edit.magnitude is not None and edit.transposed)
         step = job.rows if whole else self._step(columns * work.itemsize)
-        chunks = list(pairs(split_rows(job.rows, step), job.rows))
+        chunks = split_rows(job.rows, step)
         longest = max(high - low for low, high in chunks)
         raw = torch.empty(job.row_bytes * longest, dtype=torch.uint8)
         wide = torch.empty(longest, columns, dtype=work, device=self.device)
@@ -244,13 +245,9 @@ def _select(parameter: torch.Tensor, job: Rewrite, columns: int) -> torch.Tensor
     return matrix.reshape(-1, columns)[job.first : job.first + job.rows]
 
 
-def pairs(bounds: Sequence[int], stop: int) -> Iterator[tuple[int, int]]:
-    return zip(bounds, [*bounds[1:], stop], strict=True)
-
-
-def split_rows(rows: int, step: int) -> list[int]:
-    """Where chunks of `step` rows begin; a last one that is too short for the same kernels joins the one before."""
+def split_rows(rows: int, step: int) -> list[tuple[int, int]]:
+    """Chunks of `step` rows as (first, end); a last one too short for the same kernels joins the one before."""
     bounds = list(range(0, rows, step))
     if len(bounds) > 1 and rows - bounds[-1] < ROW_MULTIPLE:
         bounds.pop()
-    return bounds
+    return list(zip(bounds, [*bounds[1:], rows], strict=True))

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 from .shards import WEIGHTS, WEIGHTS_INDEX, Shard, check_index, parse_shard, read_index, read_shard
@@ -15,6 +16,7 @@ _LEFT_BEHIND = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", 
 _LEFT_BEHIND_NAMES = ("adapter_config.json", "base_manifest.json", "training_args.bin")
 
 
+_ATTEMPTS = 5
 UNDO_DIR = "_merge_undo"
 UNDO_STATE = "state.json"
 
@@ -92,14 +94,10 @@ class FullModel:
         if self.is_local:
             assert self.directory is not None
             return self.directory / file
-        from huggingface_hub import hf_hub_download
-
-        path = hf_hub_download(
-            self.model, file, revision=self.commit, token=self.token, local_dir=self.scratch, dry_run=False
-        )
-        if read_shard(Path(path)).header != self.shards[file].header:
+        path = self._download(file)
+        if read_shard(path).header != self.shards[file].header:
             raise ValueError(f"`{file}` of `{self.model}` is not the file whose header was read. Clear the cache.")
-        return Path(path)
+        return path
 
     def release(self, file: str) -> None:
         """Delete a shard that was downloaded for this merge alone."""
@@ -129,7 +127,7 @@ class FullModel:
 
     def _open_remote(self) -> None:
         from huggingface_hub import HfApi, snapshot_download
-        from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+        from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 
         api = HfApi(token=self.token)
         try:
@@ -153,17 +151,40 @@ class FullModel:
             size = sizes.get(file)
             if size is None:
                 raise ValueError(f"`{self.model}` has no `{file}` on the Hub; only safetensors are merged.")
-            self.shards[file] = parse_shard(file, size, functools.partial(self._read_range, file))
+            try:
+                self.shards[file] = parse_shard(file, size, functools.partial(self._read_range, file))
+            except HTTPError as error:
+                raise RuntimeError(f"The header of `{file}` of `{self.model}` could not be read ({error}).") from error
         if self.weight_map:
             check_index(self.shards, self.weight_map)
 
+    def _download(self, file: str) -> Path:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+        for attempt in range(_ATTEMPTS):
+            try:
+                # A partial file is kept and gone on with.
+                path = hf_hub_download(
+                    self.model, file, revision=self.commit, token=self.token, local_dir=self.scratch, dry_run=False
+                )
+                return Path(path)
+            except HTTPError as error:
+                refused = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
+                if refused or attempt == _ATTEMPTS - 1:
+                    raise RuntimeError(
+                        f"`{file}` of `{self.model}` could not be downloaded ({error}). Nothing was written; try again."
+                    ) from error
+                time.sleep(2**attempt)
+        raise AssertionError("unreachable")
+
     def _read_range(self, file: str, start: int, length: int) -> bytes:
         from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
         headers = build_hf_headers(token=self.token) | {"Range": f"bytes={start}-{start + length - 1}"}
         url = hf_hub_url(self.model, file, revision=self.commit)
-        response = get_session().get(url, headers=headers, follow_redirects=True)
+        response = http_backoff("GET", url, headers=headers, follow_redirects=True)
         hf_raise_for_status(response)
         data = response.content
         # A server without ranges answers with the whole file.

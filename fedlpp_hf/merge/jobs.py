@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from .editor import BLOCK_BYTES, ROW_MULTIPLE, Copy, Editor, Rewrite, pairs, split_rows
+from .editor import BLOCK_BYTES, ROW_MULTIPLE, Copy, Editor, Rewrite, split_rows
 from .full_model import FullModel
-from .plan import Edit, MergePlan, Piece, whole_pieces
+from .locations import Edit, Piece, whole_pieces
+from .plan import MergePlan
 from .shards import (
     Shard,
     TensorRange,
@@ -115,7 +116,7 @@ def _split(
             None if source is None else source.start + (piece.row + low) * row_bytes,
             tensor.start + (piece.row + low) * row_bytes,
         )
-        for low, high in pairs(split_rows(piece.rows, step), piece.rows)
+        for low, high in split_rows(piece.rows, step)
     ]
 
 
