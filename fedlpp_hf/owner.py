@@ -10,6 +10,7 @@ import copy
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from peft import PeftConfig
 from .adapters import load_adapter_, split_tensors
 from .base import export_base
 from .config import FederatedConfig
+from .hub import push_merged
 from .merge import merge_adapter
 from .messages import decode_message, encode_message, restore_tensors
 from .products import join_residual
@@ -114,6 +116,10 @@ class Owner:
     def merge(self, adapter_dir: str | os.PathLike, output_dir: str | os.PathLike) -> None:
         """Write the full model with the adapter merged into it."""
         self._ask("merge", adapter_dir=str(adapter_dir), output_dir=str(output_dir))
+
+    def push_merged(self, directory: str | os.PathLike, repo_id: str, **options: Any) -> str:
+        """Push a merged model by [`push_merged`]; returns the commit's address."""
+        return self._ask("push_merged", directory=str(directory), repo_id=repo_id, options=options)[0]["commit_url"]
 
     def run_reference(self) -> dict[str, float]:
         """Metrics of the same federation without any quantization, after its last round."""
@@ -226,8 +232,17 @@ class _Desk:
         return {"step": min(losses, key=losses.__getitem__)}, {}
 
     def merge(self, tensors, adapter_dir: str, output_dir: str):
-        merge_adapter(self.setup.full_model, adapter_dir, output_dir)
+        # The model of an earlier run stays until there is another to take its place.
+        fresh = Path(f"{output_dir}.new")
+        shutil.rmtree(fresh, ignore_errors=True)
+        merge_adapter(self.setup.full_model, adapter_dir, fresh, model_class=self.setup.model_class)
+        shutil.rmtree(output_dir, ignore_errors=True)
+        os.replace(fresh, output_dir)
         return {}, {}
+
+    def push_merged(self, tensors, directory: str, repo_id: str, options: dict[str, Any]):
+        options = {"source": self.setup.full_model, "token": self.setup.args.hub_token, **options}
+        return {"commit_url": push_merged(directory, repo_id, **options).commit_url}, {}
 
     def run_reference(self, tensors):
         trainer = self._make_trainer(self.setup.client_datasets)
@@ -238,14 +253,12 @@ class _Desk:
     @property
     def trainer(self):
         if self._trainer is None:
-            own = self.setup.owner_dataset
-            self._trainer = self._make_trainer({"owner": self._evaluation_rows() if own is None else own})
+            rows = self.setup.owner_dataset
+            if rows is None:  # some trainers insist on training rows even to evaluate; these are never trained on
+                rows = self.setup.trainer_arguments.get("eval_dataset")
+                rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
+            self._trainer = self._make_trainer({} if rows is None else {"owner": rows})
         return self._trainer
-
-    def _evaluation_rows(self):
-        # Some trainers insist on training rows even to evaluate; these are never trained on.
-        rows = self.setup.trainer_arguments.get("eval_dataset")
-        return next(iter(rows.values())) if isinstance(rows, dict) else rows
 
     def _make_trainer(self, datasets: Mapping[str, Any]):
         args = copy.copy(self.setup.args)
@@ -255,8 +268,8 @@ class _Desk:
         args.compare_full_precision, args.fit_server_step, args.overwrite = False, False, True
         # To evaluate, there is one client, the owner; the federation may want more than one in a round.
         if args.clients_per_round is not None:
-            args.clients_per_round = min(args.clients_per_round, len(datasets))
-        args.min_clients = min(args.min_clients, len(datasets))
+            args.clients_per_round = min(args.clients_per_round, max(len(datasets), 1))
+        args.min_clients = min(args.min_clients, max(len(datasets), 1))
         model = load_full_model(self.setup.full_model, self.setup.model_class, args)
         return self.setup.trainer_class(
             model=model,

@@ -1,9 +1,12 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """From one dataset to clients: which rows each client holds."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+
+from .config import FederatedConfig
 
 
 def partition_rows(
@@ -63,3 +66,21 @@ def partition_dataset(dataset, partition: str, num_clients: int, alpha: float, c
         values = dataset[column]
     rows = partition_rows(values, len(dataset), partition, num_clients, alpha, seed)
     return {client: dataset.select(indices) for client, indices in rows.items()}
+
+
+def partition_clients(train_dataset: Any, args: FederatedConfig) -> dict[str, Any]:
+    """The clients' datasets by id, sorted: those of a mapping, or `train_dataset` partitioned as `args` say.
+
+    Raises:
+        ValueError: if there is nothing, or as [`partition_dataset`].
+    """
+    if isinstance(train_dataset, Mapping):
+        return {str(client): rows for client, rows in sorted(train_dataset.items())}
+    if train_dataset is None:
+        raise ValueError("`train_dataset` is missing: a Dataset, or a mapping of client ids to datasets.")
+    clients = partition_dataset(
+        train_dataset, args.partition, args.num_clients or 1, args.dirichlet_alpha, args.dirichlet_column, args.seed
+    )
+    if not clients:
+        raise ValueError("There are no clients: `train_dataset` is empty.")
+    return clients

@@ -183,6 +183,7 @@ def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
 def format_bytes(count: int) -> str:
     """Bytes in the largest unit that leaves at least one of it."""
     power = min(int(math.log(max(count, 1), 1000)), 4)
+    power += power < 4 and count / 1000**power >= 999.95  # else rounding would show 1000.0 of the smaller unit
     return f"{count / 1000**power:.{0 if power == 0 else 1}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 

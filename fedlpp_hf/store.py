@@ -50,7 +50,8 @@ class RoundStore:
                     "(--resume_from_checkpoint), delete it with `overwrite=True` (--overwrite), or choose another "
                     "output_dir."
                 )
-            shutil.rmtree(self.root / "rounds", ignore_errors=True)
+            if (self.root / "rounds").exists():
+                shutil.rmtree(self.root / "rounds")
         _write_json(self.root / FEDERATION_FILE, {"schema": SCHEMA_VERSION, **federation})
 
     def read(self) -> dict[str, Any]:
@@ -91,10 +92,8 @@ class RoundStore:
 
     def latest(self) -> int | None:
         """The last committed round, or None."""
-        numbers = [
-            int(path.parent.name.removeprefix("round-")) for path in self.root.glob(f"rounds/round-*/{ROUND_FILE}")
-        ]
-        return max(numbers, default=None)
+        names = [path.parent.name.removeprefix("round-") for path in self.root.glob(f"rounds/round-*/{ROUND_FILE}")]
+        return max((int(name) for name in names if name.isdecimal()), default=None)
 
     def load(self, number: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Adapter and server state of a committed round.

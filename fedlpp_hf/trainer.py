@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
@@ -19,11 +18,14 @@ from .adapters import load_adapter_
 from .base import BASE_MANIFEST, load_base
 from .callbacks import QuantizedBaseCallback, audit_model
 from .config import FederatedConfig
+from .hub import push_adapter
 from .messages import ClientFailure, ClientTask, ClientUpdate, decode_message, encode_message, restore_tensors
 from .owner import Owner, OwnerSetup
-from .partition import partition_dataset
+from .partition import partition_clients
 from .quantization import FULL_PRECISION
+from .ranks import broadcast_bytes
 from .report import RoundReporter
+from .schedules import start_schedule_at_
 from .server import FederatedServer, TrainClients
 from .store import FEDERATION_DIR, RoundStore
 
@@ -77,7 +79,7 @@ class FederatedMixin(_Parent):
             )
         self.owner: Owner | None = None
         self.server: FederatedServer | None = None
-        self.raw_datasets = self._partition(train_dataset, args)
+        self.raw_datasets = partition_clients(train_dataset, args)
         if self.raw_datasets:
             args.check_clients(len(self.raw_datasets))
         self.eval_rows = eval_dataset
@@ -191,15 +193,7 @@ class FederatedMixin(_Parent):
         place, rounds = self._horizon
         scheduler = super().create_scheduler(num_training_steps * rounds, optimizer)
         if rounds > 1:
-            if not isinstance(scheduler, LambdaLR):
-                raise ValueError(
-                    f"learning_rate_horizon='federation' needs a schedule in closed form, not {type(scheduler).__name__}."
-                )
-            scheduler.last_epoch = place * num_training_steps
-            for group, base, factor in zip(
-                scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-            ):
-                group["lr"] = base * factor(scheduler.last_epoch)
+            start_schedule_at_(scheduler, place * num_training_steps)
         return scheduler
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
@@ -241,6 +235,55 @@ class FederatedMixin(_Parent):
             adapter = self.guard.initial if self.server is None else self.server.adapter
             store.output_dir.mkdir(parents=True, exist_ok=True)
             store.publish(adapter, self.model.peft_config["default"])
+
+    def push_to_hub(
+        self, commit_message: str | None = None, blocking: bool = True, token: str | None = None, **kwargs: Any
+    ) -> Any:
+        """Push the server's adapter with its model card to `args.hub_model_id`, and nothing else of `output_dir`.
+
+        It becomes private unless `private` or `args.hub_private_repo` is False; `kwargs` are those of [`push_adapter`].
+
+        Raises:
+            ValueError: if the repository would be public without `allow_public`, or `blocking` is False.
+        """
+        if not blocking:
+            raise ValueError("blocking=False: the push is checked as it goes; it can't go on in the background.")
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        return push_adapter(
+            self.args.output_dir,
+            self.args.hub_model_id or Path(self.args.output_dir).name,
+            source=self.args.full_model or None,
+            commit_message=commit_message or "Adapter of a federation",
+            token=token or self.args.hub_token,
+            **self._hub_options(kwargs),
+        )
+
+    def merge_and_push(self, repo_id: str, **kwargs: Any) -> str:
+        """Merge the server's adapter into the full model and push that to `repo_id`; returns the commit's address.
+
+        The owner's process does both; `kwargs` are those of [`push_merged`].
+
+        Raises:
+            ValueError: if there is no full model, or it may not become public.
+        """
+        if self.owner is None:
+            raise ValueError("No owner's process can merge here; set `full_model`, or use `fedlpp-hf merge --push`.")
+        self.save_model(_internal_call=True)
+        merged = Path(self.args.output_dir) / MERGED_DIR
+        self.owner.merge(self.args.output_dir, merged)
+        return self.owner.push_merged(
+            merged, repo_id, federation_dir=str(self.args.output_dir), **self._hub_options(kwargs)
+        )
+
+    def _hub_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        private = self.args.hub_private_repo if options.get("private") is None else options["private"]
+        return options | {
+            "private": private is None or bool(private),
+            "revision": options.get("revision") or self.args.hub_revision,
+        }
 
     def _lead(self, num_examples: Mapping[str, int | None], train_clients: TrainClients, resume: bool) -> TrainOutput:
         adapter = dict(self.guard.initial)
@@ -304,24 +347,11 @@ class FederatedMixin(_Parent):
 
     def _share(self, command: str, data: bytes = b"") -> None:
         if self.args.world_size > 1:
-            _broadcast(command.ljust(8).encode() + data, self.args.device)
+            broadcast_bytes(command.ljust(8).encode() + data, self.args.device)
 
     def _receive(self) -> tuple[str, bytes]:
-        data = _broadcast(None, self.args.device)
+        data = broadcast_bytes(None, self.args.device)
         return data[:8].decode().strip(), data[8:]
-
-    def _partition(self, train_dataset: Any, args: FederatedConfig) -> dict[str, Any]:
-        if isinstance(train_dataset, Mapping):
-            datasets = {str(client): rows for client, rows in sorted(train_dataset.items())}
-        elif train_dataset is None:
-            raise ValueError("`train_dataset` is missing: a Dataset, or a mapping of client ids to datasets.")
-        else:
-            datasets = partition_dataset(
-                train_dataset, args.partition, args.num_clients or 1, args.dirichlet_alpha, args.dirichlet_column, args.seed
-            )
-            if not datasets:
-                raise ValueError("There are no clients: `train_dataset` is empty.")
-        return datasets
 
     def _check_clients(self) -> None:
         smallest = self.args.train_batch_size * self.args.world_size if self.args.dataloader_drop_last else 1
@@ -372,15 +402,3 @@ def _add_adapter(model: torch.nn.Module, peft_config: PeftConfig | None, seed: i
 
 class FederatedTrainer(FederatedMixin, Trainer):
     """[`~transformers.Trainer`] whose `train()` runs a federation; see [`FederatedMixin`]."""
-
-
-def _broadcast(data: bytes | None, device: torch.device) -> bytes:
-    """Bytes from rank 0 to all ranks, as tensors: `broadcast_object_list` would unpickle them."""
-    size = torch.tensor([0 if data is None else len(data)], device=device)
-    torch.distributed.broadcast(size, 0)
-    if data is None:
-        buffer = torch.empty(int(size), dtype=torch.uint8, device=device)
-    else:
-        buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
-    torch.distributed.broadcast(buffer, 0)
-    return buffer.cpu().numpy().tobytes()

@@ -30,7 +30,7 @@ def answer(task, value=1.0, **changes):
         task.base_fingerprint,
         CLIENTS.get(task.client_id, 1),
         delta,
-        {"loss": 1.0},
+        {"loss": 1.0, "steps": 1},
     )
     return dataclasses.replace(update, **changes)
 
@@ -92,6 +92,7 @@ def test_rounds_at_one_proxy_are_averaged(tmp_path, broadcast, expected):
         ({"round": 9}, "its round is 9"),
         ({"federation_id": "another"}, "its federation_id"),
         ({"base_fingerprint": "another"}, "its base_fingerprint"),
+        ({"metrics": {"steps": 1}}, "lack `loss`"),
         ({"num_examples": 0}, "claims 0 examples"),
         ({"num_examples": -3}, "claims -3 examples"),
         ({"num_examples": 10**12}, "expected 1 to 10"),
