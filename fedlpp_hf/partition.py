@@ -84,3 +84,17 @@ def partition_clients(train_dataset: Any, args: FederatedConfig) -> dict[str, An
     if not clients:
         raise ValueError("There are no clients: `train_dataset` is empty.")
     return clients
+
+
+def check_client_sizes(datasets: Mapping[str, Any], smallest: int) -> None:
+    """Refuse clients with fewer rows than a run needs.
+
+    Raises:
+        ValueError: naming the first one.
+    """
+    for client, rows in datasets.items():
+        if len(rows) < smallest:
+            raise ValueError(
+                f"Client {client!r} has {len(rows)} rows; at least {smallest} are needed. Drop that client, or set "
+                "dataloader_drop_last=False to train on less than a full batch."
+            )

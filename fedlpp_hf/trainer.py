@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
@@ -20,8 +21,8 @@ from .callbacks import QuantizedBaseCallback, audit_model
 from .config import FederatedConfig
 from .hub import push_adapter
 from .messages import ClientFailure, ClientTask, ClientUpdate, decode_message, encode_message, restore_tensors
-from .owner import Owner, OwnerSetup
-from .partition import partition_clients
+from .owner import Owner, OwnerSetup, load_full_model
+from .partition import check_client_sizes, partition_clients
 from .quantization import FULL_PRECISION
 from .ranks import broadcast_bytes
 from .report import RoundReporter
@@ -82,7 +83,6 @@ class FederatedMixin(_Parent):
         self.raw_datasets = partition_clients(train_dataset, args)
         if self.raw_datasets:
             args.check_clients(len(self.raw_datasets))
-        self.eval_rows = eval_dataset
         setup = OwnerSetup(
             full_model=args.full_model or "",
             args=args,
@@ -119,7 +119,9 @@ class FederatedMixin(_Parent):
         self.client_datasets = {
             client: self.prepare_client_dataset(rows, client) for client, rows in self.raw_datasets.items()
         }
-        self._check_clients()
+        check_client_sizes(
+            self.client_datasets, args.train_batch_size * args.world_size if args.dataloader_drop_last else 1
+        )
         if self.owner is None and args.full_model and self.is_world_process_zero():
             self.owner = Owner(setup)
         self._horizon = (0, 1)
@@ -353,15 +355,6 @@ class FederatedMixin(_Parent):
         data = broadcast_bytes(None, self.args.device)
         return data[:8].decode().strip(), data[8:]
 
-    def _check_clients(self) -> None:
-        smallest = self.args.train_batch_size * self.args.world_size if self.args.dataloader_drop_last else 1
-        for client, rows in self.client_datasets.items():
-            if len(rows) < smallest:
-                raise ValueError(
-                    f"Client {client!r} has {len(rows)} rows; at least {smallest} are needed. Drop that client, or set "
-                    "dataloader_drop_last=False to train on less than a full batch."
-                )
-
     def _resolve_model(self, model: str | torch.nn.Module, setup: OwnerSetup) -> torch.nn.Module:
         args = setup.args
         if not isinstance(model, str | Path):
@@ -376,8 +369,6 @@ class FederatedMixin(_Parent):
             )
         args.full_model = setup.full_model = str(model)
         if args.base_bits == FULL_PRECISION:
-            from .owner import load_full_model
-
             return load_full_model(args.full_model, setup.model_class, args)
         base_dir = Path(args.output_dir) / FEDERATION_DIR / "base"
         if args.process_index == 0:
@@ -385,8 +376,6 @@ class FederatedMixin(_Parent):
             # Only a federation that can be resumed keeps its base; another one may want other bits.
             if args.overwrite or not (RoundStore(args.output_dir).exists and (base_dir / BASE_MANIFEST).is_file()):
                 self.owner.export_base(base_dir)
-        from accelerate import PartialState
-
         PartialState().wait_for_everyone()
         return load_base(base_dir, setup.model_class)
 
