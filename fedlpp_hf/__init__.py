@@ -9,12 +9,14 @@ __version__ = "0.1.0.dev0"
 
 # Names are imported on first use, so that `import fedlpp_hf` costs next to nothing.
 _EXPORTS = {
+    "AuditReport": "privacy",
     "FederatedConfig": "config",
     "FederatedMixin": "trainer",
     "FederatedServer": "server",
     "FederatedTrainer": "trainer",
     "QuantizedBaseCallback": "callbacks",
     "RoundStore": "store",
+    "audit_federation": "privacy",
     "describe_base": "base",
     "dequantize": "quantization",
     "export_base": "base",
@@ -24,12 +26,14 @@ _EXPORTS = {
     "quantize": "quantization",
 }
 __all__ = [
+    "AuditReport",
     "FederatedConfig",
     "FederatedMixin",
     "FederatedServer",
     "FederatedTrainer",
     "QuantizedBaseCallback",
     "RoundStore",
+    "audit_federation",
     "dequantize",
     "describe_base",
     "export_base",
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
     from .callbacks import QuantizedBaseCallback
     from .config import FederatedConfig, parse_args
     from .merge import merge_adapter
+    from .privacy import AuditReport, audit_federation
     from .quantization import dequantize, quantize
     from .server import FederatedServer
     from .store import RoundStore

@@ -15,7 +15,8 @@ import signal
 import sys
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from .config import FederatedConfig
 from .hub import push_merged
 from .merge import merge_adapter
 from .messages import decode_message, encode_message, restore_tensors
+from .privacy.measurement import RowMeasures, choose_rows, measure_rows
 from .products import join_residual
 from .quantization import FULL_PRECISION
 
@@ -102,10 +104,15 @@ class Owner:
         self, adapter: Mapping[str, torch.Tensor], residual: Mapping[str, torch.Tensor] | None = None
     ) -> dict[str, float]:
         """Metrics of W + θ on the evaluation dataset; `residual` is what θ's rank could not hold."""
-        tensors = {f"adapter:{key}": value for key, value in adapter.items()}
-        return self._ask("evaluate", tensors | {f"residual:{key}": value for key, value in (residual or {}).items()})[
-            0
-        ]
+        return self._ask("evaluate", _pack_adapter(adapter, residual))[0]
+
+    def measure_rows(
+        self, adapter: Mapping[str, torch.Tensor], residual: Mapping[str, torch.Tensor] | None = None
+    ) -> RowMeasures:
+        """W + θ on each of the evaluation rows that the audit compares models on."""
+        answer, tensors = self._ask("measure_rows", _pack_adapter(adapter, residual))
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        return RowMeasures(arrays["loss"], arrays.get("accuracy"), answer["num_outputs"])
 
     def fit_step(self, adapter: Mapping[str, torch.Tensor], delta: Mapping[str, torch.Tensor]) -> float:
         """The η of [`STEP_GRID`] for which W + θ + η·Δ has the least loss on the owner's own data."""
@@ -147,6 +154,13 @@ class Owner:
             kind, text = header["error"]
             raise (ValueError if kind == "ValueError" else RuntimeError)(f"The owner's process: {text}")
         return header["answer"], restore_tensors(payload)
+
+
+def _pack_adapter(
+    adapter: Mapping[str, torch.Tensor], residual: Mapping[str, torch.Tensor] | None
+) -> dict[str, torch.Tensor]:
+    tensors = {f"adapter:{key}": value for key, value in adapter.items()}
+    return tensors | {f"residual:{key}": value for key, value in (residual or {}).items()}
 
 
 def _end(pipe, process) -> None:
@@ -205,17 +219,32 @@ class _Desk:
         return {}, self.trainer.guard.initial
 
     def evaluate(self, tensors):
+        with self._holding(tensors):
+            return self.trainer.evaluate_metrics(), {}
+
+    def measure_rows(self, tensors):
+        args = self.setup.args
+        with self._holding(tensors):
+            rows = choose_rows(self.trainer.eval_dataset, args.audit_rows, args.seed)
+            found = measure_rows(self.trainer, rows)
+        arrays = {name: torch.from_numpy(values) for name, values in found.measures.items()}
+        return {"num_outputs": found.num_outputs}, arrays
+
+    @contextmanager
+    def _holding(self, tensors) -> Iterator[None]:
+        """The full model with an adapter, and with what the adapter's rank could not hold."""
         adapter, residual = split_tensors(tensors, "adapter:"), split_tensors(tensors, "residual:")
         parameters = self.trainer.guard.parameters
         load_adapter_(parameters, adapter)
         if not residual:
-            return self.trainer.evaluate_metrics(), {}
+            yield
+            return
         joined, _ = join_residual(adapter, residual, self.trainer.model.peft_config["default"])
         small = {key: parameter.data for key, parameter in parameters.items()}
         try:
             for key, parameter in parameters.items():
                 parameter.data = joined[key].to(parameter)  # LoRA's layers multiply factors of any rank
-            return self.trainer.evaluate_metrics(), {}
+            yield
         finally:
             for key, parameter in parameters.items():
                 parameter.data = small[key]
@@ -266,6 +295,7 @@ class _Desk:
         args.full_model, args.base_bits, args.adapter_bits = None, FULL_PRECISION, FULL_PRECISION
         args.report_to, args.push_to_hub, args.merge, args.disable_tqdm = [], False, False, True
         args.compare_full_precision, args.fit_server_step, args.overwrite = False, False, True
+        args.audit = False
         # To evaluate, there is one client, the owner; the federation may want more than one in a round.
         if args.clients_per_round is not None:
             args.clients_per_round = min(args.clients_per_round, max(len(datasets), 1))

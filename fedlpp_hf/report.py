@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState
@@ -13,6 +13,9 @@ from transformers.trainer_callback import CallbackHandler
 
 from .config import FederatedConfig
 
+
+if TYPE_CHECKING:  # an audit is reported in the same style, with what is here
+    from .privacy import AuditReport
 
 Record = Mapping[str, Any]
 
@@ -50,9 +53,16 @@ class RoundReporter:
         if not self.args.disable_tqdm:
             tqdm.write(describe_round(record, self.args.num_rounds))
 
-    def finish(self, records: Sequence[Record], reference: Mapping[str, float] | None = None) -> None:
-        """Write `report.md`, `metrics.jsonl` and `rounds.png`, and print the report."""
-        text = render_report(records, self.args, reference)
+    def finish(
+        self,
+        records: Sequence[Record],
+        reference: Mapping[str, float] | None = None,
+        audit: "AuditReport | None" = None,
+    ) -> None:
+        """Write `report.md`, `metrics.jsonl` and `rounds.png`, the audit's files if there is one, and print the report."""
+        text = render_report(records, self.args, reference, audit)
+        if audit is not None:
+            audit.write(self.output_dir)
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (self.output_dir / "metrics.jsonl").write_text(lines, encoding="utf-8")
         (self.output_dir / "report.md").write_text(text, encoding="utf-8")
@@ -110,16 +120,21 @@ def describe_round(record: Record, num_rounds: int) -> str:
 
 
 def render_report(
-    records: Sequence[Record], args: FederatedConfig, reference: Mapping[str, float] | None = None
+    records: Sequence[Record],
+    args: FederatedConfig,
+    reference: Mapping[str, float] | None = None,
+    audit: "AuditReport | None" = None,
 ) -> str:
     """The report of a whole federation as Markdown."""
     first, last = records[0]["metrics"], records[-1]["metrics"]
     bits = {32: "full precision"}.get(args.base_bits, f"{args.base_bits} bits")
     proxy_bits = {32: "full precision"}.get(args.adapter_bits, f"{args.adapter_bits} bits")
+    attackers = [] if audit is None else audit.summarize()
     rows = [
         ("owner's model before", "owner", first.get("server")),
         (f"base before ({bits})", "clients", first.get("proxy")),
         (f"base + last proxy ({proxy_bits})", "clients", last.get("proxy")),
+        *((label, "clients", metrics) for label, metrics, _ in attackers),
         ("server's model after", "owner", last.get("server")),
         ("federation in full precision", "nobody (reference)", reference),
     ]
@@ -130,6 +145,9 @@ def render_report(
         [label, holder, *(f"{metrics[name]:.4f}" if name in metrics else "" for name in names)]
         for label, holder, metrics in shown
     ]
+    if audit is not None:
+        stolen = {"model": "stolen value", **{label: value for label, _, value in attackers}}
+        table = [[*row, stolen.get(row[0], "")] for row in table]
     down, up = (sum(record[way] for record in records) for way in ("bytes_down", "bytes_up"))
     clients = sum(len(record["clients"]) for record in records)
     rejected = sum(len(record["rejected"]) for record in records)
@@ -140,6 +158,7 @@ def render_report(
         "",
         f"{len(records) - 1} rounds, {clients} client runs ({rejected} rejected), {format_bytes(down)} to clients, "
         f"{format_bytes(up)} from clients, {sum(record['seconds'] for record in records):.0f} s.",
+        *(["\nStolen value: an attacker's share of the server's gain over local training; audit.md has more."] * bool(audit)),
         *(f"\n**Warning.** {warning}" for warning in find_warnings(first, last)),
     ]
     return "\n".join(lines) + "\n"

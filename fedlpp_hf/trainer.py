@@ -23,6 +23,7 @@ from .hub import push_adapter
 from .messages import ClientFailure, ClientTask, ClientUpdate, decode_message, encode_message, restore_tensors
 from .owner import Owner, OwnerSetup, load_full_model
 from .partition import check_client_sizes, partition_clients
+from .privacy import audit_federation, check_auditable
 from .quantization import FULL_PRECISION
 from .ranks import broadcast_bytes
 from .report import RoundReporter
@@ -288,6 +289,8 @@ class FederatedMixin(_Parent):
         }
 
     def _lead(self, num_examples: Mapping[str, int | None], train_clients: TrainClients, resume: bool) -> TrainOutput:
+        if self.args.audit:
+            check_auditable(self)
         adapter = dict(self.guard.initial)
         if self.owner is not None:
             own = self.owner.initial_adapter()
@@ -321,7 +324,10 @@ class FederatedMixin(_Parent):
                     reference = self.owner.run_reference()
                 if self.args.merge:
                     self.owner.merge(self.args.output_dir, Path(self.args.output_dir) / MERGED_DIR)
-            reporter.finish(records, reference)
+            audit = audit_federation(self) if self.args.audit else None
+            reporter.finish(records, reference, audit)
+        if audit is not None:
+            audit.check_threshold()
         self.state = TrainerState(global_step=len(records) - 1, is_world_process_zero=True)
         losses = [client["loss"] for client in records[-1]["clients"].values()]
         loss = sum(losses) / len(losses) if losses else float("nan")

@@ -1,0 +1,172 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""The model-privacy audit: what clients, alone and together, can make of what they were sent."""
+
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..adapters import load_adapter_
+from .attacks import (
+    LEARNING_RATE_FACTORS,
+    Adapter,
+    combine_proxies,
+    find_broadcasts,
+    fine_tune,
+    pool_rows,
+    restore_proxies,
+)
+from .audit_report import AuditReport, CoalitionAudit
+from .measurement import RowMeasures, choose_rows, measure_rows
+from .stolen_value import estimate_stolen_value
+
+
+def check_auditable(trainer: Any) -> None:
+    """Refuse, before the rounds, a federation that could not be audited after them.
+
+    Raises:
+        ValueError: if there is no owner, no evaluation dataset, no client's data, or more than one process.
+    """
+    if trainer.owner is None:
+        raise ValueError(
+            "audit=True compares with the owner's model; set `full_model`, or pass the full model's path."
+        )
+    if not trainer.client_datasets:
+        raise ValueError("audit=True needs the clients' data in this process, and they are elsewhere. Simulate it.")
+    if trainer.args.world_size > 1:
+        raise ValueError(
+            f"audit=True runs in one process, and there are {trainer.args.world_size}. Launch it with one."
+        )
+    choose_rows(trainer.eval_dataset, 1, 0)
+
+
+def audit_federation(trainer: Any, coalitions: Sequence[Sequence[str]] | None = None) -> AuditReport:
+    """Attack the federation that `trainer.train()` has run, with what its clients hold.
+
+    `trainer` is a [`FederatedMixin`] trainer. `coalitions` are lists of clients that pool proxies and rows; by default
+    the `args.audit_clients` that hold the most, each alone, and the half of all clients that holds the most.
+
+    Raises:
+        ValueError: if the federation can't be audited, or a client is unknown.
+        RuntimeError: if it has not been run.
+    """
+    check_auditable(trainer)
+    if trainer.server is None or trainer.server.store.latest() is None:
+        raise RuntimeError("There is no federation to audit; call `train()` first.")
+    began = time.perf_counter()
+    args, server = trainer.args, trainer.server
+    coalitions = _choose_coalitions(trainer) if coalitions is None else coalitions
+    for client in {client for coalition in coalitions for client in coalition}:
+        if client not in trainer.client_datasets:
+            raise ValueError(f"Client {client!r} is unknown; expected some of {', '.join(trainer.client_datasets)}.")
+    rows = choose_rows(trainer.eval_dataset, args.audit_rows, args.seed)
+    initial, _ = server.store.load(0)
+    before = trainer.owner.measure_rows(initial)
+    after = trainer.owner.measure_rows(server.adapter, server.residual)
+    scale = _Scale(trainer, rows)
+    base = scale.measure(dict(trainer.guard.initial))
+    guess = np.full(len(rows), math.log(base.num_outputs))
+    exposure = estimate_stolen_value({"base": base.loss}, {"guessing": guess}, before.loss, seed=args.seed)
+    audits = [_audit_coalition(trainer, scale, sorted(coalition), after) for coalition in coalitions]
+    notes = []
+    if not Path(args.full_model).exists():
+        notes.append(
+            "The full model was loaded by a name of the Hub. If it is public there, its base protects nothing."
+        )
+    if args.broadcast_interval is None:
+        notes.append("Nothing was broadcast: clients have the base, and what their own rows give them.")
+    return AuditReport(
+        federation_id=server.federation_id,
+        base_fingerprint=server.base_fingerprint,
+        num_clients=len(server.num_examples),
+        num_rows=len(rows),
+        num_rows_available=len(trainer.eval_dataset),
+        steps=args.audit_steps,
+        seed=args.seed,
+        threshold=args.audit_threshold,
+        before=_average(before),
+        server=_average(after),
+        exposure=exposure,
+        coalitions=audits,
+        notes=notes,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _choose_coalitions(trainer: Any) -> list[list[str]]:
+    server, records = trainer.server, trainer.server.store.records()
+
+    def strength(client: str) -> tuple[int, int]:
+        return len(find_broadcasts(records, [client], server.args.broadcast_interval)), len(
+            trainer.client_datasets[client]
+        )
+
+    strongest = sorted(trainer.client_datasets, key=strength, reverse=True)
+    half = strongest[: len(strongest) // 2]
+    return [[client] for client in strongest[: server.args.audit_clients]] + ([half] if len(half) > 1 else [])
+
+
+class _Scale:
+    """Measures adapters on the base, each once: clients with the same proxies can do the same with them."""
+
+    def __init__(self, trainer: Any, rows: Any):
+        self.trainer, self.rows = trainer, rows
+        self._known: dict[bytes, RowMeasures] = {}
+
+    def measure(self, adapter: Adapter) -> RowMeasures:
+        key = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in adapter.values())).digest()
+        if key not in self._known:
+            load_adapter_(self.trainer.guard.parameters, adapter)
+            self._known[key] = measure_rows(self.trainer, self.rows)
+        return self._known[key]
+
+
+def _audit_coalition(trainer: Any, scale: _Scale, clients: list[str], server: RowMeasures) -> CoalitionAudit:
+    rows = pool_rows([trainer.client_datasets[client] for client in clients])
+    base = dict(trainer.guard.initial)
+    local_only = {"untouched base": base} | _search(trainer, rows, "base", base)
+    proxies = restore_proxies(trainer.server, clients)
+    attacks = combine_proxies(proxies)
+    for name in [name for name in ("last proxy", "mean of proxies") if name in attacks]:
+        attacks |= _search(trainer, rows, name, attacks[name])
+    measured = {name: scale.measure(adapter) for name, adapter in attacks.items()}
+    references = {name: scale.measure(adapter) for name, adapter in local_only.items()}
+    stolen = {
+        measure: estimate_stolen_value(
+            {name: found.measures[measure] for name, found in measured.items()},
+            {name: found.measures[measure] for name, found in references.items()},
+            values,
+            measure,
+            trainer.args.seed,
+        )
+        for measure, values in server.measures.items()
+    }
+    best = stolen["loss"].best_attack
+    return CoalitionAudit(
+        clients=clients,
+        num_proxies=len(proxies),
+        attacks={name: _average(found) for name, found in measured.items()},
+        local_only={name: _average(found) for name, found in references.items()},
+        stolen=stolen,
+        metrics=trainer.evaluate_proxy((attacks or local_only)[best]),
+    )
+
+
+def _search(trainer: Any, rows: Any, name: str, start: Adapter) -> dict[str, Adapter]:
+    """`start` after training on `rows`, by learning rate and steps."""
+    found = {}
+    for factor in LEARNING_RATE_FACTORS:
+        rate = factor * trainer.args.learning_rate
+        for steps, adapter in fine_tune(
+            trainer, rows, start, trainer.args.audit_steps, rate, trainer.args.seed
+        ).items():
+            found[f"{name} + {steps} steps at {rate:.1g}"] = adapter
+    return found
+
+
+def _average(found: RowMeasures) -> dict[str, float]:
+    return {measure: float(values.mean(dtype=np.float64)) for measure, values in found.measures.items()}

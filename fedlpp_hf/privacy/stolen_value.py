@@ -1,0 +1,103 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""Stolen value: how much of what the owner gained an attacker holds, with its uncertainty. Pure functions on rows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+
+RESAMPLES = 1000
+_INTERVAL = (2.5, 97.5)
+
+
+@dataclass(frozen=True, slots=True)
+class StolenValue:
+    """(attacker − local_only) / (server − local_only) in one `measure`, which is `loss` or `accuracy`, as means over rows.
+
+    `attacker` and `local_only` are the best of their kind, named by `best_attack` and `best_local`. `value` and its 95 %
+    interval `low` to `high` are clipped nowhere; they are None where the server is not better than `local_only` beyond
+    doubt, and `reason` says so.
+    """
+
+    measure: str
+    attacker: float
+    local_only: float
+    server: float
+    best_attack: str
+    best_local: str
+    value: float | None
+    low: float | None
+    high: float | None
+    reason: str = ""
+
+
+def estimate_stolen_value(
+    attacks: Mapping[str, np.ndarray],
+    local_only: Mapping[str, np.ndarray],
+    server: np.ndarray,
+    measure: str = "loss",
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> StolenValue:
+    """The stolen value of the best of `attacks`, with a bootstrap interval over evaluation rows.
+
+    Each value is `(rows,)`, the `measure` of one model on each row. Without `attacks` (nothing was sent) an attacker is
+    left with `local_only`, and the stolen value is 0. The interval is the percentile bootstrap (Efron and Tibshirani,
+    An Introduction to the Bootstrap, §13.3); the rows are drawn for all models together, and the best attack is
+    chosen anew in every draw, as it was chosen on these rows.
+
+    Raises:
+        ValueError: if there is no local-only reference, the rows are not the same, or a value is not finite.
+    """
+    if not local_only:
+        raise ValueError("There is no local-only reference; pass at least the untouched base.")
+    count = len(server)
+    for name, rows in {**attacks, **local_only, "server": server}.items():
+        if rows.shape != (count,) or not count:
+            raise ValueError(f"`{name}` has values of shape {rows.shape}; expected one for each of {count} rows.")
+        if not np.isfinite(rows).all():
+            raise ValueError(
+                f"`{name}` has a {measure} that is NaN or infinite on some row; did its training diverge?"
+            )
+    sign = -1.0 if measure == "loss" else 1.0
+    candidates = sign * np.stack([*(attacks or local_only).values()]).astype(np.float64)
+    references = sign * np.stack([*local_only.values()]).astype(np.float64)
+    owner = sign * server.astype(np.float64)
+
+    # Row 0 is the sample itself, the others are draws from it.
+    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
+    weights = np.concatenate([np.ones((1, count)), draws]) / count
+    attacker, local = (weights @ rows.T for rows in (candidates, references))
+    gained = weights @ owner - local.max(1)
+    stolen = attacker.max(1) - local.max(1)
+
+    low, high = np.percentile(gained[1:], _INTERVAL)
+    value: float | None = None
+    interval: tuple[float, float] | tuple[None, None] = (None, None)
+    reason = ""
+    if not attacks:
+        value, interval = 0.0, (0.0, 0.0)
+    elif low > 0:
+        value = float(stolen[0] / gained[0])
+        bounds = np.percentile(stolen[1:] / gained[1:], _INTERVAL)
+        interval = float(bounds[0]), float(bounds[1])
+    if low <= 0:
+        doubt = "is worse than" if high < 0 else "can't be told from"
+        reason = (
+            f"The owner's model {doubt} what there is without it, `{list(local_only)[int(local[0].argmax())]}` ({measure} "
+            f"{sign * (gained[0] + local[0].max()):.4f} against {sign * local[0].max():.4f}, 95 % interval of the gain "
+            f"{low:+.4f} to {high:+.4f}): there is no value that could be stolen."
+        )
+    return StolenValue(
+        measure=measure,
+        attacker=float(sign * attacker[0].max()),
+        local_only=float(sign * local[0].max()),
+        server=float(sign * (weights[0] @ owner)),
+        best_attack=list(attacks or local_only)[int(attacker[0].argmax())],
+        best_local=list(local_only)[int(local[0].argmax())],
+        value=value,
+        low=interval[0],
+        high=interval[1],
+        reason=reason,
+    )
