@@ -19,7 +19,13 @@ _SIZE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 def main(argv: list[str] | None = None) -> None:
     """Run a subcommand; errors of the user's input end in one line and exit code 2, ^C in exit code 130."""
     argv = sys.argv[1:] if argv is None else argv
-    arguments = vars(build_parser().parse_args([_underscored(argument) for argument in argv]))
+    parser = build_parser()
+    known, flags = parser.parse_known_args([_underscored(argument) for argument in argv])
+    arguments = vars(known)
+    if "flags" in arguments:  # of the federation's configuration, which has its own parser
+        arguments["flags"] = flags
+    elif flags:
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
     run, show_traceback = arguments.pop("run"), arguments.pop("traceback")
     try:
         run(**arguments)
@@ -64,6 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_merge(commands)
     _add_undo_merge(commands)
     _add_push(commands)
+    _add_server(commands)
+    _add_client(commands)
     return parser
 
 
@@ -271,6 +279,72 @@ def run_push(directory: str, repo_id: str, federation_dir: str | None, public: b
     else:
         commit = push_merged(directory, repo_id, federation_dir=federation_dir, private=not public, **options)
     print(f"Pushed to {commit.commit_url}")
+
+
+def _add_server(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "server",
+        run_server,
+        "Run a federation over a network, as its owner",
+        "  fedlpp-hf server --config federation.yaml --full_model models/full --listen 0.0.0.0 \\\n"
+        "      --hosts fl.example.org --client_keys keys/\n"
+        "  fedlpp-hf server --config federation.yaml --full_model models/full --resume_from_checkpoint true\n\n"
+        "All other flags override the configuration.",
+    )
+    parser.set_defaults(flags=None)
+    parser.add_argument("--config", required=True, help="YAML file of the federation")
+    parser.add_argument("--state_dir", default="flower-server", help="for certificates, logs and SuperLink's database")
+    parser.add_argument("--listen", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines")
+    parser.add_argument("--port", type=int, default=8000, help="the one port that clients reach")
+    parser.add_argument(
+        "--hosts", nargs="+", default=[], help="names and addresses by which clients call this machine"
+    )
+    parser.add_argument("--client_keys", help="directory with the *.pub files that clients sent")
+    parser.add_argument("--insecure", action="store_true", help="no TLS and no node keys; on loopback only")
+
+
+def run_server(**options: Any) -> None:
+    """`fedlpp-hf server`: [`~fedlpp_hf.deployment.run_server`]."""
+    sys.exit(_import_deployment().run_server(**options))
+
+
+def _add_client(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "client",
+        run_client,
+        "Take part in a federation over a network, with rows that stay here",
+        "  fedlpp-hf client --config federation.yaml --data rows.jsonl --server fl.example.org:8000 --certificate ca.crt\n\n"
+        "All other flags override the configuration.",
+    )
+    parser.set_defaults(flags=None)
+    parser.add_argument("--config", required=True, help="YAML file of the federation")
+    parser.add_argument("--data", required=True, help="rows: .jsonl, .csv, .parquet, or a dataset's directory")
+    parser.add_argument("--server", default="127.0.0.1:8000", help="HOST:PORT")
+    parser.add_argument("--certificate", help="the server's ca.crt")
+    parser.add_argument("--client_id", help="name in the federation; by default that of the file of rows")
+    parser.add_argument("--state_dir", help="for the node's key and logs; flower-CLIENT_ID by default")
+    parser.add_argument("--cache_dir", default="~/.cache/fedlpp_hf/bases", help="where bases are kept")
+    parser.add_argument("--base", help="directory or Hub id of the base, if it does not come from the server")
+    parser.add_argument("--processes", type=int, default=1, help="GPUs to train on, through accelerate launch")
+    parser.add_argument("--cold", action="store_true", help="no long-lived trainer: load everything for every task")
+    parser.add_argument("--insecure", action="store_true", help="no TLS and no node key; on loopback only")
+
+
+def run_client(**options: Any) -> None:
+    """`fedlpp-hf client`: [`~fedlpp_hf.deployment.run_client`]."""
+    sys.exit(_import_deployment().run_client(**options))
+
+
+def _import_deployment() -> Any:
+    try:
+        import flwr  # noqa: F401
+
+        from . import deployment
+    except ModuleNotFoundError as error:
+        raise ValueError(f"This needs Flower ({error}): pip install 'fedlpp_hf[flower]'.") from error
+    return deployment
 
 
 def _find_class(name: str | None) -> Any:

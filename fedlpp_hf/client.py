@@ -314,9 +314,11 @@ def end_process(pid_file: Path, name: str, how: signal.Signals = signal.SIGTERM)
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         pid = pid_file.read_text()
         command = subprocess.run(["ps", "-o", "command=", "-p", pid], capture_output=True, text=True).stdout
-        if name in command:
-            os.kill(int(pid), how)
         pid_file.unlink()
+        deadline = time.monotonic() + CALL_TIMEOUT
+        while name in command:  # until the kernel says that it is gone, and with it its port or its memory
+            os.kill(int(pid), how if time.monotonic() < deadline else signal.SIGKILL)
+            time.sleep(0.1)
 
 
 def _log_tail(settings: ClientSettings) -> str:

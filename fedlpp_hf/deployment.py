@@ -1,7 +1,6 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """`fedlpp-hf server` and `fedlpp-hf client`: start what a federation over Flower needs, and end all of it again."""
 
-import argparse
 import contextlib
 import ipaddress
 import json
@@ -58,40 +57,21 @@ client_app = make_client_app()
 }
 
 
-def add_server_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `fedlpp-hf server`; all others are flags of the federation's configuration."""
-    parser.add_argument("--config", required=True, help="YAML file of the federation")
-    parser.add_argument(
-        "--state_dir", default="flower-server", help="certificates, keys of clients, SuperLink's database"
-    )
-    parser.add_argument("--listen", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines")
-    parser.add_argument("--port", type=int, default=8000, help="the one port that clients reach")
-    parser.add_argument(
-        "--hosts", nargs="+", default=[], help="names and addresses by which clients call this machine"
-    )
-    parser.add_argument("--client_keys", help="directory with the *.pub files that clients sent")
-    parser.add_argument("--insecure", action="store_true", help="no TLS and no node keys; on loopback only")
+def run_server(
+    config: str,
+    flags: Sequence[str] = (),
+    *,
+    state_dir: str = "flower-server",
+    listen: str = "127.0.0.1",
+    port: int = 8000,
+    hosts: Sequence[str] = (),
+    client_keys: str | None = None,
+    insecure: bool = False,
+) -> int:
+    """Start a SuperLink, run the federation of `config` on it to its end, and end the SuperLink.
 
-
-def add_client_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `fedlpp-hf client`; all others are flags of the federation's configuration."""
-    parser.add_argument("--config", required=True, help="YAML file of the federation")
-    parser.add_argument(
-        "--data", required=True, help="this client's rows: .jsonl, .csv, .parquet, or a dataset's directory"
-    )
-    parser.add_argument("--server", default="127.0.0.1:8000", help="HOST:PORT of the server")
-    parser.add_argument("--certificate", help="the server's ca.crt")
-    parser.add_argument("--client_id", help="this client's name in the federation; the data's file name by default")
-    parser.add_argument("--state_dir", help="node key, trainer's log; flower-CLIENT_ID by default")
-    parser.add_argument("--cache_dir", default="~/.cache/fedlpp_hf/bases", help="where bases are kept")
-    parser.add_argument("--base", help="directory or Hub id of the base, if it does not come from the server")
-    parser.add_argument("--processes", type=int, default=1, help="GPUs to train on, through accelerate launch")
-    parser.add_argument("--cold", action="store_true", help="no long-lived trainer: load everything for every task")
-    parser.add_argument("--insecure", action="store_true", help="no TLS and no node key; on loopback only")
-
-
-def run_server(args: argparse.Namespace, flags: Sequence[str] = ()) -> int:
-    """Start a SuperLink, run the federation of `args.config` on it to its end, and end the SuperLink.
+    `flags` override the configuration. `hosts` are the names by which clients call this machine, `client_keys` a
+    directory with the public keys that they sent; `state_dir` gets certificates, logs and the SuperLink's database.
 
     Returns 0 only if the run completed: `flwr run --stream` alone returns 0 for a run that failed.
 
@@ -99,74 +79,90 @@ def run_server(args: argparse.Namespace, flags: Sequence[str] = ()) -> int:
         ValueError: for arguments that don't fit together.
         RuntimeError: if the SuperLink or the run can't be started.
     """
-    state = Path(args.state_dir).resolve()
+    state = Path(state_dir).resolve()
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _check_insecure(args.insecure, args.listen)
-    address = f"127.0.0.1:{args.port}"
-    command = [sys.executable, "-m", "fedlpp_hf.superlink", "--host", args.listen, "--port", str(args.port)]
+    _check_insecure(insecure, listen)
+    address = f"127.0.0.1:{port}"
+    command = [sys.executable, "-m", "fedlpp_hf.superlink", "--host", listen, "--port", str(port)]
     command += ["--database", str(state / "superlink.db"), "--disable-runtime-dependency-installation"]
-    connection = {"address": address, "insecure": args.insecure}
-    if args.insecure:
+    connection = {"address": address, "insecure": insecure}
+    if insecure:
         command += ["--insecure"]
     else:
-        hosts = [*args.hosts, "127.0.0.1", "localhost"]
-        make_certificates(state, hosts)
+        make_certificates(state, [*hosts, "127.0.0.1", "localhost"])
         files = [str(state / name) for name in (CA_CERTIFICATE, SERVER_CERTIFICATE, SERVER_KEY)]
         command += ["--ssl-ca-certfile", files[0], "--ssl-certfile", files[1], "--ssl-keyfile", files[2]]
         command += ["--enable-supernode-auth"]
         connection["root-certificates"] = files[0]
-    _write_app(state, connection, args.config, flags)
+    _write_app(state, connection, config, flags)
     environment = _environment(state)
     _end_with_signal()
     end_process(state / SERVER_PID, "flwr-serverapp")  # left by a server that was killed
     end_process(state / SUPERLINK_PID, "fedlpp_hf.superlink")
     with _running(command, environment, state / "superlink.log") as superlink:
         (state / SUPERLINK_PID).write_text(str(superlink.pid))
-        _wait_for_port(args.port, superlink, state / "superlink.log")
+        _wait_for_port(port, superlink, state / "superlink.log")
         try:
-            _register_clients(state, args.client_keys, environment)
-            print(_what_clients_type(args, state), flush=True)
+            _register_clients(state, client_keys, environment)
+            print(_what_clients_type(config, state, hosts, port, insecure), flush=True)
             return _run_app(state, environment)
         finally:
             end_process(state / SERVER_PID, "flwr-serverapp")  # it can outlive its SuperLink
             (state / SUPERLINK_PID).unlink()
 
 
-def run_client(args: argparse.Namespace, flags: Sequence[str] = ()) -> int:
+def run_client(
+    config: str,
+    data: str,
+    flags: Sequence[str] = (),
+    *,
+    server: str = "127.0.0.1:8000",
+    certificate: str | None = None,
+    client_id: str | None = None,
+    state_dir: str | None = None,
+    cache_dir: str = "~/.cache/fedlpp_hf/bases",
+    base: str | None = None,
+    processes: int = 1,
+    cold: bool = False,
+    insecure: bool = False,
+) -> int:
     """Be a client of the federation until interrupted: a SuperNode, restarted when it ends, and a trainer on demand.
+
+    `data` holds the rows, `certificate` is the server's `ca.crt`; `state_dir` gets the node's key and the logs. `base` names
+    a copy of the base, where it does not come from the server. With `cold`, there is no long-lived trainer.
 
     Raises:
         ValueError: for arguments that don't fit together.
     """
-    client_id = args.client_id or Path(args.data).stem
-    state = Path(args.state_dir or f"flower-{client_id}").resolve()
-    _check_insecure(args.insecure, args.server.rsplit(":", 1)[0])
-    if not Path(args.data).exists():
-        raise ValueError(f"data='{args.data}' does not exist.")
-    launch = [] if args.processes == 1 else ["accelerate", "launch", "--num_processes", str(args.processes)]
+    client_id = client_id or Path(data).stem
+    state = Path(state_dir or f"flower-{client_id}").resolve()
+    _check_insecure(insecure, server.rsplit(":", 1)[0])
+    if not Path(data).exists():
+        raise ValueError(f"data='{data}' does not exist.")
+    launch = [] if processes == 1 else ["accelerate", "launch", "--num_processes", str(processes)]
     settings = ClientSettings(
-        config=str(Path(args.config).resolve()),
-        data=str(Path(args.data).resolve()),
+        config=str(Path(config).resolve()),
+        data=str(Path(data).resolve()),
         client_id=client_id,
         state_dir=str(state),
-        cache_dir=str(Path(args.cache_dir).expanduser().resolve()),
+        cache_dir=str(Path(cache_dir).expanduser().resolve()),
         flags=list(flags),
-        base=args.base,
-        warm=not args.cold,
+        base=base,
+        warm=not cold,
         launch=launch,
         parent=os.getpid(),
     )
     with socket.socket() as probe:  # the ClientApp's way to the SuperNode, on loopback
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = ["flower-supernode", "--superlink", args.server, "--host", "127.0.0.1", "--port", str(port)]
+    command = ["flower-supernode", "--superlink", server, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--node-config", f'settings="{settings.write()}"']
-    if args.insecure:
+    if insecure:
         command += ["--insecure"]
     else:
-        if args.certificate is None:
+        if certificate is None:
             raise ValueError("--certificate is missing: the ca.crt that the server made and its owner sent you.")
-        command += ["--root-certificates", str(Path(args.certificate).resolve())]
+        command += ["--root-certificates", str(Path(certificate).resolve())]
         command += ["--auth-supernode-private-key", str(make_node_key(state))]
         print(
             f"This client's key is `{state / NODE_PUBLIC_KEY}`. Send that file to the server's owner, who puts it as "
@@ -292,25 +288,12 @@ def _end_with_signal() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
-def _what_clients_type(args: argparse.Namespace, state: Path) -> str:
-    host = (args.hosts or ["127.0.0.1"])[0]
-    security = "--insecure" if args.insecure else "--certificate ca.crt"
-    lines = [f"Clients start: fedlpp-hf client --config {Path(args.config).name} --data ROWS.jsonl "]
-    lines[0] += f"--server {host}:{args.port} {security}"
-    if not args.insecure:
-        lines.append(f"They need `{state / CA_CERTIFICATE}`, and you need their node.pub (see --client_keys).")
-    return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m fedlpp_hf.deployment server|client …`: the same as `fedlpp-hf server|client …`."""
-    parser = argparse.ArgumentParser(prog="python -m fedlpp_hf.deployment", description=main.__doc__)
-    sides = parser.add_subparsers(dest="side", required=True)
-    add_server_arguments(sides.add_parser("server", allow_abbrev=False))
-    add_client_arguments(sides.add_parser("client", allow_abbrev=False))
-    args, flags = parser.parse_known_args(argv)
-    return run_server(args, flags) if args.side == "server" else run_client(args, flags)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _what_clients_type(config: str, state: Path, hosts: Sequence[str], port: int, insecure: bool) -> str:
+    address = f"{hosts[0] if hosts else '127.0.0.1'}:{port}"
+    command = f"fedlpp-hf client --config {Path(config).name} --data ROWS.jsonl --server {address}"
+    if insecure:
+        return f"Clients start: {command} --insecure"
+    return (
+        f"Clients start: {command} --certificate ca.crt\n"
+        f"They need `{state / CA_CERTIFICATE}`, and you need their node.pub in the directory of --client_keys."
+    )

@@ -71,7 +71,9 @@ def run_federation(grid: Grid, config: str, flags: list[str]) -> None:
     args = trainer.args
     store = RoundStore(args.output_dir)
     directory = store.output_dir / FEDERATION_DIR
-    base = PackedBase(remote.base if trainer.owner is None else directory / "base", directory / "base.packed")
+    exported = directory / "base"
+    base_dir = exported if remote.base is None or trainer.owner is not None else remote.base
+    base = PackedBase(base_dir, directory / "base.packed")
     # A resumed federation has the clients that it began with, whoever is here now: sampling depends on them.
     known = store.read()["clients"] if args.resume_from_checkpoint and store.latest() is not None else None
     clients = FlowerClients(grid, remote, base)

@@ -282,7 +282,7 @@ class Machines:
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         }
-        command = [sys.executable, "-m", "fedlpp_hf.deployment", side, "--config", str(self.config), *arguments]
+        command = [sys.executable, "-m", "fedlpp_hf.cli", side, "--config", str(self.config), *arguments]
         with open(self.directory / f"{side}-{len(self.processes)}.log", "wb") as log:
             process = subprocess.Popen(command, cwd=self.directory, env=environment, stdout=log, stderr=log)
         self.processes.append(process)
