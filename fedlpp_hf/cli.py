@@ -67,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_quantize(commands)
     _add_inspect(commands)
+    _add_audit(commands)
     _add_merge(commands)
     _add_undo_merge(commands)
     _add_push(commands)
@@ -137,6 +138,32 @@ def run_inspect(directory: str, tensors: bool, verify: bool) -> None:
     from .inspection import describe_directory
 
     print("\n".join(describe_directory(directory, tensors, verify)))
+
+
+def _add_audit(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "audit",
+        run_audit,
+        "Show the model-privacy audit of a federation, or fail if it exceeds a threshold",
+        "  fedlpp-hf audit out/                      what attackers got, alone and together\n"
+        "  fedlpp-hf audit out/ --threshold 0.1      exit code 2 if more than a tenth of the owner's gain was stolen\n"
+        "To audit anew, run the federation's script with --audit True --resume_from_checkpoint True.",
+    )
+    parser.add_argument("directory", help="the output_dir of a federation that was run with --audit True")
+    parser.add_argument("--threshold", type=float, help="largest stolen value that passes (default: as in the run)")
+
+
+def run_audit(directory: str, threshold: float | None) -> None:
+    """`fedlpp-hf audit`: print [`~fedlpp_hf.AuditReport`], after checking that it is one, of this federation."""
+    from dataclasses import replace
+
+    from .privacy import AuditReport
+    from .privacy.audit_report import render_audit
+
+    report = AuditReport.read(directory)
+    print(render_audit(report), end="")
+    (report if threshold is None else replace(report, threshold=threshold)).check_threshold()
 
 
 def _add_merge(commands: Any) -> None:

@@ -158,7 +158,7 @@ def render_report(
         "",
         f"{len(records) - 1} rounds, {clients} client runs ({rejected} rejected), {format_bytes(down)} to clients, "
         f"{format_bytes(up)} from clients, {sum(record['seconds'] for record in records):.0f} s.",
-        *(["\nStolen value: an attacker's share of the server's gain over local training; audit.md has more."] * bool(audit)),
+        *(["\nStolen value: a share of the server's gain over local training; audit.md has more."] * bool(audit)),
         *(f"\n**Warning.** {warning}" for warning in find_warnings(first, last)),
     ]
     return "\n".join(lines) + "\n"

@@ -71,7 +71,7 @@ class TestStolenValue:
             stolen = estimate_stolen_value({"a": attacker}, {"base": local}, server, seed=seed, resamples=300)
             found += stolen.low <= 0.6 <= stolen.high
             assert 0 < stolen.high - stolen.low < 0.2
-        assert 50 <= found
+        assert found >= 50
 
     @pytest.mark.parametrize(
         "attack, local, words",
