@@ -74,7 +74,14 @@ class FederatedServer:
         self.evaluate_proxy = evaluate_proxy
         self.on_round = on_round
         self.store = RoundStore(args.output_dir)
-        self.optimizer = ServerOptimizer("sgd", learning_rate=args.server_learning_rate, momentum=args.server_momentum)
+        self.optimizer = ServerOptimizer(
+            args.server_optimizer,
+            learning_rate=args.server_learning_rate,
+            momentum=args.server_momentum,
+            beta1=args.server_beta1,
+            beta2=args.server_beta2,
+            tau=args.server_tau,
+        )
         self.residual: dict[str, torch.Tensor] = {}
         self.federation_id = ""
         self._anchor: dict[str, torch.Tensor] = {}
@@ -113,11 +120,9 @@ class FederatedServer:
 
     def merged_adapter(self) -> tuple[dict[str, torch.Tensor], PeftConfig]:
         """The server's whole update as one plain adapter: what the adapter's rank can't hold makes its rank larger."""
-        return (
-            join_residual(self.adapter, self.residual, self.peft_config)
-            if self.residual
-            else (self.adapter, self.peft_config)
-        )
+        if not self.residual:
+            return self.adapter, self.peft_config
+        return join_residual(self.adapter, self.residual, self.peft_config)
 
     def make_proxy(self, adapter: Mapping[str, torch.Tensor], rank: int = 0) -> Payload:
         """The adapter as clients are sent it; `rank` is the client's, where it is lower than the server's."""
@@ -127,9 +132,9 @@ class FederatedServer:
             return dict(adapter)
         return quantize_tensors(adapter, self.args.adapter_bits, self.args.adapter_block_size)
 
-    def _begin(self) -> int:
+    def _begin(self, overwrite: bool = False) -> int:
         self.federation_id = secrets.token_hex(8)
-        self.store.create(self._describe(), self.args.overwrite)
+        self.store.create(self._describe(), overwrite or self.args.overwrite)
         self._start_window()
         self._commit(0, {"clients": {}, "rejected": {}, "asked": [], "bytes_down": 0, "bytes_up": 0, "seconds": 0.0})
         return 0
@@ -138,8 +143,7 @@ class FederatedServer:
         federation = self.store.read()
         done = self.store.latest()
         if done is None:
-            self.store.create(self._describe(), overwrite=True)
-            return self._begin()
+            return self._begin(overwrite=True)  # it was stopped before its first commit
         self.federation_id = federation["federation_id"]
         now, then = json.loads(json.dumps(self._describe())), federation
         free = _FREE_TO_CHANGE | ({"num_rounds"} if self.args.learning_rate_horizon == "round" else set())
@@ -195,11 +199,10 @@ class FederatedServer:
                 f"Rounds up to {number - 1} are committed: mend the cause and resume."
             )
         report = self._step(number, updates, self._anchor if proxy is None else restore_tensors(proxy))
-        received = {client: update.metrics for client, (update, _) in updates.items()}
         record = {
             "clients": {
-                client: metrics | {"num_examples": updates[client][0].num_examples}
-                for client, metrics in received.items()
+                client: update.metrics | {"num_examples": update.num_examples}
+                for client, (update, _) in updates.items()
             },
             "rejected": rejected,
             "asked": sorted(asked),  # whoever was asked has the proxy; the audit counts them

@@ -205,3 +205,28 @@ def test_a_clients_rank_may_change_between_rounds(tmp_path):
     assert [ranks for client, *ranks in seen if client == "a"] == [[1, 1], [2, 2]]
     # In round 1 the client of rank 1 did not move the second row and column.
     torch.testing.assert_close(server.adapter[KEY_B], torch.tensor([[2.0, 1 + 2 / 3]]).expand(4, 2))
+
+
+@pytest.mark.parametrize("name", ["adam", "yogi", "adagrad"])
+def test_adaptive_server_optimizer_steps_by_its_learning_rate(tmp_path, name):
+    """In the first round each of FedOpt's rules moves by lr·m/(√v + τ) ≈ lr·(1 − β₁)/√(1 − β₂) or lr·(1 − β₁), whatever Δ."""
+    moved = []
+    for value in (1.0, 100.0):
+        server = make_server(
+            tmp_path / f"{value}", num_rounds=1, server_optimizer=name, server_learning_rate=0.1, server_tau=1e-6
+        )
+        server.run(lambda tasks, value=value: [answer(task, value) for task in tasks])
+        moved.append(server.adapter[KEY_B])
+    torch.testing.assert_close(moved[0], moved[1], rtol=1e-3, atol=0)
+    assert 0.005 < float(moved[0].mean()) < 0.2
+
+
+def test_stopped_before_the_first_commit_begins_anew(tmp_path, monkeypatch):
+    server = make_server(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(server.store, "commit", lambda *values: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            server.run(answer_all)
+    resumed = make_server(tmp_path)
+    resumed.run(answer_all, resume=True)
+    torch.testing.assert_close(resumed.adapter[KEY_B], torch.full((4, 2), 2.0))
