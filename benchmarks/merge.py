@@ -5,7 +5,8 @@
 
 Writes a Llama of random weights in shards, merges with every method in turn, each in a fresh process with the source in
 the page cache and the destination not synced, and prints medians as ratios to the floor, with the peak of anonymous and
-resident memory: of the whole process, and of the merge above what the imports take.
+resident memory: of the whole process, and of the merge above what the imports take. Processor time is what to look at
+on a machine that has other work: there, seconds say little.
 """
 
 import argparse
@@ -151,11 +152,12 @@ def run_method(method: str, full: Path, adapter: Path, out: Path, threads: int, 
                         size -= os.copy_file_range(source.fileno(), destination.fileno(), size)
 
     with MemoryPeak() as memory:
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), time.process_time()
         merge()
-        seconds = time.perf_counter() - began
+        seconds, cpu = time.perf_counter() - began, time.process_time() - busy
     return {
         "seconds": seconds,
+        "cpu": cpu,
         "anonymous": memory.peak[0],
         "resident": memory.peak[1],
         "grown": memory.peak[0] - memory.start[0],
@@ -177,16 +179,16 @@ def measure(methods: list[str], full: Path, adapter: Path, scratch: Path, args: 
             printed = subprocess.run(command + flags, check=True, capture_output=True, text=True).stdout
             runs[method].append(json.loads(printed.splitlines()[-1]))
             shutil.rmtree(out)
-    floor = statistics.median(run["seconds"] for run in runs["floor"])
-    print("| method | seconds | × floor | anonymous MB | above imports | resident MB |\n|---|---|---|---|---|---|")
+    print("| method | seconds | × floor | × CPU of floor | anonymous MB | above imports | resident MB |")
+    print("|---|---|---|---|---|---|---|")
     for method, found in runs.items():
-        seconds = statistics.median(run["seconds"] for run in found)
-        ratio = statistics.median(
-            run["seconds"] / base["seconds"] for run, base in zip(found, runs["floor"], strict=True)
-        )
-        peaks = [max(run[key] for run in found) for key in ("anonymous", "grown", "resident")]
-        print(f"| {method} | {seconds:.2f} | {ratio:.2f} | " + " | ".join(f"{p:.0f}" for p in peaks) + " |")
-    print(f"floor: {floor:.2f} s\n", flush=True)
+        cells = [f"{statistics.median(run['seconds'] for run in found):.2f}"]
+        for key in ("seconds", "cpu"):
+            pairs = zip(found, runs["floor"], strict=True)
+            cells.append(f"{statistics.median(run[key] / floor[key] for run, floor in pairs):.2f}")
+        cells += [f"{max(run[key] for run in found):.0f}" for key in ("anonymous", "grown", "resident")]
+        print(f"| {method} | " + " | ".join(cells) + " |")
+    print(flush=True)
 
 
 def main() -> None:

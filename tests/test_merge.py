@@ -83,8 +83,25 @@ def no_fsync(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
+OTHERS = {
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        MOE | {"num_local_experts": 4, "head_dim": 12, "layer_types": ["full_attention"] * 2},
+        ["q_proj", "v_proj"],
+        "CAUSAL_LM",
+    ),
+    "dinov2": (
+        "Dinov2Model",
+        {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_ratio": 2}
+        | {"use_swiglu_ffn": True, "image_size": 16, "patch_size": 8},
+        ["q_proj"],
+        None,
+    ),
+}
+
+
 def build_model(architecture: str, dtype: torch.dtype = torch.float32):
-    name, values, _, _ = ARCHITECTURES[architecture]
+    name, values, _, _ = (ARCHITECTURES | OTHERS)[architecture]
     model_class = getattr(transformers, name)
     torch.manual_seed(0)
     return model_class(model_class.config_class(**values)).to(dtype)
@@ -100,7 +117,7 @@ def randomize_(model: torch.nn.Module, words=("lora_", "modules_to_save")) -> No
 
 def make_pair(directory: Path, architecture: str = "llama", dtype=torch.float32, shard_size="20KB", **lora):
     """A full model and an adapter for it on disk."""
-    _, _, targets, task = ARCHITECTURES[architecture]
+    _, _, targets, task = (ARCHITECTURES | OTHERS)[architecture]
     model = build_model(architecture, dtype)
     model.save_pretrained(directory / "full", max_shard_size=shard_size)
     lora = {"r": 4, "lora_alpha": 6, "target_modules": targets, "task_type": task} | lora
@@ -277,6 +294,52 @@ def make_others(directory: Path, full: Path, count: int) -> list[Path]:
     return found
 
 
+def test_adapters_of_other_ranks_and_scales_are_averaged(tmp_path):
+    full, first, model_class = make_pair(tmp_path)
+    shutil.copytree(full, tmp_path / "b" / "full")
+    _, second, _ = make_pair(tmp_path / "b", r=2, lora_alpha=7, use_rslora=True)
+    merge_adapter(full, [first, second], tmp_path / "out", weights=[3, 1])
+    result = model_class.from_pretrained(tmp_path / "out").state_dict()
+    singles = [merge_with_peft(full, adapter, model_class) for adapter in (first, second)]
+    for name, tensor in result.items():
+        mean = 0.75 * singles[0][name].double() + 0.25 * singles[1][name].double()
+        torch.testing.assert_close(tensor.double(), mean, rtol=1e-6, atol=1e-6)
+    _, other, _ = make_pair(tmp_path / "c", target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="v_proj.*same targets"):
+        merge_adapter(full, [first, other], tmp_path / "bad")
+
+
+@pytest.mark.parametrize("architecture", ["gpt_oss", "qwen3_moe", "mixtral"])
+def test_experts_by_parameter_equal_peft(tmp_path, architecture):
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    full, adapter, model_class = make_pair(tmp_path, architecture, target_parameters=experts)
+    report = merge_adapter(full, adapter, tmp_path / "out", verify=True)
+    result = model_class.from_pretrained(tmp_path / "out").state_dict()
+    assert_equal_states(result, merge_with_peft(full, adapter, model_class))
+    assert len(report.layers) == 8
+
+
+def test_tensors_fused_in_the_file_and_separate_in_the_model(tmp_path):
+    full, adapter, model_class = make_pair(tmp_path, "dinov2", target_modules=["up_proj", "q_proj"])
+    from safetensors import safe_open
+
+    names = [name for file in full.glob("*.safetensors") for name in safe_open(file, "pt").keys()]  # noqa: SIM118
+    assert any("weights_in" in name for name in names)
+    report = merge_adapter(full, adapter, tmp_path / "out", verify=True)
+    assert report.through_peft is None
+    result = model_class.from_pretrained(tmp_path / "out").state_dict()
+    assert_equal_states(result, merge_with_peft(full, adapter, model_class))
+
+
+def test_convolutions_equal_peft(tmp_path):
+    full, adapter, model_class = make_pair(tmp_path, "vit", target_modules=["projection", "q_proj"])
+    report = merge_adapter(full, adapter, tmp_path / "out", verify=True)
+    assert report.through_peft is None
+    result = model_class.from_pretrained(tmp_path / "out").state_dict()
+    for name, tensor in merge_with_peft(full, adapter, model_class).items():
+        torch.testing.assert_close(result[name], tensor, rtol=1e-6, atol=1e-6)
+
+
 def test_several_adapters_are_averaged_as_products(tmp_path):
     full, _, model_class = make_pair(tmp_path)
     others, shares = make_others(tmp_path, full, 3), [0.5, 0.2, 0.3]
@@ -317,6 +380,16 @@ def test_a_directory_of_updates_is_averaged_from_the_proxy(tmp_path, quantized):
     products = [t[prefix + "lora_B.weight"].double() @ t[prefix + "lora_A.weight"].double() * 1.5 for t in thetas]
     expected = before[name].double() + 0.25 * products[0] + 0.75 * products[1]
     torch.testing.assert_close(result[name].double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_an_untied_head_of_the_base_is_the_bases(tmp_path):
+    full, adapter, model_class = make_pair(tmp_path, "gemma", target_modules=["lm_head", "q_proj"])
+    export_base(full, tmp_path / "base", bits=4, embedding_bits=2, model_class=model_class)
+    merge_adapter(full, adapter, tmp_path / "seen", base_dir=tmp_path / "base", target="base", verify=True)
+    client = PeftModel.from_pretrained(load_base(tmp_path / "base", model_class), adapter)
+    ids = torch.arange(20)[None]
+    merged = model_class.from_pretrained(tmp_path / "seen")
+    torch.testing.assert_close(merged(ids).logits, client(ids).logits, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])

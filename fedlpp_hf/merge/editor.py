@@ -80,8 +80,12 @@ class Editor:
     norms: dict[str, Norms] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
+    def base_name(self, parameter: str) -> str:
+        """The base's name for a parameter; one that was tied before this merge has there that of its twin."""
+        return next((stored for name, stored, _ in self.plan.added if name == parameter and stored), parameter)
+
     def takes_base(self, parameter: str) -> bool:
-        return self.into_base and self.base is not None and self.base.is_quantized(parameter)
+        return self.into_base and self.base is not None and self.base.is_quantized(self.base_name(parameter))
 
     def edit_of(self, parameter: str) -> Edit | None:
         return self.plan.edits.get(parameter, Edit() if self.takes_base(parameter) else None)
@@ -113,8 +117,8 @@ class Editor:
             return
         work = torch.float64 if len(self.adapters) > 1 or dtype == torch.float64 else torch.float32
         norms, original = Norms(), None
-        if self.base is not None and self.base.is_quantized(job.parameter):
-            original = _select(self.base.read(job.parameter), job, columns)
+        if self.base is not None and self.base.is_quantized(self.base_name(job.parameter)):
+            original = _select(self.base.read(self.base_name(job.parameter)), job, columns)
         several = len(self.adapters) > 1
         whole = several or (edit.magnitude is not None and edit.transposed)
         step = job.rows if whole else self._step(columns * work.itemsize)
@@ -166,7 +170,7 @@ class Editor:
         else:
             return None
         a, b = a.to(self.device, work), b.to(self.device, work)
-        return Product(a, b, edit.scale, share, a @ a.T if len(self.adapters) == 1 else None)
+        return Product(a, b, edit.scales[index], share, a @ a.T if len(self.adapters) == 1 else None)
 
     def _add_update_(
         self, weight: torch.Tensor, update: Iterable[Product | None], job: Rewrite, low: int, spare: torch.Tensor

@@ -61,11 +61,11 @@ def plan_jobs(old: Shard, new: Shard, editor: Editor) -> tuple[list[Copy], list[
         if source is None:
             stored, change = added[name]
             source = old.tensors[stored_as[stored]] if stored is not None else None
-            if source is not None and change == Edit():
+            if source is not None and change == Edit() and not editor.takes_base(name):
                 copies.append(Copy(source.start, source.stop - source.start, tensor.start))
             else:
                 for piece in whole_pieces(name, name, tensor.shape, change):
-                    rewrites += _split(tensor, source, piece, change)
+                    rewrites += _split(tensor, source, piece, change, whole=editor.takes_base(name))
             continue
         position = 0  # in bytes, within the tensor
         for piece in sorted(pieces, key=lambda piece: piece.row):

@@ -17,14 +17,14 @@ from .sources import AdapterReader
 class Edit:
     """What adapters do to one parameter of the model, seen as a matrix: each expert of a 3-d one is a matrix.
 
-    `key_a`, `key_b`: the factors' keys, ΔW = s·B·A; `transposed` where the parameter is stored `(in, out)`; `experts`
+    `key_a`, `key_b`: the factors' keys, ΔW = s·B·A, with one s in `scales` for each adapter; `transposed` where the parameter is stored `(in, out)`; `experts`
     where factors of all experts are stacked; `magnitude`: DoRA's vector; `bias`: a vector to add, scaled; `value`: the
     tensor that takes the parameter's place.
     """
 
     key_a: str | None = None
     key_b: str | None = None
-    scale: float = 1.0
+    scales: tuple[float, ...] = ()
     transposed: bool = False
     experts: int = 1
     magnitude: str | None = None
@@ -58,10 +58,11 @@ def locate_parameters(
     tensors: TensorPlan,
     names: Mapping[str, tuple[int, ...]],
     edits: Mapping[str, Edit],
-) -> dict[str, list[Piece]]:
-    """Where each parameter is stored."""
+) -> tuple[dict[str, list[Piece]], set[str]]:
+    """Where each parameter is stored, and the parameters that no rows of any file are."""
     state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     pieces: dict[str, list[Piece]] = {}
+    rearranged: set[str] = set()
     for first, (converter, inputs) in tensors.groups.items():
         sources = [name for _, name in inputs]
         if converter is None:
@@ -76,9 +77,11 @@ def locate_parameters(
             patterns = [[name for pattern, name in inputs if pattern == p] for p in converter.source_patterns]
             outputs = [first.replace(converter.target_patterns[0], p) for p in converter.target_patterns]
             found = _convert(converter.operations, patterns, outputs, state, names)
+            if found is None:
+                rearranged.update(outputs)
         for piece in found or []:
             pieces.setdefault(piece.parameter, []).append(piece)
-    return pieces
+    return pieces, rearranged
 
 
 def whole_pieces(tensor: str, parameter: str, shape: tuple[int, ...], edit: Edit | None) -> list[Piece]:
@@ -95,7 +98,7 @@ def _convert(
     state: Mapping[str, tuple[int, ...]],
     names: Mapping[str, tuple[int, ...]],
 ) -> list[Piece] | None:
-    """Pieces of a conversion that moves whole rows; None for one that does more, which is no matter if it has no edit."""
+    """Pieces of a conversion that moves whole rows; None for one that does more."""
     kinds = [(type(operation), getattr(operation, "dim", None)) for operation in operations]
     sources = [name for group in patterns for name in group]
     pieces, row = [], 0

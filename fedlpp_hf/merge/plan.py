@@ -82,11 +82,17 @@ def plan_merge(
             raise ValueError(
                 f"The adapters differ in `{other[0]}`; only adapters of the same targets can be averaged."
             )
-    model, peft_model = _build_models(config, adapters, model_class)
-    edits = _find_edits(peft_model, adapters[0], {name: tuple(t.shape) for name, t in model.state_dict().items()})
+    model, peft_models = _build_models(config, adapters, model_class)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = [_find_edits(peft_model, adapters[0], shapes) for peft_model in peft_models]
+    edits = found[0]
+    for name, edit in edits.items():
+        edit.scales = tuple(scale for others in found for scale in others[name].scales)
+        if edit.magnitude is not None and len(adapters) > 1:
+            raise ValueError(f"`{name}` has a DoRA magnitude; several such adapters have no exact mean. Merge one.")
     tensors = plan_tensors(model, names)
-    pieces = locate_parameters(model, tensors, names, edits)
-    plan = MergePlan(edits, {}, shapes={name: tuple(t.shape) for name, t in model.state_dict().items()})
+    pieces, rearranged = locate_parameters(model, tensors, names, edits)
+    plan = MergePlan(edits, {}, shapes=shapes)
     plan.transposed = {n + ".weight" for n, m in model.named_modules() if type(m).__name__ == "Conv1D"}
     plan.config_changes = {"architectures": [type(model).__name__]}
     if model.config.num_labels != config.num_labels:
@@ -95,6 +101,8 @@ def plan_merge(
     for name in edits:
         if name not in pieces:
             edit = edits[name]
+            if name in rearranged:
+                raise NeedsPeft(f"`{name}` is stored in another layout than the model has it")
             if edit.value is None and name not in {added for added, _, _ in plan.added}:
                 raise ValueError(
                     f"The adapter changes `{name}`, which the checkpoint has not under any name; the nearest are "
@@ -102,8 +110,8 @@ def plan_merge(
                 )
             if edit.value is not None:
                 plan.added.append((name, None, edit))
-    for found in pieces.values():
-        for piece in found:
+    for parts in pieces.values():
+        for piece in parts:
             plan.pieces.setdefault(piece.tensor, []).append(piece)
     return plan
 
@@ -130,7 +138,7 @@ def model_classes(config: Any, peft_config: PeftConfig, model_class: Any) -> lis
 
 def _build_models(
     config: Any, adapters: Sequence[AdapterReader], model_class: Any
-) -> tuple[PreTrainedModel, PeftModel]:
+) -> tuple[PreTrainedModel, list[PeftModel]]:
     """The model's class that gives the adapter's keys and shapes, without memory, bare and with the adapter in it."""
     problems: list[ValueError] = []
     for candidate in model_classes(config, adapters[0].config, model_class):
@@ -143,7 +151,7 @@ def _build_models(
 
 def _build_model(
     config: Any, adapters: Sequence[AdapterReader], model_class: Any
-) -> tuple[PreTrainedModel, PeftModel]:
+) -> tuple[PreTrainedModel, list[PeftModel]]:
     model = build_meta_model(config, model_class)
     peft_model = _inject(config, model_class, adapters[0].config)
     expected = {key: tuple(tensor.shape) for key, tensor in adapter_parameters(peft_model).items()}
@@ -155,26 +163,37 @@ def _build_model(
         )
         model, peft_model = build_meta_model(config, model_class), _inject(config, model_class, adapters[0].config)
         expected = {key: tuple(tensor.shape) for key, tensor in adapter_parameters(peft_model).items()}
+    peft_models, known = [], [(adapters[0].config, peft_model)]
+    for reader in adapters:  # clients may have ranks of their own, and most have none
+        fitting = next((fits for config_, fits in known if config_ is reader.config), None)
+        if fitting is None:
+            fitting = _inject(config, model_class, reader.config)
+            known.append((reader.config, fitting))
+        _check_keys(reader, fitting, model)
+        peft_models.append(fitting)
+    return model, peft_models
+
+
+def _check_keys(reader: AdapterReader, peft_model: PeftModel, model: PreTrainedModel) -> None:
+    expected = {key: tuple(tensor.shape) for key, tensor in adapter_parameters(peft_model).items()}
     state = model.state_dict()
-    for reader in adapters:
-        for key in reader.keys:
-            if key not in expected and parameter_name(key) not in state:
-                raise ValueError(
-                    f"The adapter's `{key}` has no home in {type(model).__name__}; the nearest are "
-                    f"{_nearest(key, expected)}. Was it trained on another architecture?"
-                )
-            if key in expected and reader.shape(key) != expected[key]:
-                raise ValueError(
-                    f"The adapter's `{key}` has shape {reader.shape(key)}; {type(model).__name__} with its "
-                    f"adapter_config.json has {expected[key]}. Is it of another rank, or for another model?"
-                )
-        missing = sorted(set(expected) - set(reader.keys))
-        if missing:
+    for key in reader.keys:
+        if key not in expected and parameter_name(key) not in state:
             raise ValueError(
-                f"The adapter has no `{missing[0]}` ({len(missing)} missing), which its adapter_config.json says it has. "
-                f"The nearest it has are {_nearest(missing[0], reader.keys)}."
+                f"The adapter's `{key}` has no home in {type(model).__name__}; the nearest are "
+                f"{_nearest(key, expected)}. Was it trained on another architecture?"
             )
-    return model, peft_model
+        if key in expected and reader.shape(key) != expected[key]:
+            raise ValueError(
+                f"The adapter's `{key}` has shape {reader.shape(key)}; {type(model).__name__} with its "
+                f"adapter_config.json has {expected[key]}. Is it of another rank, or for another model?"
+            )
+    missing = sorted(set(expected) - set(reader.keys))
+    if missing:
+        raise ValueError(
+            f"The adapter has no `{missing[0]}` ({len(missing)} missing), which its adapter_config.json says it has. "
+            f"The nearest it has are {_nearest(missing[0], reader.keys)}."
+        )
 
 
 def _inject(config: Any, model_class: Any, peft_config: PeftConfig) -> PeftModel:
@@ -213,7 +232,9 @@ def _find_edits(peft_model: PeftModel, reader: AdapterReader, state: Mapping[str
         embedding = isinstance(module, lora_layers.Embedding)
         kind = "lora_embedding_{}" if embedding else "lora_{}.weight"
         edit = Edit(
-            PREFIX + f"{path}." + kind.format("A"), PREFIX + f"{path}." + kind.format("B"), module.scaling["default"]
+            PREFIX + f"{path}." + kind.format("A"),
+            PREFIX + f"{path}." + kind.format("B"),
+            (module.scaling["default"],),
         )
         if isinstance(module, lora_layers.ParamWrapper):
             parameter = f"{name}.{module.parameter_name}"
@@ -238,7 +259,7 @@ def _find_edits(peft_model: PeftModel, reader: AdapterReader, state: Mapping[str
         if bias in reader.keys:
             if f"{name}.bias" not in state:
                 raise ValueError(f"The adapter has `{bias}`, but `{name}` has no bias to add it to.")
-            edits[f"{name}.bias"] = Edit(bias=bias, scale=edit.scale)
+            edits[f"{name}.bias"] = Edit(bias=bias, scales=edit.scales)
             taken.add(bias)
         edits[parameter] = edit
     for key in sorted(set(reader.keys) - taken):

@@ -63,7 +63,20 @@ class AdapterReader:
             tensor = tensor.float()
         if self._start is None:
             return tensor
-        return tensor + (self._start.read(key) if isinstance(self._start, AdapterReader) else self._start[key])
+        known = self._start.keys if isinstance(self._start, AdapterReader) else self._start
+        start = (
+            None
+            if key not in known
+            else self._start.read(key)
+            if isinstance(self._start, AdapterReader)
+            else self._start[key]
+        )
+        if start is None or start.shape != tensor.shape:
+            raise ValueError(
+                f"`{key}` in `{self.file}` does not fit what the clients started from; are the updates of one round, and "
+                "of full rank?"
+            )
+        return tensor + start
 
 
 def open_adapters(
