@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from fedlpp_hf.compression import compress_update, decode_gaps, decompress_update, encode_gaps
 from fedlpp_hf.messages import ClientUpdate
+from fedlpp_hf.quantization import QuantizedTensor
 
 
 def random_update(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -120,3 +121,34 @@ def test_damaged_sparse_updates_are_refused():
         decompress_update({"w@gaps": gaps}, update)
     with pytest.raises(ValueError, match="missing: w"):
         decompress_update({}, update)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_made_up_payload_is_an_update_or_a_value_error(data):
+    update = random_update()
+    payload, _ = compress_update(
+        update, data.draw(st.sampled_from([2, 3, 32])), 64, data.draw(st.sampled_from([1.0, 0.1]))
+    )
+    name = data.draw(st.sampled_from(sorted(payload)))
+    value = payload.pop(name)
+    seed = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    if data.draw(st.booleans()):
+        name = data.draw(
+            st.sampled_from([name, "bias", "x@gaps", "@values", "q.lora_A.weight@gaps", "q.lora_A.weight"])
+        )
+    if isinstance(value, QuantizedTensor):
+        count = data.draw(st.integers(0, 200))
+        codes = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=seed)
+        shape = data.draw(st.sampled_from([value.shape, (count,), (2**40,), ()]))
+        payload[name] = QuantizedTensor(codes, value.scales, shape, value.bits, value.block_size)
+    elif value.dtype == torch.uint8:
+        payload[name] = torch.randint(0, 256, (data.draw(st.integers(0, 2000)),), dtype=torch.uint8, generator=seed)
+    else:
+        payload[name] = data.draw(st.sampled_from([value[:0], value.reshape(-1)[:5], value / 0, value.half()]))
+    try:
+        arrived = decompress_update(payload, update)
+    except ValueError:
+        return
+    assert {key: tensor.shape for key, tensor in arrived.items()} == {key: t.shape for key, t in update.items()}
+    assert all(torch.isfinite(tensor).all() for tensor in arrived.values())
