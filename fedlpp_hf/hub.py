@@ -63,7 +63,8 @@ def push_merged(
     """
     directory = Path(directory)
     _check_merged(directory)
-    write_model_card(directory, repo_id, source=source, federation_dir=federation_dir, audit=audit, token=token)
+    with _explain(repo_id):
+        write_model_card(directory, repo_id, source=source, federation_dir=federation_dir, audit=audit, token=token)
     files = {
         str(path.relative_to(directory)): path
         for path in sorted(directory.rglob("*"))
@@ -94,7 +95,8 @@ def push_adapter(
         if not (directory / name).is_file():
             raise ValueError(f"`{directory}` has no `{name}`; expected the output_dir of a federation.")
     federation = directory if (directory / FEDERATION_DIR).is_dir() else None
-    write_model_card(directory, repo_id, source=source, federation_dir=federation, audit=audit, token=token)
+    with _explain(repo_id):
+        write_model_card(directory, repo_id, source=source, federation_dir=federation, audit=audit, token=token)
     files = {name: directory / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD)}
     return _push(files, repo_id, source, private, allow_public, revision, create_pr, commit_message, token)
 

@@ -664,6 +664,21 @@ def test_copies_without_the_kernels_help(tmp_path, monkeypatch):
     assert read_files(tmp_path / "kernel") == read_files(tmp_path / "buffered")
 
 
+def test_file_systems_that_share_blocks(tmp_path, monkeypatch):
+    from fedlpp_hf.merge import jobs
+
+    full, adapter, _ = make_pair(tmp_path)
+    merge_adapter(full, adapter, tmp_path / "copied")
+
+    def clone(source, destination):
+        os.copy_file_range(source, destination, os.fstat(source).st_size)
+        return True
+
+    monkeypatch.setattr(jobs, "clone_file", clone)
+    merge_adapter(full, adapter, tmp_path / "cloned", verify=True)
+    assert read_files(tmp_path / "copied") == read_files(tmp_path / "cloned")
+
+
 def test_untouched_files_and_ranges_are_the_same_bytes(tmp_path):
     full, adapter, _ = make_pair(tmp_path, layers_to_transform=[1])
     (full / "tokenizer.json").write_text("{}")
