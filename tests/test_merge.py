@@ -86,7 +86,8 @@ def no_fsync(monkeypatch):
 OTHERS = {
     "gpt_oss": (
         "GptOssForCausalLM",
-        MOE | {"num_local_experts": 4, "head_dim": 12, "layer_types": ["full_attention"] * 2},
+        # As many experts as rows of one, so that taking one for the other would show.
+        MOE | {"num_local_experts": 48, "head_dim": 12, "layer_types": ["full_attention"] * 2},
         ["q_proj", "v_proj"],
         "CAUSAL_LM",
     ),

@@ -84,10 +84,16 @@ class Editor:
         """The base's name for a parameter; one that was tied before this merge has there that of its twin."""
         return next((stored for name, stored, _ in self.plan.added if name == parameter and stored), parameter)
 
+    def reads_base(self, parameter: str) -> bool:
+        """Whether Q(W) of a parameter is needed: to merge into it, or for the norm of E."""
+        return self.base is not None and self.base.is_quantized(self.base_name(parameter))
+
     def takes_base(self, parameter: str) -> bool:
-        return self.into_base and self.base is not None and self.base.is_quantized(self.base_name(parameter))
+        """Whether a parameter becomes Q(W) + ΔW."""
+        return self.into_base and self.reads_base(parameter)
 
     def edit_of(self, parameter: str) -> Edit | None:
+        """What happens to a parameter; None where its bytes stay."""
         return self.plan.edits.get(parameter, Edit() if self.takes_base(parameter) else None)
 
     def run(self, job: Copy | Rewrite, source: int, destination: int, verify: bool = False) -> None:
@@ -117,7 +123,7 @@ class Editor:
             return
         work = torch.float64 if len(self.adapters) > 1 or dtype == torch.float64 else torch.float32
         norms, original = Norms(), None
-        if self.base is not None and self.base.is_quantized(self.base_name(job.parameter)):
+        if self.base is not None and self.reads_base(job.parameter):
             original = _select(self.base.read(self.base_name(job.parameter)), job, columns)
         several = len(self.adapters) > 1
         whole = several or (edit.magnitude is not None and edit.transposed)

@@ -65,7 +65,7 @@ def plan_jobs(old: Shard, new: Shard, editor: Editor) -> tuple[list[Copy], list[
                 copies.append(Copy(source.start, source.stop - source.start, tensor.start))
             else:
                 for piece in whole_pieces(name, name, tensor.shape, change):
-                    rewrites += _split(tensor, source, piece, change, whole=editor.takes_base(name))
+                    rewrites += _split(tensor, source, piece, change, whole=editor.reads_base(name))
             continue
         position = 0  # in bytes, within the tensor
         for piece in sorted(pieces, key=lambda piece: piece.row):
@@ -82,7 +82,7 @@ def plan_jobs(old: Shard, new: Shard, editor: Editor) -> tuple[list[Copy], list[
                     f"`{name}` is of {tensor.dtype}; an update can only be added to floating point values."
                 )
             block = BLOCK_BYTES if len(editor.adapters) == 1 else BLOCK_BYTES // 8  # then float64, and no chunks
-            found = _split(tensor, source, piece, edit, block, whole=editor.takes_base(piece.parameter))
+            found = _split(tensor, source, piece, edit, block, whole=editor.reads_base(piece.parameter))
             begin = found[0].to - tensor.start
             copies.append(Copy(source.start + position, begin - position, tensor.start + position))
             position = begin + sum(r.rows * r.row_bytes for r in found)
@@ -95,11 +95,9 @@ def _split(
     tensor: TensorRange, source: TensorRange | None, piece: Piece, edit: Edit, block: int = 0, whole: bool = False
 ) -> list[Rewrite]:
     """A piece as rewrites of at most `block` bytes, unless it takes all rows to compute one."""
-    total = 1
-    for dimension in (
-        tensor.shape[:2] if len(tensor.shape) == 3 and piece.rows != tensor.shape[0] else tensor.shape[:1]
-    ):
-        total *= dimension
+    total = tensor.shape[0] if tensor.shape else 1
+    if edit.experts > 1 and len(tensor.shape) == 3:
+        total *= tensor.shape[1]
     row_bytes = (tensor.stop - tensor.start) // max(total, 1)
     step = max((block or BLOCK_BYTES) // max(row_bytes, 1) // ROW_MULTIPLE, 1) * ROW_MULTIPLE
     if whole or edit.value is not None or (edit.magnitude and edit.transposed):

@@ -17,9 +17,9 @@ from .sources import AdapterReader
 class Edit:
     """What adapters do to one parameter of the model, seen as a matrix: each expert of a 3-d one is a matrix.
 
-    `key_a`, `key_b`: the factors' keys, ΔW = s·B·A, with one s in `scales` for each adapter; `transposed` where the parameter is stored `(in, out)`; `experts`
-    where factors of all experts are stacked; `magnitude`: DoRA's vector; `bias`: a vector to add, scaled; `value`: the
-    tensor that takes the parameter's place.
+    `key_a`, `key_b`: the factors' keys, ΔW = s·B·A, with one s in `scales` for each adapter; `transposed` where the
+    parameter is stored `(in, out)`; `experts` where factors of all experts are stacked; `magnitude`: DoRA's vector;
+    `bias`: a vector to add, scaled; `value`: the tensor that takes the parameter's place.
     """
 
     key_a: str | None = None
