@@ -17,7 +17,15 @@ from transformers import (
     set_seed,
 )
 
-from fedlpp_hf import FederatedConfig, FederatedMixin, FederatedTrainer, QuantizedBaseCallback, RoundStore, load_base
+from fedlpp_hf import (
+    FederatedConfig,
+    FederatedMixin,
+    FederatedTrainer,
+    QuantizedBaseCallback,
+    RoundStore,
+    export_base,
+    load_base,
+)
 from fedlpp_hf.adapters import adapter_parameters, copy_adapter, read_adapter
 from fedlpp_hf.callbacks import TASK_FILE, UPDATE_FILE
 from fedlpp_hf.messages import ClientUpdate
@@ -227,6 +235,36 @@ class TestIdentities:
             torch.testing.assert_close(
                 value.double(), trainer.guard.initial[key].double() + mean[key], rtol=1e-5, atol=1e-8
             )
+
+
+@pytest.mark.parametrize("bits", [8, 3, 2, 1])
+def test_bases_of_all_bits_train(full_llama, lora, tmp_path, bits):
+    export_base(full_llama, tmp_path / "base", bits=bits)
+    rows = make_rows()
+    trainer = make_trainer(load_base(tmp_path / "base"), tmp_path / "out", lora, eval_dataset=rows, max_steps=4)
+    trainer.train()
+    losses = [record["metrics"]["proxy"]["eval_loss"] for record in trainer.server.store.records()]
+    assert losses[-1] < losses[0]
+
+
+def test_trackers_see_rounds_and_no_client_runs(llama_base, lora, tmp_path, monkeypatch):
+    seen = []
+
+    class Tracker(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            seen.append("begin")
+
+        def on_log(self, args, state, control, logs, **kwargs):
+            seen.append((state.global_step, logs))
+
+        def on_train_end(self, args, state, control, **kwargs):
+            seen.append("end")
+
+    monkeypatch.setattr("fedlpp_hf.trainer.get_reporting_integration_callbacks", lambda names: [Tracker])
+    make_trainer(load_base(llama_base), tmp_path, lora, eval_dataset=make_rows(), logging_steps=1).train()
+    assert (seen[0], seen[-1]) == ("begin", "end")
+    assert [step for step, _ in seen[1:-1]] == [0, 1, 2]
+    assert {"proxy/eval_loss", "clients/loss", "bytes_down", "bytes_up"} <= seen[2][1].keys()
 
 
 class TestUsersOwnTrainers:
