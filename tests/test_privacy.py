@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from fedlpp_hf import AuditReport, FederatedTrainer, audit_federation, load_base
+from fedlpp_hf.cli import main
 from fedlpp_hf.messages import restore_tensors
 from fedlpp_hf.privacy.attacks import (
     MOST_PROXIES,
@@ -240,7 +241,7 @@ def test_full_precision_federation_gives_all_away(full_llama, lora, tmp_path):
         assert any("last proxy + 2 steps" in name for name in coalition.attacks)
     # The base is the full model; but that is untrained, and no better than guessing.
     assert report.exposure.attacker == pytest.approx(report.exposure.server)
-    assert report.exposure.value is None and "can't be told from" in report.exposure.reason
+    assert report.exposure.value is None and "the owner's model" in report.exposure.reason.lower()
     text = (tmp_path / "report.md").read_text()
     assert "best attacker (one client)" in text and "stolen value" in text and "coalition of half" not in text
     # Measured the same way on both sides of the pipe.
@@ -267,7 +268,7 @@ def test_what_is_never_broadcast_is_not_stolen(full_llama, lora, tmp_path):
         audit_federation(trainer, [["e"]])
 
 
-def test_threshold_fails_the_run_after_everything_is_written(full_llama, lora, tmp_path):
+def test_threshold_fails_the_run_after_everything_is_written(full_llama, lora, tmp_path, capsys):
     with pytest.raises(RuntimeError, match=r"The audit fails: site-\d with `.*`: stolen value \d.*audit_threshold=5%"):
         audited(full_llama, tmp_path, lora, num_rounds=3, max_steps=4, audit_threshold=0.05, merge=True)
     for name in ("audit.md", "audit.json", "report.md", "adapter_model.safetensors", "_merged/config.json"):
@@ -275,7 +276,16 @@ def test_threshold_fails_the_run_after_everything_is_written(full_llama, lora, t
     if pytest.importorskip("matplotlib"):
         assert (tmp_path / "audit.png").read_bytes().startswith(b"\x89PNG")
 
+    with pytest.raises(SystemExit):
+        main(["audit", str(tmp_path)])
+    shown = capsys.readouterr()
+    assert "# Model-privacy audit" in shown.out and "The audit fails" in shown.err
+    main(["audit", str(tmp_path), "--threshold", "10"])
+
     damaged = json.loads((tmp_path / "audit.json").read_text())
+    (tmp_path / "audit.json").write_text(json.dumps({**damaged, "federation_id": "another"}))
+    with pytest.raises(ValueError, match="of another federation"):
+        AuditReport.read(tmp_path)
     damaged["exposure"]["value"] = "1"
     (tmp_path / "audit.json").write_text(json.dumps(damaged))
     with pytest.raises(ValueError, match="no audit of this version"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..report import format_table
-from ..store import write_atomically
+from ..store import RoundStore, write_atomically
 from .stolen_value import StolenValue
 
 
@@ -108,7 +108,7 @@ class AuditReport:
         """What [`write`] wrote.
 
         Raises:
-            ValueError: if there is no audit, or it is damaged, or of another schema.
+            ValueError: if there is no audit, or it is damaged, of another schema or of another federation.
         """
         path = Path(output_dir) / AUDIT_JSON
         if not path.is_file():
@@ -127,9 +127,12 @@ class AuditReport:
             ]
             report = cls(**values)
             render_audit(report)  # whatever is of the wrong type shows here
-            return report
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"`{path}` is no audit of this version of fedlpp_hf ({error}); run it again.") from error
+        store = RoundStore(output_dir)
+        if store.exists and store.read()["federation_id"] != report.federation_id:
+            raise ValueError(f"`{path}` is of another federation than the one in `{output_dir}`; audit this one.")
+        return report
 
 
 def _read_stolen(values: Mapping[str, Any]) -> StolenValue:
