@@ -11,6 +11,7 @@ it knows no bfloat16, and holds all updates and as many products at once.
 """
 
 import argparse
+import ctypes
 import gc
 import statistics
 import tempfile
@@ -30,6 +31,8 @@ from fedlpp_hf.aggregation import TensorFile, aggregate, average_updates
 RANK = 16
 SIZES = {"q": (4096, 4096), "k": (4096, 1024), "v": (4096, 1024), "o": (4096, 4096)}
 SIZES |= {"gate": (4096, 14336), "up": (4096, 14336), "down": (14336, 4096)}
+
+Method = Callable[[list[Path]], object]
 
 
 def adapter_shapes(layers: int) -> dict[str, tuple[int, int]]:
@@ -58,6 +61,8 @@ class MemoryPeak:
     """The peak of this process's anonymous memory above its start, in bytes, sampled."""
 
     def __enter__(self):
+        # What an earlier method has freed but the allocator has kept would count as memory of nobody.
+        ctypes.CDLL(None).malloc_trim(0)
         self.start = self.peak = self.read()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -104,7 +109,7 @@ def average_ours(paths: list[Path]) -> None:
     average_updates([TensorFile(path) for path in paths], [1.0] * len(paths))
 
 
-def find_flower_methods() -> dict[str, Callable[[list[Path]], None]]:
+def find_flower_methods() -> dict[str, Method]:
     try:
         from flwr.app import ArrayRecord, MetricRecord, RecordDict
         from flwr.server.strategy.aggregate import aggregate as aggregate_lists
@@ -130,11 +135,11 @@ def find_flower_methods() -> dict[str, Callable[[list[Path]], None]]:
     return {"flower aggregate": average_lists, "flower arrayrecords": average_records}
 
 
-def find_other_methods(shapes: dict[str, tuple[int, int]]) -> dict[str, Callable[[list[Path]], None]]:
+def find_other_methods(shapes: dict[str, tuple[int, int]]) -> dict[str, Method]:
     zeros = {key: torch.zeros(shape) for key, shape in shapes.items()}
     options = {"adapter": zeros, "proxy": zeros, "peft_config": LoraConfig(r=RANK)}
 
-    def run(rule: str, **kwargs) -> Callable[[list[Path]], None]:
+    def run(rule: str, **kwargs) -> Method:
         return lambda paths: aggregate(
             rule, [TensorFile(path) for path in paths], [1.0] * len(paths), **options, **kwargs
         )
@@ -147,7 +152,7 @@ def find_other_methods(shapes: dict[str, tuple[int, int]]) -> dict[str, Callable
     }
 
 
-def measure(methods: dict[str, Callable[[list[Path]], None]], paths: list[Path], repeats: int, values: int) -> None:
+def measure(methods: dict[str, Method], paths: list[Path], repeats: int, values: int) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     peaks: dict[str, float] = dict.fromkeys(methods, 0.0)
     for repeat in range(repeats + 1):
@@ -187,7 +192,7 @@ def main() -> None:
                 Path(scratch), min(args.files, max(args.clients)), args.layers, getattr(torch, dtype)
             )
             for clients in args.clients:
-                methods = {
+                methods: dict[str, Method] = {
                     "reading": read_files,
                     "ours": average_ours,
                     "plain loop": average_plainly,

@@ -28,7 +28,7 @@ from .rules import trainable_keys
 
 # Updates that are read side by side: the sum in double precision goes through memory once for all of them.
 _GROUP = 32
-# A piece of the sum and a piece of one update, in double precision, stay in the processor's second cache.
+# A piece of the sum in double precision stays in the processor's second cache while all of the group are added to it.
 _CHUNK = 2**15
 
 Update = Mapping[str, torch.Tensor]
@@ -109,7 +109,6 @@ def _sum_updates(
 ) -> dict[str, torch.Tensor]:
     iterator, done = iter(updates), 0
     sums: dict[str, torch.Tensor] = {}
-    buffer = torch.empty(_CHUNK, dtype=torch.float64)
     while group := list(islice(iterator, _GROUP)):
         if not sums:
             sums = {key: torch.zeros(group[0][key].shape, dtype=torch.float64) for key in keys or group[0]}
@@ -126,10 +125,8 @@ def _sum_updates(
                 _check_shape(key, tensor, total.shape, place)
             chunks = [tensor.detach().reshape(-1).split(_CHUNK) for tensor in tensors]
             for pieces in zip(total.view(-1).split(_CHUNK), *chunks, strict=True):
-                piece, wide = pieces[0], buffer[: len(pieces[0])]
                 for share, values in zip(group_shares, pieces[1:], strict=True):
-                    # Two vectorized passes in the cache; adding float32 to float64 in one is slower.
-                    piece.add_(wide.copy_(values), alpha=share)
+                    pieces[0].add_(values, alpha=share)
     if done != len(shares):
         raise ValueError(f"{len(shares)} weights, but {'more' if done > len(shares) else done} updates.")
     return {key: sums.pop(key).float() for key in list(sums)}
