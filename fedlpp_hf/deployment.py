@@ -160,15 +160,17 @@ def run_client(
     if insecure:
         command += ["--insecure"]
     else:
-        if certificate is None:
-            raise ValueError("--certificate is missing: the ca.crt that the server made and its owner sent you.")
-        command += ["--root-certificates", str(Path(certificate).resolve())]
-        command += ["--auth-supernode-private-key", str(make_node_key(state))]
+        key = make_node_key(state)
         print(
             f"This client's key is `{state / NODE_PUBLIC_KEY}`. Send that file to the server's owner, who puts it as "
             f"`{client_id}.pub` into the directory of --client_keys.",
             flush=True,
         )
+        if certificate is None or not Path(certificate).is_file():
+            raise ValueError(
+                f"--certificate is `{certificate}`; expected the ca.crt that the server's owner sends you."
+            )
+        command += ["--root-certificates", str(Path(certificate).resolve()), "--auth-supernode-private-key", str(key)]
     environment = _environment(state)
     _end_with_signal()
     try:

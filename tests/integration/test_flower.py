@@ -1,6 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """A federation over Flower ends in the bits of one in process, whatever happens to its machines on the way."""
 
+import ast
 import asyncio
 import os
 import shutil
@@ -33,6 +34,7 @@ from flwr.app import Context, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedlpp_hf.certificates import make_certificates, make_node_key
+from fedlpp_hf.deployment import run_client, run_server
 from fedlpp_hf.flower import DESCRIBE, TRAIN, FlowerClients, make_client_app
 
 
@@ -267,6 +269,34 @@ def test_other_machines_reach_the_fleet_api_alone():
         assert ask(path, "127.0.0.1") == 200
         assert ask(path, "192.0.2.1") == 403
     assert ask("/v1/fleet/pull-messages", "192.0.2.1") == 200
+
+
+class TestDeployment:
+    def test_insecure_is_for_loopback(self, tmp_path, rows):
+        with pytest.raises(ValueError, match="only loopback"):
+            run_server("federation.yaml", state_dir=str(tmp_path), listen="0.0.0.0", insecure=True)
+        with pytest.raises(ValueError, match="only loopback"):
+            run_client("federation.yaml", str(rows / "site-0.jsonl"), server="192.0.2.1:8000", insecure=True)
+
+    def test_client_without_certificate_makes_its_key(self, tmp_path, rows, capsys):
+        with pytest.raises(ValueError, match=r"expected the ca\.crt"):
+            run_client("federation.yaml", str(rows / "site-0.jsonl"), state_dir=str(tmp_path / "state"))
+        assert (tmp_path / "state" / "node.pub").read_text().startswith("ecdsa-sha2-nistp384 ")
+        assert "site-0.pub" in capsys.readouterr().out
+
+    def test_recipes_app_is_the_one_that_is_started(self):
+        import tomllib  # not in Python 3.10, which Flower does not support either
+
+        from fedlpp_hf.deployment import _APP
+
+        recipe = Path(__file__).parents[2] / "recipes" / "flower"
+        started, by_hand = (
+            tomllib.loads(text) for text in (_APP["pyproject.toml"], (recipe / "pyproject.toml").read_text())
+        )
+        assert started["tool"]["flwr"] == by_hand["tool"]["flwr"]
+        assert ast.dump(ast.parse(_APP["fedlpp_app.py"]).body[0]) in ast.dump(
+            ast.parse((recipe / "fedlpp_app.py").read_text())
+        )
 
 
 class Machines:

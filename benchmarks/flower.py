@@ -1,0 +1,146 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""What a round over Flower costs over the same round in one process: the transport, with warm trainers and without.
+
+    python -m benchmarks.flower [--clients 2] [--rounds 4] [--cold]
+
+Server and clients run on this machine as users start them, over TLS with node keys. The model is a Llama of 2 layers, so
+that training is next to nothing and the transport nearly all. The first round, in which trainers warm up, is left out.
+The machine's own load counts: the processes of all clients share its cores, which no federation's do.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fedlpp_hf.certificates import make_certificates, make_node_key
+from fedlpp_hf.remote import load_rows, load_trainer
+
+
+TASK = """
+from dataclasses import dataclass
+
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+
+from fedlpp_hf import FederatedConfig, FederatedTrainer
+
+
+@dataclass
+class TaskArguments:
+    rank: int = 4
+
+
+def make_trainer(task: TaskArguments, args: FederatedConfig, model, train_dataset):
+    lora = LoraConfig(r=task.rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return FederatedTrainer(
+        model, args, train_dataset=train_dataset, peft_config=lora, model_class=AutoModelForCausalLM
+    )
+"""
+
+
+def prepare(directory: Path, clients: list[str], rounds: int) -> Path:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(directory / "full")
+    make_certificates(directory / "server", ["127.0.0.1", "localhost"])
+    (directory / "keys").mkdir()
+    for client in clients:
+        ids = torch.randint(1, 64, (16, 12)).tolist()
+        Dataset.from_dict({"input_ids": ids, "labels": ids}).to_json(directory / f"{client}.jsonl")
+        make_node_key(directory / client)
+        shutil.copy(directory / client / "node.pub", directory / "keys" / f"{client}.pub")
+    (directory / "bench_task.py").write_text(TASK)
+    options = {
+        "trainer": "bench_task.py:make_trainer",
+        "num_rounds": rounds,
+        "num_clients": len(clients),
+        "max_steps": 2,
+    }
+    options |= {"full_model": str(directory / "full"), "merge": False, "use_cpu": True, "disable_tqdm": True}
+    (directory / "federation.yaml").write_text(yaml.safe_dump(options | {"report_to": "none"}))
+    return directory / "federation.yaml"
+
+
+def run_over_flower(directory: Path, config: Path, clients: list[str], port: int, cold: bool) -> int:
+    """Run the federation; returns the peak memory of the ServerApp in bytes."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "fedlpp_hf.cli"]
+
+    def start(side: str, *options: str) -> subprocess.Popen:
+        with open(directory / "log", "a") as log:
+            options = (side, "--config", str(config), *options)
+            return subprocess.Popen([*command, *options], cwd=directory, env=environment, stdout=log, stderr=log)
+
+    options = ["--state_dir", "server", "--client_keys", "keys", "--port", str(port), "--output_dir", "flower"]
+    server = start("server", *options)
+    others = []
+    for client in clients:
+        options = ["--data", f"{client}.jsonl", "--state_dir", client, "--cache_dir", f"{client}/bases"]
+        options += ["--server", f"127.0.0.1:{port}", "--certificate", "server/ca.crt", *(["--cold"] if cold else [])]
+        others.append(start("client", *options))
+    peak = 0
+    while server.poll() is None:
+        peak = max(peak, read_peak_memory(directory / "server" / "server.pid"))
+        time.sleep(0.5)
+    for process in others:
+        process.terminate()
+    for process in others:
+        process.wait()
+    if server.returncode:
+        raise SystemExit((directory / "log").read_text()[-3000:])
+    return peak
+
+
+def read_peak_memory(pid_file: Path) -> int:
+    try:
+        status = Path(f"/proc/{pid_file.read_text()}/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0)
+
+
+def median_round(output_dir: Path) -> float:
+    rounds = sorted((output_dir / "_federation" / "rounds").iterdir())[2:]  # without the start and the first round
+    return statistics.median(json.loads((path / "round.json").read_text())["seconds"] for path in rounds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clients", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--port", type=int, default=8123)
+    parser.add_argument("--cold", action="store_true", help="clients without a long-lived trainer")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    clients = [f"client-{number}" for number in range(args.clients)]
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        config = prepare(directory, clients, args.rounds)
+        datasets = {client: load_rows(directory / f"{client}.jsonl") for client in clients}
+        flags = ["--output_dir", str(directory / "process")]
+        trainer, _ = load_trainer(config, flags, model=None, train_dataset=datasets)
+        trainer.train()
+        trainer.owner.close()
+        peak = run_over_flower(directory, config, clients, args.port, args.cold)
+        process, flower = median_round(directory / "process"), median_round(directory / "flower")
+    print(f"{args.clients} clients, {'cold' if args.cold else 'warm'}, load {os.getloadavg()[0]:.1f}")
+    print(f"in process  {process:7.2f} s a round")
+    print(f"over Flower {flower:7.2f} s a round: {flower - process:.2f} s are transport, {1 - process / flower:.0%}")
+    print(f"ServerApp   {peak / 2**20:7.0f} MiB at most")
+
+
+if __name__ == "__main__":
+    main()
