@@ -178,7 +178,9 @@ def run_client(
             with _running(command, environment, state / "supernode.log") as node:
                 code = node.wait()
             print(
-                f"The SuperNode ended with code {code}; see `{state / 'supernode.log'}`. It starts again.", flush=True
+                f"The SuperNode ended with code {code} and starts again in 5 s. Is the server up, and does it know this "
+                f"client's key? See `{state / 'supernode.log'}`.",
+                flush=True,
             )
             time.sleep(5)
     except KeyboardInterrupt:

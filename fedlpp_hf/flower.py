@@ -43,6 +43,10 @@ def make_server_app() -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
+        # The root logger stays as it is: at this level Flower's HTTP client would write a line for every request.
+        logger.setLevel(logging.INFO)
+        logger.addHandler(logging.StreamHandler())
+        logger.propagate = False
         with _note_process():
             run_federation(grid, str(context.run_config["config"]), json.loads(str(context.run_config["flags"])))
 

@@ -3,10 +3,13 @@
 
 import json
 import os
+import signal
 import socket
 import stat
+import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,6 +82,35 @@ class TestTrainerService:
             ask_trainer(settings, base_dir, "train", b"bad")
         assert ask_trainer(settings, base_dir, "train", b"good")[1] == b"update of good"
 
+    def test_hanging_trainer_is_ended(self, settings, service, base_dir, monkeypatch):
+        ended, release = [], threading.Event()
+        monkeypatch.setattr(client, "train_task", lambda trainer, task: release.wait(30) and b"late")
+        monkeypatch.setattr(client.os, "kill", lambda pid, how: ended.append((pid, how)))
+        with pytest.raises(RuntimeError, match="did not answer within 0 s"):
+            ask_trainer(settings, base_dir, "train", b"task", timeout=0.2)
+        release.set()
+        assert (os.getpid(), signal.SIGKILL) in ended
+
+    @pytest.mark.parametrize("deaths", [1, 2])
+    def test_trainer_that_dies_over_a_task_is_started_once_more(self, deaths, settings, base_dir, monkeypatch):
+        starts, answers = [], [EOFError()] * deaths + [({}, b"update")]
+
+        def call(*arguments):
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        monkeypatch.setattr(client, "_call", call)
+        monkeypatch.setattr(client, "ensure_trainer", lambda *arguments: starts.append(1))
+        settings.log_file.write_text("Killed\n")
+        if deaths == 1:
+            assert ask_trainer(settings, base_dir, "train", b"task")[1] == b"update"
+        else:
+            with pytest.raises(RuntimeError, match="died twice over one task.*Killed"):
+                ask_trainer(settings, base_dir, "train", b"task")
+        assert len(starts) == 2
+
     def test_socket_is_the_users_alone(self, settings, service):
         assert stat.S_IMODE(settings.socket_file.stat().st_mode) == 0o600
         assert stat.S_IMODE(settings.socket_file.parent.stat().st_mode) == 0o700
@@ -112,7 +144,8 @@ class TestTrainerService:
         assert not settings.socket_file.exists()
 
     def test_trainer_that_does_not_start_tells_why(self, settings, base_dir):
-        with pytest.raises(RuntimeError, match=r"did not start.*copy the base again"):
+        settings = replace(settings, launch=[sys.executable, "-c", "raise SystemExit('no room')"])
+        with pytest.raises(RuntimeError, match=r"did not start.*no room"):
             ask_trainer(settings, base_dir, "status")
 
 
