@@ -66,9 +66,9 @@ def run_setting(name: str, seed: int, owner: Path, data: dict, arguments: argpar
         seed=seed,
         partition="domain",
         max_steps=arguments.steps // setting["num_rounds"],
-        per_device_train_batch_size=16,
+        per_device_train_batch_size=arguments.batch_size,
         per_device_eval_batch_size=64,
-        learning_rate=1e-3,
+        learning_rate=arguments.learning_rate,
         lr_scheduler_type="constant",
         adapter_block_size=64,
         audit=True,
@@ -107,9 +107,11 @@ def run_setting(name: str, seed: int, owner: Path, data: dict, arguments: argpar
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help=f"one seed, 40 steps, {' and '.join(QUICK)}")
+    parser.add_argument("--quick", action="store_true", help=f"one seed, few steps, {' and '.join(QUICK)}")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--rows", type=int, default=256, help="evaluation rows")
     parser.add_argument(
         "--steps", type=int, default=100, help="of a client in all rounds together, and of an attacker"
@@ -118,7 +120,8 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("out/privacy_frontier"))
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.settings, arguments.seeds, arguments.steps = list(QUICK), [0], 40
+        arguments.settings, arguments.seeds = list(QUICK), [0]
+        arguments.steps, arguments.learning_rate, arguments.batch_size = 20, 2e-3, 8
     if not RNNLG.is_dir():
         raise SystemExit(f"There is no {RNNLG}: this benchmark needs the shared data folder beside the checkout.")
 

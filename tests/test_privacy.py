@@ -114,7 +114,8 @@ class TestAttacks:
         proxies = [{"x": torch.tensor([float(value)])} for value in range(40)]
         found = combine_proxies(proxies)
         assert found["last proxy"] is proxies[-1] and found["proxy 1 of 40"] is proxies[0]
-        assert len(found) == MOST_PROXIES + 2
+        assert len(found) == MOST_PROXIES + 3
+        assert found["mean of later half"]["x"].item() == 29.5
         assert combine_proxies([]) == {} and list(combine_proxies(proxies[:1])) == ["last proxy"]
 
     @pytest.mark.parametrize(

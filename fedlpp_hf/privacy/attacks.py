@@ -79,7 +79,7 @@ def smooth_proxies(proxies: Sequence[Mapping[str, torch.Tensor]], decay: float =
 
 
 def combine_proxies(proxies: Sequence[Adapter]) -> dict[str, Adapter]:
-    """What can be had of `proxies`, oldest first, without training: each of them, their mean, and a moving average."""
+    """What can be had of `proxies`, oldest first, without training: each of them, means, and a moving average."""
     if not proxies:
         return {}
     found = {"last proxy": proxies[-1]}
@@ -88,6 +88,7 @@ def combine_proxies(proxies: Sequence[Adapter]) -> dict[str, Adapter]:
         found[f"proxy {place + 1} of {len(proxies)}"] = proxies[place]
     if len(proxies) > 1:
         found["mean of proxies"] = average_proxies(proxies)
+        found["mean of later half"] = average_proxies(proxies[len(proxies) // 2 :])  # the first are barely trained
         found["moving average of proxies"] = smooth_proxies(proxies)
     return found
 

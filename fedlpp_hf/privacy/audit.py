@@ -131,7 +131,7 @@ def _audit_coalition(trainer: Any, scale: _Scale, clients: list[str], server: Ro
     local_only = {"untouched base": base} | _search(trainer, rows, "base", base)
     proxies = restore_proxies(trainer.server, clients)
     attacks = combine_proxies(proxies)
-    for name in [name for name in ("last proxy", "mean of proxies") if name in attacks]:
+    for name in [name for name in ("last proxy", "mean of later half") if name in attacks]:
         attacks |= _search(trainer, rows, name, attacks[name])
     measured = {name: scale.measure(adapter) for name, adapter in attacks.items()}
     references = {name: scale.measure(adapter) for name, adapter in local_only.items()}

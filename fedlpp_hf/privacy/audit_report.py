@@ -170,9 +170,9 @@ def render_audit(report: AuditReport) -> str:
             ]
         ),
         "",
-        f"Exposure of the base: {format_stolen(report.exposure)} of what the owner's model before is better than "
-        f"guessing, in loss ({report.exposure.attacker:.4f} against {report.exposure.server:.4f}, guessing "
-        f"{report.exposure.local_only:.4f}). {report.exposure.reason}".rstrip(),
+        f"Exposure of the base, (base − guessing) / (owner's model before − guessing): "
+        f"{format_stolen(report.exposure)}, in loss ({report.exposure.attacker:.4f} against "
+        f"{report.exposure.server:.4f}, guessing {report.exposure.local_only:.4f}). {report.exposure.reason}".rstrip(),
     ]
     for coalition in report.coalitions:
         lines += ["", *_render_coalition(coalition, measures)]
