@@ -66,12 +66,14 @@ def encode_row(row: dict, arguments: RecipeArguments, tokenizer: PreTrainedToken
     return {"input_ids": (start + completion)[: arguments.max_length], "labels": labels[: arguments.max_length]}
 
 
-def tokenize_rows(rows: Dataset, arguments: RecipeArguments, tokenizer: PreTrainedTokenizerBase, keep: str) -> Dataset:
-    """`input_ids` and `labels`, beside the column `keep` that says whose the row is."""
+def tokenize_rows(
+    rows: Dataset, arguments: RecipeArguments, tokenizer: PreTrainedTokenizerBase, group: str
+) -> Dataset:
+    """`input_ids` and `labels`, beside the column `group` that says whose the row is."""
     rows = rows.map(
         encode_row,
         fn_kwargs={"arguments": arguments, "tokenizer": tokenizer},
-        remove_columns=[name for name in rows.column_names if name != keep],
+        remove_columns=[name for name in rows.column_names if name != group],
         desc="Tokenizing",
     )
     # A prompt that fills max_length leaves nothing to learn, and a loss over no token is NaN.
@@ -87,12 +89,15 @@ def main() -> None:
     arguments, args = parse_args((RecipeArguments, FederatedConfig))
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    group = args.dirichlet_column if args.partition == "dirichlet" else args.partition
+    if group in ("label", "label_ids"):
+        raise ValueError(f"Clients by the column `{group}`: Trainer takes it for the labels. Rename it in the data.")
 
     def prepare(source: str, split: str, count: int | None = None) -> Dataset:
         with args.main_process_first():  # the others find it in the cache
             rows = read_rows(source, split, arguments.data_config)
             rows = rows if count is None else rows.take(min(count, len(rows)))
-            return tokenize_rows(rows, arguments, tokenizer, keep=args.partition)
+            return tokenize_rows(rows, arguments, tokenizer, group)
 
     targets = arguments.target_modules
     trainer = FederatedTrainer(

@@ -112,8 +112,8 @@ def collect_rows(library: str, count: int, seed: int) -> Iterator[dict[str, str]
             if count == 0:
                 return
             count -= 1
-            # `sklearn.linear_model` for sklearn/linear_model/_ridge.py: the unit that a team maintains.
-            yield {"text": text, "label": library, "module": f"{library}.{path.parts[0].removesuffix('.py')}"}
+            # `sympy.polys.rings`: the unit that a team maintains.
+            yield {"text": text, "label": library, "module": ".".join([library, *path.with_suffix("").parts[:2]])}
 
 
 def drop_repeated(rows: list[dict[str, str]]) -> list[dict[str, str]]:
