@@ -5,7 +5,7 @@
 
 Writes updates of a rank 16 adapter on all linear layers of an 8B Llama (41.9 M values) and has every method read and
 average them, in turn, from the page cache; for more clients than `--files` the files are taken again from the first. Prints
-medians as ratios to the floor, and the peak of anonymous memory above what the process held, in adapters of float32.
+medians as ratios to the floor, of the clock and of the processor's time, and the peak of anonymous memory above what the process held, in adapters of float32.
 `--layers` makes smaller adapters, `--others` adds rules that do more than average. Flower takes part where it is installed;
 it knows no bfloat16, and holds all updates and as many products at once.
 """
@@ -154,22 +154,33 @@ def find_other_methods(shapes: dict[str, tuple[int, int]]) -> dict[str, Method]:
 
 def measure(methods: dict[str, Method], paths: list[Path], repeats: int, values: int) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in methods}
+    processor: dict[str, list[float]] = {name: [] for name in methods}
     peaks: dict[str, float] = dict.fromkeys(methods, 0.0)
     for repeat in range(repeats + 1):
         for name, method in methods.items():
             gc.collect()
             with MemoryPeak() as memory:
-                began = time.perf_counter()
+                began, busy = time.perf_counter(), time.process_time()
                 method(paths)
-                took = time.perf_counter() - began
+                took, busy = time.perf_counter() - began, time.process_time() - busy
             if repeat:  # the first round fills the page cache
                 seconds[name].append(took)
+                processor[name].append(busy)
             peaks[name] = max(peaks[name], (memory.peak - memory.start) / (4 * values))
-    print("| method | seconds | × reading | anonymous memory, adapters |\n|---|---|---|---|")
-    floors = next(iter(seconds.values()))
-    for name, taken in seconds.items():
-        ratio = statistics.median(one / floor for one, floor in zip(taken, floors, strict=True))
-        print(f"| {name} | {statistics.median(taken):.2f} | {ratio:.2f} | {peaks[name]:.1f} |", flush=True)
+    print(
+        "| method | seconds | × reading | processor, × reading | anonymous memory, adapters |\n|---|---|---|---|---|"
+    )
+    for name in methods:
+        ratios = [
+            statistics.median(one / floor for one, floor in zip(taken[name], next(iter(taken.values())), strict=True))
+            for taken in (seconds, processor)
+        ]
+        cells = [
+            f"{statistics.median(seconds[name]):.2f}",
+            *(f"{ratio:.2f}" for ratio in ratios),
+            f"{peaks[name]:.1f}",
+        ]
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from .rules import trainable_keys
 # Updates that are read side by side: the sum in double precision goes through memory once for all of them.
 _GROUP = 32
 # A piece of the sum in double precision stays in the processor's second cache while all of the group are added to it.
-_CHUNK = 2**15
+_CHUNK = 2**16
 
 Update = Mapping[str, torch.Tensor]
 
