@@ -35,7 +35,7 @@ class RecipeArguments:
     data_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
     train_split: str = field(default="train", metadata={"help": "Split of train_data, if it is on the Hub."})
     eval_split: str = field(default="test", metadata={"help": "Split of eval_data, if it is on the Hub."})
-    max_eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on the first rows only."})
+    max_eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on so many rows, drawn at random."})
     prompt_column: str | None = field(default=None, metadata={"help": "Column with the prompt, if any."})
     completion_column: str = field(default="text", metadata={"help": "Column with the text that is learnt."})
     separator: str = field(default="\n", metadata={"help": "What stands between prompt and completion."})
@@ -66,14 +66,12 @@ def encode_row(row: dict, arguments: RecipeArguments, tokenizer: PreTrainedToken
     return {"input_ids": (start + completion)[: arguments.max_length], "labels": labels[: arguments.max_length]}
 
 
-def tokenize_rows(
-    rows: Dataset, arguments: RecipeArguments, tokenizer: PreTrainedTokenizerBase, group: str
-) -> Dataset:
-    """`input_ids` and `labels`, beside the column `group` that says whose the row is."""
+def tokenize_rows(rows: Dataset, arguments: RecipeArguments, tokenizer: PreTrainedTokenizerBase, keep: str) -> Dataset:
+    """`input_ids` and `labels`, beside the column `keep` that says whose the row is."""
     rows = rows.map(
         encode_row,
         fn_kwargs={"arguments": arguments, "tokenizer": tokenizer},
-        remove_columns=[name for name in rows.column_names if name != group],
+        remove_columns=[name for name in rows.column_names if name != keep],
         desc="Tokenizing",
     )
     # A prompt that fills max_length leaves nothing to learn, and a loss over no token is NaN.
@@ -96,8 +94,8 @@ def main() -> None:
     def prepare(source: str, split: str, count: int | None = None) -> Dataset:
         with args.main_process_first():  # the others find it in the cache
             rows = read_rows(source, split, arguments.data_config)
-            rows = rows if count is None else rows.take(min(count, len(rows)))
-            return tokenize_rows(rows, arguments, tokenizer, group)
+            rows = rows if count is None else rows.shuffle(seed=0).take(min(count, len(rows)))
+            return tokenize_rows(rows, arguments, tokenizer, keep=group)
 
     targets = arguments.target_modules
     trainer = FederatedTrainer(
