@@ -21,6 +21,7 @@ from fedlpp_hf.privacy.attacks import (
     restore_proxies,
     smooth_proxies,
 )
+from fedlpp_hf.privacy.audit import _Scale
 from fedlpp_hf.privacy.measurement import choose_rows, measure_rows
 from fedlpp_hf.privacy.stolen_value import estimate_stolen_value
 from fedlpp_hf.quantization import dequantize, quantize
@@ -60,6 +61,12 @@ class TestStolenValue:
         stolen = estimate_stolen_value({"a": rows(1.0)}, {"base": rows(2.0, seed=1)}, rows(server, seed=2))
         assert stolen.value is stolen.low is stolen.high is None
         assert words in stolen.reason and "no value that could be stolen" in stolen.reason
+
+    def test_a_server_that_diverged_has_nothing_to_steal(self):
+        server = rows(1.0)
+        server[3] = np.nan
+        stolen = estimate_stolen_value({"a": rows(1.5)}, {"base": rows(2.0)}, server)
+        assert stolen.value is None and "NaN" in stolen.reason and np.isnan(stolen.server)
 
     def test_interval_contains_the_truth(self):
         """95 % of intervals should; of 60, fewer than 50 would be a fault (p < 1e-4)."""
@@ -220,6 +227,14 @@ def test_fine_tuning_leaves_the_trainer_as_it_was(llama_base, lora, tmp_path):
     trainer.guard.prove_base_unmoved()
     again = fine_tune(trainer, trainer.client_datasets["site-0"], start, 4, 1e-2, 0)
     assert_equal(found[4], again[4])
+
+
+def test_attacker_that_diverges_is_named_and_not_counted(llama_base, lora, tmp_path):
+    trainer = make_trainer(load_base(llama_base), tmp_path, lora, eval_dataset=make_rows(6))
+    broken = {key: value * np.inf for key, value in trainer.guard.initial.items()}
+    diverged = []
+    found = _Scale(trainer, make_rows(6)).measure_all({"fine": dict(trainer.guard.initial), "bad": broken}, diverged)
+    assert list(found) == ["fine"] and diverged == ["bad"]
 
 
 def audited(full_llama, tmp_path, lora, **options):

@@ -4,7 +4,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,11 @@ def audit_federation(trainer: Any, coalitions: Sequence[Sequence[str]] | None = 
     after = trainer.owner.measure_rows(server.adapter, server.residual)
     scale = _Scale(trainer, rows)
     base = scale.measure(dict(trainer.guard.initial))
+    if base is None or not np.isfinite(before.loss).all():
+        raise ValueError(
+            "Some evaluation rows have no finite loss on the untrained model; are all of their labels -100? Drop them "
+            "from eval_dataset, and resume: the rounds are committed."
+        )
     guess = np.full(len(rows), math.log(base.num_outputs))
     exposure = estimate_stolen_value({"base": base.loss}, {"guessing": guess}, before.loss, seed=args.seed)
     audits = [_audit_coalition(trainer, scale, sorted(coalition), after) for coalition in coalitions]
@@ -117,12 +122,22 @@ class _Scale:
         self.trainer, self.rows = trainer, rows
         self._known: dict[bytes, RowMeasures] = {}
 
-    def measure(self, adapter: Adapter) -> RowMeasures:
+    def measure(self, adapter: Adapter) -> RowMeasures | None:
+        """The adapter's rows, or None if it, or its loss on one of them, is not finite."""
+        if not all(bool(tensor.isfinite().all()) for tensor in adapter.values()):
+            return None
         key = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in adapter.values())).digest()
         if key not in self._known:
             load_adapter_(self.trainer.guard.parameters, adapter)
             self._known[key] = measure_rows(self.trainer, self.rows)
-        return self._known[key]
+        found = self._known[key]
+        return found if np.isfinite(found.loss).all() else None
+
+    def measure_all(self, adapters: Mapping[str, Adapter], diverged: list[str]) -> dict[str, RowMeasures]:
+        """Those of `adapters` that are finite; the names of the others are added to `diverged`."""
+        found = {name: self.measure(adapter) for name, adapter in adapters.items()}
+        diverged += [name for name, rows in found.items() if rows is None]
+        return {name: rows for name, rows in found.items() if rows is not None}
 
 
 def _audit_coalition(trainer: Any, scale: _Scale, clients: list[str], server: RowMeasures) -> CoalitionAudit:
@@ -133,8 +148,9 @@ def _audit_coalition(trainer: Any, scale: _Scale, clients: list[str], server: Ro
     attacks = combine_proxies(proxies)
     for name in [name for name in ("last proxy", "mean of later half") if name in attacks]:
         attacks |= _search(trainer, rows, name, attacks[name])
-    measured = {name: scale.measure(adapter) for name, adapter in attacks.items()}
-    references = {name: scale.measure(adapter) for name, adapter in local_only.items()}
+    diverged: list[str] = []
+    measured = scale.measure_all(attacks, diverged)
+    references = scale.measure_all(local_only, diverged)
     stolen = {
         measure: estimate_stolen_value(
             {name: found.measures[measure] for name, found in measured.items()},
@@ -153,6 +169,7 @@ def _audit_coalition(trainer: Any, scale: _Scale, clients: list[str], server: Ro
         local_only={name: _average(found) for name, found in references.items()},
         stolen=stolen,
         metrics=trainer.evaluate_proxy((attacks or local_only)[best]),
+        diverged=diverged,
     )
 
 

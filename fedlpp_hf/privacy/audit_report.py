@@ -22,7 +22,8 @@ class CoalitionAudit:
     """What `clients` can do together, with the `num_proxies` different proxies that they were sent between them.
 
     `attacks` and `local_only` map each attacker to its means by measure, `stolen` each measure to its stolen value.
-    `metrics` are those of the attacker with the least loss, on the whole evaluation dataset.
+    `metrics` are those of the attacker with the least loss, on the whole evaluation dataset. `diverged` names attacks
+    whose training did not end in finite numbers; a lower learning rate might have.
     """
 
     clients: list[str]
@@ -31,6 +32,7 @@ class CoalitionAudit:
     local_only: dict[str, dict[str, float]]
     stolen: dict[str, StolenValue]
     metrics: dict[str, float]
+    diverged: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ class AuditReport:
         if self.threshold is None:
             return
         for coalition in self.coalitions:
-            if 1 < len(coalition.clients) > self.num_clients / 2:
+            if len(coalition.clients) > max(1, self.num_clients / 2):
                 continue
             stolen = coalition.stolen["loss"]
             if stolen.value is None or stolen.value > self.threshold:
@@ -98,7 +100,7 @@ class AuditReport:
     def write(self, output_dir: str | os.PathLike) -> bool:
         """Write `audit.json`, `audit.md` and `audit.png`; False if matplotlib is missing and there is no picture."""
         directory = Path(output_dir)
-        text = json.dumps({"schema": SCHEMA_VERSION, **asdict(self)}, indent=2, allow_nan=False) + "\n"
+        text = json.dumps({"schema": SCHEMA_VERSION, **asdict(self)}, indent=2) + "\n"
         write_atomically(directory / AUDIT_JSON, text.encode())
         write_atomically(directory / AUDIT_TABLE, render_audit(self).encode())
         return draw_audit(self, directory / AUDIT_PICTURE)
@@ -196,7 +198,7 @@ def _render_coalition(coalition: CoalitionAudit, measures: list[str]) -> list[st
         better = stolen.attacker < stolen.server if measure == "loss" else stolen.attacker > stolen.server
         if better:
             lines.append(f"- **The attacker's model is better than the server's** in {measure}.")
-    return lines
+    return lines + [f"- Diverged, and not counted: {', '.join(coalition.diverged)}." for _ in coalition.diverged[:1]]
 
 
 def draw_audit(report: AuditReport, path: Path) -> bool:

@@ -17,7 +17,7 @@ class StolenValue:
 
     `attacker` and `local_only` are the best of their kind, named by `best_attack` and `best_local`. `value` and its 95 %
     interval `low` to `high` are clipped nowhere; they are None where the server is not better than `local_only` beyond
-    doubt, and `reason` says so.
+    doubt, or has diverged, and `reason` says so.
     """
 
     measure: str
@@ -56,7 +56,7 @@ def estimate_stolen_value(
     for name, rows in {**attacks, **local_only, "server": server}.items():
         if rows.shape != (count,) or not count:
             raise ValueError(f"`{name}` has values of shape {rows.shape}; expected one for each of {count} rows.")
-        if not np.isfinite(rows).all():
+        if rows is not server and not np.isfinite(rows).all():
             raise ValueError(
                 f"`{name}` has a {measure} that is NaN or infinite on some row; did its training diverge?"
             )
@@ -69,7 +69,8 @@ def estimate_stolen_value(
     draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
     weights = np.concatenate([np.ones((1, count)), draws]) / count
     attacker, local = (weights @ rows.T for rows in (candidates, references))
-    gained = weights @ owner - local.max(1)
+    diverged = not np.isfinite(owner).all()
+    gained = weights @ np.where(np.isfinite(owner), owner, 0) - local.max(1)
     stolen = attacker.max(1) - local.max(1)
 
     low, high = np.percentile(gained[1:], _INTERVAL)
@@ -78,11 +79,13 @@ def estimate_stolen_value(
     reason = ""
     if not attacks:
         value, interval = 0.0, (0.0, 0.0)
-    elif low > 0:
+    elif low > 0 and not diverged:
         value = float(stolen[0] / gained[0])
         bounds = np.percentile(stolen[1:] / gained[1:], _INTERVAL)
         interval = float(bounds[0]), float(bounds[1])
-    if low <= 0:
+    if diverged:
+        reason = f"The server's model has a {measure} that is NaN or infinite: there is no value that could be stolen."
+    elif low <= 0:
         doubt = "is worse than" if high < 0 else "can't be told from"
         reason = (
             f"The owner's model {doubt} what there is without it, `{list(local_only)[int(local[0].argmax())]}` ({measure} "
