@@ -81,7 +81,7 @@ def run_federation(grid: Grid, config: str, flags: list[str]) -> None:
     # A resumed federation has the clients that it began with, whoever is here now: sampling depends on them.
     known = store.read()["clients"] if args.resume_from_checkpoint and store.latest() is not None else None
     clients = FlowerClients(grid, remote, base)
-    present = clients.gather(args.num_clients if known is None else args.min_clients)
+    present = clients.gather(args.num_clients if known is None else len(known), known and args.min_clients)
     trainer.train_remotely(clients.train, present if known is None else known, args.resume_from_checkpoint)
 
 
@@ -95,18 +95,21 @@ class FlowerClients:
         self._described: dict[int, str] = {}  # by node: since when it has been connected
         self._refused: dict[int, str] = {}
 
-    def gather(self, count: int) -> dict[str, int]:
-        """Wait until `count` clients are connected and hold the base; returns their numbers of rows.
+    def gather(self, count: int, at_least: int | None = None) -> dict[str, int]:
+        """Wait until `count` clients are connected and hold the base; returns their numbers of rows. With `at_least`, so
+        many will do after `lost_timeout`.
 
         Raises:
             RuntimeError: if they are not there within `join_timeout`, naming those that were refused and why.
         """
-        deadline = time.monotonic() + self.remote.join_timeout
+        began = time.monotonic()
         while True:
             self._welcome(self.remote.join_timeout)  # a client's first answer may load a model
-            if len(self._nodes) >= count:
+            waited = time.monotonic() - began
+            needed = count if at_least is None or waited <= self.remote.lost_timeout else at_least
+            if len(self._nodes) >= needed:
                 break
-            if time.monotonic() > deadline:
+            if waited > self.remote.join_timeout:
                 refused = "".join(f" Node {node}: {reason}." for node, reason in self._refused.items())
                 raise RuntimeError(
                     f"{len(self._nodes)} of {count} clients joined within {self.remote.join_timeout:.0f} s "

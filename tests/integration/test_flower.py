@@ -22,7 +22,7 @@ from fedlpp_hf.adapters import read_adapter
 from fedlpp_hf.base_transfer import PackedBase
 from fedlpp_hf.client import ClientSettings, make_client_trainer
 from fedlpp_hf.messages import ClientFailure
-from fedlpp_hf.remote import load_rows, load_trainer
+from fedlpp_hf.remote import RemoteConfig, load_rows, load_trainer
 
 from ..conftest import make_rows
 from ..test_trainer import assert_equal
@@ -231,6 +231,15 @@ class TestTransport:
             run_over(network, config, tmp_path / "flower", llama_base)
         assert "Node 2: it announces 'site-0', which node 1 is" in str(error.value)
         assert "Node 3: ValueError:" in str(error.value) and "no quantized base" in str(error.value)
+
+    def test_late_clients_are_waited_for(self, tmp_path, write_config, rows, llama_base):
+        network = Network(tmp_path, write_config(), rows)
+        network.offline = {3}
+        remote = RemoteConfig("", join_timeout=1.0, lost_timeout=0.1)
+        base = PackedBase(llama_base, tmp_path / "base.packed")
+        with pytest.raises(RuntimeError, match="2 of 3 clients joined"):
+            FlowerClients(network, remote, base).gather(3)
+        assert sorted(FlowerClients(network, remote, base).gather(3, at_least=2)) == ["site-0", "site-1"]
 
     def test_another_version_is_refused(self, tmp_path, write_config, rows, llama_base, monkeypatch):
         monkeypatch.setattr("fedlpp_hf.flower.__version__", "0.0.1")
