@@ -1,4 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+import contextlib
 import json
 import os
 import random
@@ -749,18 +750,19 @@ def test_a_killed_merge_leaves_nothing_or_everything(tmp_path):
     command = [sys.executable, "-c", script, str(full), str(adapter), str(out)]
     kills = random.Random(0)
     with subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-3, text=True, env=environment) as process:
-        outcomes = set()
-        for _ in range(20):
+        outcomes, duration = set(), None
+        for _ in range(21):
             process.stdin.write("again\n")
             process.stdin.flush()
             assert process.stdout.readline() == "go\n"
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            try:
-                time.sleep(kills.random() * 0.25)
-                os.kill(int(children[0]), signal.SIGKILL)
-            except (ProcessLookupError, IndexError):
-                pass
+            began = time.perf_counter()
+            if duration is not None:  # the first one is left alone, to know how long they take here and now
+                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                time.sleep(kills.random() * duration)
+                with contextlib.suppress(ProcessLookupError, IndexError):
+                    os.kill(int(children[0]), signal.SIGKILL)
             process.stdout.readline()
+            duration = duration or time.perf_counter() - began
             outcomes.add(out.exists())
             if out.exists():
                 assert read_files(out) == expected
