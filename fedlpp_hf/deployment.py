@@ -25,7 +25,7 @@ from .certificates import (
 from .client import ClientSettings, end_process, stop_trainer
 
 
-SERVER_PID_FILE = "FEDLPP_HF_SERVER_PID_FILE"  # names the file in which the ServerApp says which process it is
+SERVER_FILE = "FEDLPP_HF_SERVER"  # as in flower.py, whose import needs Flower
 SERVER_PID, SUPERLINK_PID = "server.pid", "superlink.pid"
 _CONNECTION = "fedlpp"
 _APP = {
@@ -42,10 +42,6 @@ publisher = "fedlpp-hf"
 [tool.flwr.app.components]
 serverapp = "fedlpp_app:server_app"
 clientapp = "fedlpp_app:client_app"
-
-[tool.flwr.app.config]
-config = ""
-flags = "[]"
 """,
     "fedlpp_app.py": """\
 from fedlpp_hf.flower import make_client_app, make_server_app
@@ -206,7 +202,7 @@ def _environment(state: Path) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_HOME": str(state / "flwr"),
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",  # a second by default, in every message
-        SERVER_PID_FILE: str(state / SERVER_PID),
+        SERVER_FILE: str(state / "server.json"),
         # Flower finds its own commands by name.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }
@@ -221,8 +217,8 @@ def _write_app(state: Path, connection: dict[str, Any], config: str, flags: Sequ
     (state / "flwr" / "config.toml").write_text(
         "\n".join(["[superlink]", f'default = "{_CONNECTION}"', f"[superlink.{_CONNECTION}]", *lines, ""])
     )
-    run = {"config": str(Path(config).resolve()), "flags": json.dumps(list(flags))}
-    (state / "run.toml").write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in run.items()))
+    server = {"config": str(Path(config).resolve()), "flags": list(flags)}
+    (state / "server.json").write_text(json.dumps(server, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -273,8 +269,7 @@ def _register_clients(state: Path, client_keys: str | None, environment: dict[st
 
 
 def _run_app(state: Path, environment: dict[str, str]) -> int:
-    options = [_CONNECTION, "--run-config", str(state / "run.toml")]
-    answer = _flwr(environment, "run", str(state / "app"), *options)
+    answer = _flwr(environment, "run", str(state / "app"), _CONNECTION)
     if not answer.get("success"):
         raise RuntimeError(f"The run can't be started: {answer}")
     run = str(answer["run-id"])

@@ -31,14 +31,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SERVER_PID_FILE = "FEDLPP_HF_SERVER_PID_FILE"
+# Names a file with the path of the YAML file and the flags. Flower's own way, the run's configuration, goes to every
+# client, and the flags tell where the owner's model is.
+SERVER_FILE = "FEDLPP_HF_SERVER"
 RECORD = "fedlpp_hf"
 DESCRIBE, BASE, TRAIN = "query.describe", "query.base", "train"
 _POLL_SECONDS = 0.2  # Flower's own `send_and_receive` looks every 3 s
 
 
 def make_server_app() -> ServerApp:
-    """The ServerApp: runs the federation of the YAML file that the run's `config` names, on the server's own disk."""
+    """The ServerApp: runs the federation that the file named by the variable `FEDLPP_HF_SERVER` tells of."""
     app = ServerApp()
 
     @app.main()
@@ -47,23 +49,24 @@ def make_server_app() -> ServerApp:
         logger.setLevel(logging.INFO)
         logger.addHandler(logging.StreamHandler())
         logger.propagate = False
-        with _note_process():
-            run_federation(grid, str(context.run_config["config"]), json.loads(str(context.run_config["flags"])))
+        if SERVER_FILE not in os.environ:
+            raise ValueError(f"{SERVER_FILE} is not set in the SuperLink's environment; `fedlpp-hf server` sets it.")
+        path = Path(os.environ[SERVER_FILE])
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        with _note_process(path.with_suffix(".pid")):
+            run_federation(grid, settings["config"], settings["flags"])
 
     return app
 
 
 @contextlib.contextmanager
-def _note_process() -> Iterator[None]:
+def _note_process(path: Path) -> Iterator[None]:
     # A ServerApp can outlive its SuperLink; whoever started that one ends this one by its id.
-    path = os.environ.get(SERVER_PID_FILE)
-    if path:
-        Path(path).write_text(str(os.getpid()))
+    path.write_text(str(os.getpid()))
     try:
         yield
     finally:
-        if path:
-            Path(path).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def run_federation(grid: Grid, config: str, flags: list[str]) -> None:

@@ -110,7 +110,16 @@ def shorten(text: str, directory: Path) -> str:
     """Without the places of this machine, and the colours and progress bars of a terminal."""
     text = text.replace(f"{directory}/", "").replace(f"{HERE}/", "").replace(f"{Path.cwd()}/", "")
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line.split("\r")[-1]).rstrip() for line in text.splitlines()]
-    noise = ("warnings.warn", "FutureWarning", "Loading weights", "Map:", "split:", "json", "kernels-community", "%|")
+    noise = (
+        "warnings.warn",
+        "FutureWarning",
+        "Loading weights",
+        "Map:",
+        "split:",
+        "Creating json",
+        "kernels-community",
+        "%|",
+    )
     return "\n".join(line for line in lines if line and not any(word in line for word in noise))
 
 

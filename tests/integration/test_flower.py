@@ -303,6 +303,7 @@ class TestDeployment:
             tomllib.loads(text) for text in (_APP["pyproject.toml"], (recipe / "pyproject.toml").read_text())
         )
         assert started["tool"]["flwr"] == by_hand["tool"]["flwr"]
+        assert "config" not in started["tool"]["flwr"]["app"]  # it would go to every client
         assert ast.dump(ast.parse(_APP["fedlpp_app.py"]).body[0]) in ast.dump(
             ast.parse((recipe / "fedlpp_app.py").read_text())
         )
