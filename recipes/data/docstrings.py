@@ -33,7 +33,7 @@ SKIPPED_FOLDERS = {"test", "tests", "testing", "_vendor", "extern", "externals",
 MASK = "name"
 MAX_WORDS, MIN_WORDS, MAX_PER_FILE = 32, 10, 8
 NUM_TEAMS = 5
-SPLITS = {"owner": 0.06, "validation": 0.08, "test": 0.12, "train": 0.74}
+SPLITS = {"owner": 0.06, "validation": 0.06, "test": 0.2, "train": 0.68}
 
 CODE = re.compile(
     r"\[`[^`]*`\]"  # [`Trainer`]
