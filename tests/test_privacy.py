@@ -278,7 +278,10 @@ def test_what_is_never_broadcast_is_not_stolen(full_llama, lora, tmp_path):
     assert "Nothing was broadcast" in report.notes[0]
     assert "best coalition of half (2 clients)" in (tmp_path / "report.md").read_text()
 
+    trainer.server.adapter = {key: value + 1 for key, value in trainer.server.adapter.items()}  # a broken server
     everyone = audit_federation(trainer, [list("abcd")])
+    assert any("no better than the owner's was before" in note for note in everyone.notes)
+    assert "is worse than" in everyone.coalitions[0].stolen["loss"].reason
     assert everyone.coalitions[0].clients == list("abcd") and everyone.worst_half is None
     with pytest.raises(ValueError, match="'e' is unknown"):
         audit_federation(trainer, [["e"]])

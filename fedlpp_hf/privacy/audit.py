@@ -84,6 +84,11 @@ def audit_federation(trainer: Any, coalitions: Sequence[Sequence[str]] | None = 
         )
     if args.broadcast_interval is None:
         notes.append("Nothing was broadcast: clients have the base, and what their own rows give them.")
+    if not after.loss.mean() < before.loss.mean():  # NaN is no gain either
+        notes.append(
+            "The server's model is no better than the owner's was before the federation. Stolen value is then a share of "
+            "what the full model is worth beyond the base, and not of anything that was learned."
+        )
     return AuditReport(
         federation_id=server.federation_id,
         base_fingerprint=server.base_fingerprint,
