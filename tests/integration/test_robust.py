@@ -81,15 +81,23 @@ def run_federation(output_dir, attackers: int, attack: Callable | None, **option
         bad = [attack(honest, task.seed) for task in tasks[:attackers]] if attack else []
         return [
             ClientUpdate(
-                task.federation_id, task.round, task.client_id, task.base_fingerprint, 1, delta, {"steps": 10}
+                task.federation_id,
+                task.round,
+                task.client_id,
+                task.base_fingerprint,
+                1,
+                delta,
+                {"loss": 0.0, "steps": 10},
             )
             for task, delta in zip(tasks, bad + honest, strict=True)
         ]
 
     try:
         server.run(train_clients)
-    except RuntimeError:  # so far off that no client's training is finite
-        return math.inf
+    except RuntimeError as error:
+        if "NaN or infinite" not in str(error):
+            raise
+        return math.inf  # so far off that no client's training is finite
     return problem.loss(server.adapter)
 
 
