@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from .quantization import FULL_PRECISION, check_bits
@@ -219,10 +220,11 @@ class FederatedConfig(TrainingArguments):
             self.client_ranks = json.loads(self.client_ranks)
         if self.over_sample and self.clients_per_round is None:
             raise ValueError(f"over_sample={self.over_sample} needs clients_per_round: all clients are asked already.")
-        if self.scaffold and (self.optim not in ("sgd", OptimizerNames.SGD) or self.clip_update_norm):
+        plain_sgd = self.optim in ("sgd", OptimizerNames.SGD) and self.lr_scheduler_type == SchedulerType.CONSTANT
+        if self.scaffold and (not plain_sgd or self.clip_update_norm):
             raise ValueError(
-                f"scaffold=True with optim={str(self.optim)!r}; its correction is one of plain SGD's steps, unclipped. "
-                "Set optim='sgd' and leave clip_update_norm out."
+                "scaffold=True corrects steps of plain SGD at a constant learning rate, unclipped. Set optim='sgd' and "
+                "lr_scheduler_type='constant', and leave clip_update_norm out."
             )
         self._check_choice("weighting", ("examples", "uniform"))
         if self.audit_threshold is not None and not self.audit:
@@ -244,6 +246,7 @@ class FederatedConfig(TrainingArguments):
             self.aggregation,
             robust=self.robust,
             num_attackers=self.num_attackers,
+            min_clients=self.min_clients,
             clients_per_round=self.clients_per_round or self.num_clients,
             weighting=self.weighting,
             server_optimizer=self.server_optimizer,

@@ -135,6 +135,10 @@ class FederatedServer:
     def _begin(self, overwrite: bool = False) -> int:
         self.federation_id = secrets.token_hex(8)
         self.store.create(self._describe(), overwrite or self.args.overwrite)
+        if self.args.aggregation == "freeze_a" and self.args.broadcast_interval is not None:
+            # Clients never move A, so the server's must be the one that they have.
+            held = restore_tensors(self.make_proxy(self.adapter))
+            self.adapter |= {key: held[key] for key in held.keys() - trainable_keys("freeze_a", 1, held)}
         self._start_window()
         self._commit(0, {"clients": {}, "rejected": {}, "asked": [], "bytes_down": 0, "bytes_up": 0, "seconds": 0.0})
         return 0
@@ -198,7 +202,9 @@ class FederatedServer:
                 f"Round {number} has {len(updates)} acceptable updates; min_clients={self.args.min_clients}. {reasons}. "
                 f"Rounds up to {number - 1} are committed: mend the cause and resume."
             )
-        report = self._step(number, updates, self._anchor if proxy is None else restore_tensors(proxy))
+        start = self._anchor if proxy is None else restore_tensors(proxy)
+        starts = [self._start_of(tasks[client]) for client in updates] if self.args.client_ranks else start
+        report = self._step(number, updates, starts)
         record = {
             "clients": {
                 client: update.metrics | {"num_examples": update.num_examples}
@@ -212,6 +218,16 @@ class FederatedServer:
             **report,
         }
         self._commit(number, record)
+
+    def _start_of(self, task: ClientTask) -> Mapping[str, torch.Tensor]:
+        """What a client's update is taken at, in the server's shapes."""
+        if task.proxy is None:
+            return self._anchor
+        start = restore_tensors(task.proxy)
+        if not task.options.rank:
+            return start
+        config = lower_rank(self.adapter, self.peft_config, task.options.rank)
+        return pad_update(start, self.adapter, self.peft_config, config)
 
     def _make_task(self, number: int, client: str, proxy: Payload | None, control: Payload) -> ClientTask:
         args, rank = self.args, self.rank_of(client, number)
@@ -240,16 +256,22 @@ class FederatedServer:
         )
 
     def _step(
-        self, number: int, updates: Mapping[str, "_Accepted"], proxy: Mapping[str, torch.Tensor]
+        self,
+        number: int,
+        updates: Mapping[str, "_Accepted"],
+        start: Mapping[str, torch.Tensor] | list[Mapping[str, torch.Tensor]],
     ) -> dict[str, Any]:
-        """Aggregate a round's updates, all taken at `proxy`, and move the server's adapter; returns what to record."""
+        """Aggregate a round's updates and move the server's adapter; returns what to record.
+
+        `start` is what the updates were taken at, one for each where ranks differ.
+        """
         args = self.args
         result = aggregate(
             args.aggregation,
             [delta for _, delta in updates.values()],
             [update.num_examples if args.weighting == "examples" else 1.0 for update, _ in updates.values()],
             adapter=self._anchor,
-            proxy=proxy,
+            proxy=start,
             peft_config=self.peft_config,
             round_number=number,
             residual=self.residual,
@@ -260,10 +282,11 @@ class FederatedServer:
         )
         self.residual = result.residual
         if args.scaffold:
-            plain = average_updates([delta for _, delta in updates.values()], [1.0] * len(updates))
-            steps = max(int(update.metrics["steps"]) for update, _ in updates.values())
+            # Clients differ in their steps, and so Δ_i/steps_i is averaged: the mean of one step each.
+            each = [{k: v / update.metrics["steps"] for k, v in delta.items()} for update, delta in updates.values()]
+            mean_step = average_updates(each, [1.0] * len(each))
             share = len(updates) / len(self.num_examples)
-            self._control = update_server_control(self._control, plain, steps, args.learning_rate, share)
+            self._control = update_server_control(self._control, mean_step, 1, args.learning_rate, share)
         # Every Δ of a window is taken at the same proxy, so its rounds are averaged, not summed.
         self._window = {key: self._window.get(key, 0) + value.double() for key, value in result.delta.items()}
         self._window_rounds += 1
@@ -317,6 +340,8 @@ class FederatedServer:
         for name in ("loss", "steps"):
             if name not in update.metrics:
                 raise ValueError(f"its metrics lack `{name}`")
+        if not update.metrics["steps"] >= 1:
+            raise ValueError(f"it claims {update.metrics['steps']} steps")
         shapes = self.adapter
         config = lower_rank(shapes, self.peft_config, task.options.rank) if task.options.rank else None
         if config is not None:

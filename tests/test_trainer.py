@@ -146,7 +146,7 @@ class TestIdentities:
             {"broadcast": "never"},
             {"learning_rate_horizon": "federation", "adapter_bits": 2},
             {"update_bits": 2, "update_density": 0.5, "server_optimizer": "adam", "server_learning_rate": 0.05},
-            {"scaffold": True, "optim": "sgd", "clients_per_round": 2},
+            {"scaffold": True, "optim": "sgd", "lr_scheduler_type": "constant", "clients_per_round": 2},
             {"aggregation": "exact", "residual_rank": 3, "client_ranks": {"site-1": 2}},
         ],
         ids=["momentum", "every-2", "never", "horizon", "compressed", "scaffold", "exact"],
