@@ -60,22 +60,27 @@ class AuditReport:
     seconds: float
 
     @property
-    def worst_single(self) -> CoalitionAudit:
-        """The single client with the best attacker, by its loss."""
-        return min((c for c in self.coalitions if len(c.clients) == 1), key=lambda c: c.stolen["loss"].attacker)
+    def worst_single(self) -> CoalitionAudit | None:
+        """The single client with the best attacker, by its loss, if any was tried."""
+        return self._find_worst(1, 1)
 
     @property
     def worst_half(self) -> CoalitionAudit | None:
         """The coalition of up to half of the clients with the best attacker, by its loss, if any was tried."""
-        found = [c for c in self.coalitions if 1 < len(c.clients) <= self.num_clients / 2]
+        return self._find_worst(2, self.num_clients / 2)
+
+    def _find_worst(self, fewest: int, most: float) -> CoalitionAudit | None:
+        found = [c for c in self.coalitions if fewest <= len(c.clients) <= most]
         return min(found, key=lambda c: c.stolen["loss"].attacker, default=None)
 
     def summarize(self) -> list[tuple[str, dict[str, float], str]]:
         """The rows of a federation's report: label, metrics on the whole evaluation dataset, stolen value."""
-        rows = [("best attacker (one client)", self.worst_single)]
-        if self.worst_half is not None:
-            rows.append((f"best coalition of half ({len(self.worst_half.clients)} clients)", self.worst_half))
-        return [(label, found.metrics, format_stolen(found.stolen["loss"])) for label, found in rows]
+        half = self.worst_half
+        rows = [
+            ("best attacker (one client)", self.worst_single),
+            (f"best coalition of half ({len(half.clients) if half else 0} clients)", half),
+        ]
+        return [(label, found.metrics, format_stolen(found.stolen["loss"])) for label, found in rows if found]
 
     def check_threshold(self) -> None:
         """
