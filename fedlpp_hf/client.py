@@ -313,12 +313,17 @@ def end_process(pid_file: Path, name: str, how: signal.Signals = signal.SIGTERM)
     """End the process whose id a file holds, if its command still contains `name`: the id may be another's by now."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         pid = pid_file.read_text()
-        command = subprocess.run(["ps", "-o", "command=", "-p", pid], capture_output=True, text=True).stdout
         pid_file.unlink()
         deadline = time.monotonic() + CALL_TIMEOUT
-        while name in command:  # until the kernel says that it is gone, and with it its port or its memory
+        while _runs(pid, name):  # until its port and its memory are free
             os.kill(int(pid), how if time.monotonic() < deadline else signal.SIGKILL)
-            time.sleep(0.1)
+            time.sleep(0.2)
+
+
+def _runs(pid: str, name: str) -> bool:
+    ps = ["ps", "-o", "stat=", "-o", "command=", "-p", pid]
+    found = subprocess.run(ps, stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout
+    return name in found and not found.startswith("Z")  # a dead process stays listed until its parent asks for it
 
 
 def _log_tail(settings: ClientSettings) -> str:

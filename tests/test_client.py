@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -147,6 +148,24 @@ class TestTrainerService:
         settings = replace(settings, launch=[sys.executable, "-c", "raise SystemExit('no room')"])
         with pytest.raises(RuntimeError, match=r"did not start.*no room"):
             ask_trainer(settings, base_dir, "status")
+
+
+class TestEndProcess:
+    @pytest.fixture
+    def sleeper(self, tmp_path):
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        (tmp_path / "pid").write_text(str(process.pid))
+        yield process
+        process.kill()
+        process.wait()
+
+    def test_ends_it_though_nobody_reaps_it(self, sleeper, tmp_path):
+        client.end_process(tmp_path / "pid", "time.sleep(60)")
+        assert sleeper.wait(timeout=0) == -signal.SIGTERM and not (tmp_path / "pid").exists()
+
+    def test_spares_another_that_got_the_id(self, sleeper, tmp_path):
+        client.end_process(tmp_path / "pid", "fedlpp_hf.client")
+        assert sleeper.poll() is None and not (tmp_path / "pid").exists()
 
 
 class TestSettings:
