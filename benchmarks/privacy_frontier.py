@@ -52,7 +52,7 @@ def read_split(split: str, tokenizer, count: int, domains: tuple[str, ...] = ())
     rows = read_rows(str(RNNLG / f"{split}.jsonl"), split, None).shuffle(seed=0)
     parts = [rows.filter(lambda row, name=name: row["domain"] == name) for name in domains] or [rows]
     chosen = concatenate_datasets([part.take(min(count, len(part))) for part in parts])
-    return tokenize_rows(chosen, arguments, tokenizer, keep="domain")
+    return tokenize_rows(chosen, arguments, tokenizer, "domain")
 
 
 def run_setting(name: str, seed: int, owner: Path, data: dict, arguments: argparse.Namespace) -> dict:
