@@ -75,14 +75,21 @@ def read_rows(source: str, split: str) -> Dataset:
     return load_dataset(source, split=split)
 
 
-def encode_completion(row: dict, arguments: OwnerArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
-    """Token ids of a prompt and its completion; -100 keeps the prompt out of the loss."""
-    prompt = row[arguments.prompt_column] + arguments.separator if arguments.prompt_column else ""
-    start = tokenizer(prompt)["input_ids"] if prompt else [tokenizer.bos_token_id] * bool(tokenizer.bos_token)
-    completion = tokenizer(row[arguments.completion_column], add_special_tokens=False)["input_ids"]
-    completion += [tokenizer.eos_token_id]
-    labels = [-100] * len(start) + completion
-    return {"input_ids": (start + completion)[: arguments.max_length], "labels": labels[: arguments.max_length]}
+def encode_rows(
+    batch: dict[str, list], arguments: OwnerArguments, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list]:
+    """Token ids of prompts and their completions; -100 keeps the prompts out of the loss."""
+    # The two are tokenized apart, so that no token reaches over the border.
+    completions = tokenizer(batch[arguments.completion_column], add_special_tokens=False)["input_ids"]
+    starts = [[tokenizer.bos_token_id] * bool(tokenizer.bos_token)] * len(completions)
+    if arguments.prompt_column:
+        starts = tokenizer([prompt + arguments.separator for prompt in batch[arguments.prompt_column]])["input_ids"]
+    rows: dict[str, list] = {"input_ids": [], "labels": []}
+    for start, completion in zip(starts, completions, strict=True):
+        ended = [*completion, tokenizer.eos_token_id]
+        rows["input_ids"].append((start + ended)[: arguments.max_length])
+        rows["labels"].append(([-100] * len(start) + ended)[: arguments.max_length])
+    return rows
 
 
 def main() -> None:
@@ -108,7 +115,8 @@ def main() -> None:
         collator = DataCollatorWithPadding(tokenizer)
     elif arguments.task == "causal_lm":
         rows = rows.map(
-            encode_completion,
+            encode_rows,
+            batched=True,
             fn_kwargs={"arguments": arguments, "tokenizer": tokenizer},
             remove_columns=rows.column_names,
         )

@@ -140,19 +140,26 @@ class TestScripts:
 
     def test_loss_is_on_the_completion_alone(self, load_recipe, tokenizer_dir):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
-        row = {"act": "graph node", "text": "plot axis color"}
-        for name, encode in (("owner_warmup", "encode_completion"), ("causal_lm", "encode_row")):
+        batch = {"act": ["graph node"], "text": ["plot axis color"]}
+        for name in ("owner_warmup", "causal_lm"):
             recipe = load_recipe(name)
             arguments = getattr(recipe, "OwnerArguments", None) or recipe.RecipeArguments
-            common = {"train_data": "x", "prompt_column": "act", "max_length": 6}
-            extra = {"task": "causal_lm"} if name == "owner_warmup" else {"model_name_or_path": "m", "eval_data": "x"}
-            encoded = getattr(recipe, encode)(row, arguments(**common, **extra), tokenizer)
-            assert tokenizer.decode(encoded["input_ids"]) == "<s> graph node plot axis color"
-            assert encoded["labels"] == [-100] * 3 + encoded["input_ids"][3:]
-            encoded = getattr(recipe, encode)(row, arguments(**{**common, "max_length": 7}, **extra), tokenizer)
-            assert encoded["labels"][-1] == tokenizer.eos_token_id
-            encoded = getattr(recipe, encode)(row, arguments(**{**common, "prompt_column": None}, **extra), tokenizer)
-            assert encoded["labels"] == [-100, *encoded["input_ids"][1:]]
+            required = {"train_data": "x", "prompt_column": "act", "max_length": 6}
+            required |= (
+                {"task": "causal_lm"} if name == "owner_warmup" else {"model_name_or_path": "m", "eval_data": "x"}
+            )
+
+            def encode(recipe=recipe, arguments=arguments, required=required, **options):
+                rows = recipe.encode_rows(batch, arguments(**{**required, **options}), tokenizer)
+                return rows["input_ids"][0], rows["labels"][0]
+
+            ids, labels = encode()
+            assert tokenizer.decode(ids) == "<s> graph node plot axis color"
+            assert labels == [-100] * 3 + ids[3:]
+            assert encode(max_length=7)[1][-1] == tokenizer.eos_token_id
+            ids, labels = encode(prompt_column=None)
+            assert tokenizer.decode(ids) == "<s> plot axis color </s>"
+            assert labels == [-100, *ids[1:]]
 
 
 @pytest.mark.integration
