@@ -69,6 +69,7 @@ def run_federation(output_dir, attackers: int, attack: Callable | None, **option
         use_cpu=True,
         num_rounds=ROUNDS,
         num_clients=CLIENTS,
+        min_clients=CLIENTS,  # a counting rule refuses to run with fewer than it needs
         adapter_bits=8,
         weighting="uniform",
         **options,
