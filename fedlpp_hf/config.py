@@ -198,7 +198,7 @@ class FederatedConfig(TrainingArguments):
         default=1, metadata={"help": "Clients that attack alone, those first that hold the most proxies and rows."}
     )
     merge: bool = field(
-        default=True, metadata={"help": "At the end, write the merged full model to output_dir/merged."}
+        default=True, metadata={"help": "At the end, write the merged full model to output_dir/_merged."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Delete a federation that `output_dir` already holds."})
 
