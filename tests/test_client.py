@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -30,8 +31,11 @@ FINGERPRINT = "a" * 64
 
 
 @pytest.fixture
-def settings(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+def settings(tmp_path, monkeypatch, request):
+    # A Unix socket's path has at most 107 bytes, and pytest's are longer in a parallel run.
+    runtime = tempfile.TemporaryDirectory()
+    request.addfinalizer(runtime.cleanup)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", runtime.name)
     state = tmp_path / "state"
     state.mkdir()
     (state / "trainer.key").touch(0o600)
@@ -65,6 +69,7 @@ def service(settings, monkeypatch):
     thread = threading.Thread(target=TrainerService(settings, trainer).serve)
     thread.start()
     while client._status(settings) is None:
+        assert thread.is_alive(), "the service ended before it answered"
         time.sleep(0.01)
     yield
     client.stop_trainer(settings)
