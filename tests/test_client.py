@@ -138,7 +138,8 @@ class TestTrainerService:
         with pytest.raises(RuntimeError, match="can be read by others"):
             TrainerService(settings, None)
 
-    def test_shared_runtime_directory_is_refused(self, settings, tmp_path):
+    def test_shared_runtime_directory_is_refused(self, settings, tmp_path, monkeypatch):
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
         (tmp_path / f"fedlpp-{os.getuid()}").mkdir()
         (tmp_path / f"fedlpp-{os.getuid()}").chmod(0o755)
         with pytest.raises(RuntimeError, match="this user alone"):
