@@ -41,7 +41,14 @@ QUICK = ("fedlpp", "never")
 def warm_up(directory: Path) -> Path:
     """The owner's model, made once."""
     if not (directory / "config.json").is_file():
-        command = [sys.executable, "recipes/owner_warmup.py", "--config", "recipes/configs/rnnlg_owner.yaml"]
+        command = [
+            sys.executable,
+            "recipes/owner_warmup.py",
+            "--config",
+            "recipes/configs/rnnlg_owner.yaml",
+            "--max_steps",
+            "150",
+        ]
         subprocess.run([*command, "--output_dir", str(directory)], check=True)
     return directory
 
