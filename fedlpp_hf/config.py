@@ -167,6 +167,13 @@ class FederatedConfig(TrainingArguments):
         default=False,
         metadata={"help": "Let the owner choose the step on its own data (`owner_dataset`), for broadcast=never."},
     )
+    control_variate: float = field(
+        default=0.0,
+        metadata={
+            "help": "Subtract so much of what the quantizer made of the update, as the owner estimates it: in each round it "
+            "trains on its own data (`owner_dataset`) from the base and from the full model. 1: all of it; 0: none."
+        },
+    )
     learning_rate_horizon: str = field(
         default="round",
         metadata={"help": "What the local schedule runs over: the client's round, or the whole federation."},
@@ -175,8 +182,9 @@ class FederatedConfig(TrainingArguments):
     compare_full_precision: bool = field(
         default=False,
         metadata={
-            "help": "Also run the federation without quantization, as the reference of the report. It needs the full "
-            "model and the clients' data in one process: for simulations only."
+            "help": "Also run the federation without quantization, as the reference of the report, and, with an "
+            "`owner_dataset`, the owner alone on its rows. It needs the full model and the clients' data in one process: "
+            "for simulations only."
         },
     )
     audit: bool = field(
@@ -255,6 +263,7 @@ class FederatedConfig(TrainingArguments):
             broadcast=self.broadcast,
             num_rounds=self.num_rounds,
             fit_server_step=self.fit_server_step,
+            control_variate=self.control_variate,
         )
 
     def check_clients(self, num_clients: int) -> None:

@@ -7,14 +7,8 @@ are messages of safetensors and JSON, so that no full-precision weight and no pi
 """
 
 import copy
-import multiprocessing
 import os
-import pickle
 import shutil
-import signal
-import sys
-import tempfile
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,25 +23,15 @@ from .base import export_base
 from .config import FederatedConfig
 from .hub import push_merged
 from .merge import merge_adapter
-from .messages import decode_message, encode_message, restore_tensors
+from .messages import ClientTask, LocalOptions, restore_tensors
 from .privacy.measurement import RowMeasures, choose_rows, measure_rows
+from .processes import Service
 from .products import join_residual
 from .quantization import FULL_PRECISION
 
 
 # The step sizes that the owner tries on its own data: a one-shot mean may need a longer or a shorter step.
 STEP_GRID = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
-
-# What `accelerate launch` and `torchrun` tell a worker. The owner's process is no worker of theirs.
-_LAUNCHER_VARIABLES = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "GROUP_RANK",
-)
 
 
 @dataclass(slots=True)
@@ -56,7 +40,8 @@ class OwnerSetup:
 
     `trainer_class` is a [`FederatedMixin`] trainer, so that an overridden `compute_loss` counts for the owner, too;
     `trainer_arguments` are those of its `__init__` besides model, arguments and adapter. `client_datasets` is for the
-    full-precision reference alone (`compare_full_precision`), and None otherwise.
+    full-precision reference alone (`compare_full_precision`), and None otherwise. `base_dir` holds the base, for the
+    owner's own runs on it (`control_variate`).
     """
 
     full_model: str
@@ -66,6 +51,7 @@ class OwnerSetup:
     peft_config: PeftConfig
     owner_dataset: Any = None
     client_datasets: Any = None
+    base_dir: str = ""
     trainer_arguments: dict[str, Any] = field(default_factory=dict)
 
 
@@ -78,19 +64,18 @@ class Owner:
     """
 
     def __init__(self, setup: OwnerSetup):
-        context = multiprocessing.get_context("spawn")
-        self._pipe, child = context.Pipe()
-        self._process = context.Process(target=_serve, args=(child, setup), name="fedlpp-owner", daemon=True)
-        try:
-            self._process.start()
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
+        for option in ("fit_server_step", "control_variate"):
+            if getattr(setup.args, option) and setup.owner_dataset is None:
+                raise ValueError(
+                    f"{option}={getattr(setup.args, option)} needs rows of the owner's own; pass `owner_dataset`."
+                )
+        if setup.args.control_variate and not setup.base_dir:
             raise ValueError(
-                f"The owner's process can't be given what it needs to evaluate ({error}). Define compute_metrics, "
-                "collators and the trainer's class at the top level of a module or of your script."
-            ) from error
-        child.close()
-        # Left to the interpreter's exit, the process would be killed, and what it holds would leak.
-        self._finalizer = weakref.finalize(self, _end, self._pipe, self._process)
+                f"control_variate={setup.args.control_variate}: the owner trains on the base, too, and needs it as a "
+                "directory that `fedlpp-hf quantize` or the federation wrote; give `model` as a path, base_bits below 32."
+            )
+        self.has_rows = setup.owner_dataset is not None
+        self._service = Service("owner", _Desk, setup)
 
     def export_base(self, output_dir: str | os.PathLike) -> dict[str, Any]:
         """Write the quantized base to `output_dir`; returns the totals of its manifest."""
@@ -120,6 +105,17 @@ class Owner:
         tensors |= {f"delta:{key}": value for key, value in delta.items()}
         return self._ask("fit_step", tensors)[0]["step"]
 
+    def estimate_repair(
+        self, start: Mapping[str, torch.Tensor], round_number: int, seed: int
+    ) -> dict[str, torch.Tensor]:
+        """What the quantizer makes of a local run's update from `start`, which is what the round's clients start from.
+
+        The owner runs a client's task on its own rows twice, with the same batches and the same dropout: on the base, as
+        a client does, and on W. What both updates have in common is the task; the difference, Δ(Q(W)) − Δ(W), is what
+        repairs the base, and common random numbers leave little else in it.
+        """
+        return self._ask("estimate_repair", start, round_number=round_number, seed=seed)[1]
+
     def merge(self, adapter_dir: str | os.PathLike, output_dir: str | os.PathLike) -> None:
         """Write the full model with the adapter merged into it."""
         self._ask("merge", adapter_dir=str(adapter_dir), output_dir=str(output_dir))
@@ -128,32 +124,22 @@ class Owner:
         """Push a merged model by [`push_merged`]; returns the commit's address."""
         return self._ask("push_merged", directory=str(directory), repo_id=repo_id, options=options)[0]["commit_url"]
 
-    def run_reference(self) -> dict[str, float]:
-        """Metrics of the same federation without any quantization, after its last round."""
-        return self._ask("run_reference")[0]
+    def run_reference(self, own_rows: bool = False) -> dict[str, float]:
+        """Metrics of the same federation without any quantization, after its last round.
+
+        With `own_rows` the owner is its only client: what it could have had without all others.
+        """
+        return self._ask("run_reference", own_rows=own_rows)[0]
 
     def close(self) -> None:
         """End the process. Safe to call twice."""
-        self._finalizer()
+        self._service.close()
 
     def _ask(
         self, command: str, tensors: Mapping[str, torch.Tensor] | None = None, **arguments: Any
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        try:
-            self._pipe.send_bytes(
-                encode_message("request", {"command": command, "arguments": arguments}, tensors or {})
-            )
-            header, payload = decode_message("answer", self._pipe.recv_bytes())
-        except (EOFError, OSError) as error:
-            self._process.join(timeout=5)
-            raise RuntimeError(
-                f"The owner's process died during `{command}` (exit code {self._process.exitcode}). Its own messages "
-                "are above. The rounds that are committed are safe: mend the cause and resume."
-            ) from error
-        if header["error"] is not None:
-            kind, text = header["error"]
-            raise (ValueError if kind == "ValueError" else RuntimeError)(f"The owner's process: {text}")
-        return header["answer"], restore_tensors(payload)
+        answer, payload = self._service.ask(command, tensors, **arguments)
+        return answer, restore_tensors(payload)
 
 
 def _pack_adapter(
@@ -163,43 +149,13 @@ def _pack_adapter(
     return tensors | {f"residual:{key}": value for key, value in (residual or {}).items()}
 
 
-def _end(pipe, process) -> None:
-    pipe.close()  # the process ends when its pipe does
-    process.join(timeout=10)
-    if process.is_alive():
-        process.kill()
-        process.join()
-
-
-def _serve(pipe, setup: OwnerSetup) -> None:
-    # ^C reaches the whole process group; the clients' process decides what it means and then closes the pipe.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name in _LAUNCHER_VARIABLES:
-        os.environ.pop(name, None)
-    with tempfile.TemporaryDirectory(prefix="fedlpp-owner-") as scratch:
-        desk = _Desk(setup, Path(scratch))
-        while True:
-            try:
-                request, tensors = decode_message("request", pipe.recv_bytes())
-            except (EOFError, OSError):
-                return
-            answer: dict[str, Any] = {}
-            payload: Mapping[str, torch.Tensor] = {}
-            error = None
-            try:
-                answer, payload = getattr(desk, request["command"])(tensors, **request["arguments"])
-            except Exception as exception:
-                sys.excepthook(type(exception), exception, exception.__traceback__)
-                error = [type(exception).__name__, f"{type(exception).__name__}: {exception}"]
-            pipe.send_bytes(encode_message("answer", {"answer": answer, "error": error}, payload))
-
-
 class _Desk:
     """The owner's side of [`Owner`]: one method per request, each returning (JSON values, tensors)."""
 
     def __init__(self, setup: OwnerSetup, scratch: Path):
         self.setup, self.scratch = setup, scratch
         self._trainer: Any = None
+        self._base_trainer: Any = None
 
     def export_base(self, tensors, output_dir: str):
         args = self.setup.args
@@ -250,8 +206,6 @@ class _Desk:
                 parameter.data = small[key]
 
     def fit_step(self, tensors):
-        if self.setup.owner_dataset is None:
-            raise ValueError("fit_server_step=True needs rows of the owner's own; pass `owner_dataset`.")
         adapter, delta = split_tensors(tensors, "adapter:"), split_tensors(tensors, "delta:")
         losses = {}
         for step in STEP_GRID:
@@ -259,6 +213,22 @@ class _Desk:
             load_adapter_(self.trainer.guard.parameters, moved)
             losses[step] = self.trainer.evaluate_metrics(self.trainer.client_datasets["owner"])["eval_loss"]
         return {"step": min(losses, key=losses.__getitem__)}, {}
+
+    def estimate_repair(self, tensors, round_number: int, seed: int):
+        args = self.setup.args
+        options = LocalOptions(rule=args.aggregation, proximal_mu=args.fedprox_mu)
+        if self._base_trainer is None:
+            self._base_trainer = self._make_trainer({"owner": self.setup.owner_dataset}, self.setup.base_dir)
+        deltas = []
+        for trainer in (self._base_trainer, self.trainer):
+            # The order of rows and the masks of dropout follow from the task's seed.
+            fingerprint = trainer.guard.fingerprint
+            task = ClientTask(
+                "owner", round_number, args.num_rounds, "owner", seed, fingerprint, proxy=tensors, options=options
+            )
+            deltas.append(restore_tensors(trainer.train_client(task).delta))
+        on_base, on_full = deltas
+        return {}, {key: on_base[key] - on_full[key] for key in on_base}
 
     def merge(self, tensors, adapter_dir: str, output_dir: str):
         # The model of an earlier run stays until there is another to take its place.
@@ -273,8 +243,9 @@ class _Desk:
         options = {"source": self.setup.full_model, "token": self.setup.args.hub_token, **options}
         return {"commit_url": push_merged(directory, repo_id, **options).commit_url}, {}
 
-    def run_reference(self, tensors):
-        trainer = self._make_trainer(self.setup.client_datasets)
+    def run_reference(self, tensors, own_rows: bool):
+        datasets = {"owner": self.setup.owner_dataset} if own_rows else self.setup.client_datasets
+        trainer = self._make_trainer(datasets)
         trainer.train()
         load_adapter_(trainer.guard.parameters, trainer.server.adapter)
         return trainer.evaluate_metrics(), {}
@@ -289,18 +260,20 @@ class _Desk:
             self._trainer = self._make_trainer({} if rows is None else {"owner": rows})
         return self._trainer
 
-    def _make_trainer(self, datasets: Mapping[str, Any]):
+    def _make_trainer(self, datasets: Mapping[str, Any], base_dir: str = ""):
         args = copy.copy(self.setup.args)
         args.output_dir = str(self.scratch / "trainer")
-        args.full_model, args.base_bits, args.adapter_bits = None, FULL_PRECISION, FULL_PRECISION
+        args.full_model, args.adapter_bits = None, FULL_PRECISION
+        if not base_dir:
+            args.base_bits = FULL_PRECISION
         args.report_to, args.push_to_hub, args.merge, args.disable_tqdm = [], False, False, True
         args.compare_full_precision, args.fit_server_step, args.overwrite = False, False, True
-        args.audit = False
+        args.audit, args.control_variate = False, 0.0
         # To evaluate, there is one client, the owner; the federation may want more than one in a round.
         if args.clients_per_round is not None:
             args.clients_per_round = min(args.clients_per_round, max(len(datasets), 1))
         args.min_clients = min(args.min_clients, max(len(datasets), 1))
-        model = load_full_model(self.setup.full_model, self.setup.model_class, args)
+        model = base_dir or load_full_model(self.setup.full_model, self.setup.model_class, args)
         return self.setup.trainer_class(
             model=model,
             args=args,

@@ -56,17 +56,17 @@ class RoundReporter:
     def finish(
         self,
         records: Sequence[Record],
-        reference: Mapping[str, float] | None = None,
+        references: Mapping[str, Mapping[str, float]] | None = None,
         audit: "AuditReport | None" = None,
     ) -> None:
         """Write `report.md`, `metrics.jsonl` and `rounds.png`, the audit's files if there is one, and print the report."""
-        text = render_report(records, self.args, reference, audit)
+        text = render_report(records, self.args, references, audit)
         if audit is not None:
             audit.write(self.output_dir)
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (self.output_dir / "metrics.jsonl").write_text(lines, encoding="utf-8")
         (self.output_dir / "report.md").write_text(text, encoding="utf-8")
-        drawn = draw_rounds(records, self.output_dir / "rounds.png", reference)
+        drawn = draw_rounds(records, self.output_dir / "rounds.png", references)
         if not self.args.disable_tqdm:
             self._bar.clear()
             tqdm.write(f"\n{text}")
@@ -122,7 +122,7 @@ def describe_round(record: Record, num_rounds: int) -> str:
 def render_report(
     records: Sequence[Record],
     args: FederatedConfig,
-    reference: Mapping[str, float] | None = None,
+    references: Mapping[str, Mapping[str, float]] | None = None,
     audit: "AuditReport | None" = None,
 ) -> str:
     """The report of a whole federation as Markdown."""
@@ -136,7 +136,7 @@ def render_report(
         (f"base + last proxy ({proxy_bits})", "clients", last.get("proxy")),
         *((label, "clients", metrics) for label, metrics, _ in attackers),
         ("server's model after", "owner", last.get("server")),
-        ("federation in full precision", "nobody (reference)", reference),
+        *((label, "nobody (reference)", metrics) for label, metrics in (references or {}).items()),
     ]
     shown = [(label, holder, metrics) for label, holder, metrics in rows if metrics]
     names = list(dict.fromkeys(name for _, _, metrics in shown for name in metrics))
@@ -206,7 +206,9 @@ def format_bytes(count: int) -> str:
     return f"{count / 1000**power:.{0 if power == 0 else 1}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
-def draw_rounds(records: Sequence[Record], path: Path, reference: Mapping[str, float] | None = None) -> bool:
+def draw_rounds(
+    records: Sequence[Record], path: Path, references: Mapping[str, Mapping[str, float]] | None = None
+) -> bool:
     """Draw the main metric of proxy and server over the rounds; False if matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -229,8 +231,9 @@ def draw_rounds(records: Sequence[Record], path: Path, reference: Mapping[str, f
             axes.plot(*zip(*points, strict=True), marker="o", label=label, color=color)
         elif points:
             axes.axhline(points[0][1], linestyle=":", label=f"{label}, before", color=color)
-    if reference and name in reference:
-        axes.axhline(reference[name], linestyle="--", color="#555555", label="federation in full precision")
+    for style, (label, reference) in zip(("--", ":"), (references or {}).items(), strict=False):
+        if name in reference:
+            axes.axhline(reference[name], linestyle=style, color="#555555", label=label)
     axes.set_xlabel("round")
     axes.set_ylabel(name.removeprefix("eval_"))
     axes.xaxis.get_major_locator().set_params(integer=True)

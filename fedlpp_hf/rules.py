@@ -44,6 +44,7 @@ def check_rule(
     broadcast: str = "every_round",
     num_rounds: int = 1,
     fit_server_step: bool = False,
+    control_variate: float = 0.0,
     secure_aggregation: bool = False,
     peft_config: PeftConfig | None = None,
 ) -> None:
@@ -67,6 +68,11 @@ def check_rule(
         (
             product and fit_server_step,
             "fit_server_step: a multiple of the factors' steps is no multiple of their product's. Set it to False",
+        ),
+        (
+            product and control_variate,
+            f"control_variate={control_variate}: it is an estimate for the mean of the factors, not of their product. Use "
+            "'fedavg', 'freeze_a' or 'alternate'",
         ),
         (
             rule == "stack" and (broadcast != "never" or num_rounds != 1),

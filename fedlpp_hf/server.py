@@ -16,10 +16,10 @@ import torch
 from peft import PeftConfig
 
 from .adapters import check_tensors
+from .admission import AcceptedUpdate, Admission
 from .aggregation import aggregate, average_updates
-from .compression import decompress_update
 from .config import FederatedConfig
-from .corrections import check_norm, update_server_control
+from .corrections import update_norm, update_server_control
 from .messages import ClientFailure, ClientTask, ClientUpdate, LocalOptions, Payload, restore_tensors
 from .optimizers import ServerOptimizer
 from .products import join_residual, lower_rank, pad_update, truncate_adapter
@@ -31,7 +31,6 @@ from .store import RoundStore
 if TYPE_CHECKING:  # the server must not import what can open a model
     from .owner import Owner
 
-_Accepted = tuple[ClientUpdate, dict[str, torch.Tensor]]  # as it came, and its Δ in the server's shapes
 TrainClients = Callable[[list[ClientTask]], Iterable[ClientUpdate | ClientFailure]]
 
 # What may differ between a run and its resumption without changing what is computed.
@@ -64,6 +63,10 @@ class FederatedServer:
         on_round: Callable[[dict[str, Any]], None] | None = None,
     ):
         args.check_clients(len(num_examples))
+        if args.control_variate and owner is None:
+            raise ValueError(
+                f"control_variate={args.control_variate}: only the owner's process can estimate it; set `full_model`."
+            )
         check_rule(args.aggregation, broadcast=args.broadcast, num_rounds=args.num_rounds, peft_config=peft_config)
         self.args = args
         self.adapter = dict(adapter)
@@ -82,6 +85,7 @@ class FederatedServer:
             beta2=args.server_beta2,
             tau=args.server_tau,
         )
+        self.admission = Admission(args, self.adapter, peft_config, self.num_examples, self.store.updates_dir)
         self.residual: dict[str, torch.Tensor] = {}
         self.federation_id = ""
         self._anchor: dict[str, torch.Tensor] = {}
@@ -192,7 +196,7 @@ class FederatedServer:
                 for client in self.sample_clients(number, attempt)
             }
             asked |= tasks.keys()
-            updates, refused = self._collect(tasks, train_clients(list(tasks.values())))
+            updates, refused = self.admission.collect(tasks, train_clients(list(tasks.values())))
             rejected |= refused
             if len(updates) >= self.args.min_clients:
                 break
@@ -204,20 +208,23 @@ class FederatedServer:
             )
         start = self._anchor if proxy is None else restore_tensors(proxy)
         starts = [self._start_of(tasks[client]) for client in updates] if self.args.client_ranks else start
-        report = self._step(number, updates, starts)
+        repair = {}
+        if self.args.control_variate and self.owner is not None:
+            repair = self.owner.estimate_repair(start, number, _seed(self.args.seed, number, "owner"))
+        report = self._step(number, updates, starts, repair)
         record = {
             "clients": {
-                client: update.metrics | {"num_examples": update.num_examples}
-                for client, (update, _) in updates.items()
+                client: update.metrics | {"num_examples": update.num_examples} for client, update in updates.items()
             },
             "rejected": rejected,
             "asked": sorted(asked),  # whoever was asked has the proxy; the audit counts them
             "bytes_down": sum(len(task.to_bytes()) for task in tasks.values()),
-            "bytes_up": sum(len(update.to_bytes()) for update, _ in updates.values()),
+            "bytes_up": sum(update.num_bytes for update in updates.values()),
             "seconds": time.perf_counter() - began,
             **report,
         }
         self._commit(number, record)
+        self.admission.forget()
 
     def _start_of(self, task: ClientTask) -> Mapping[str, torch.Tensor]:
         """What a client's update is taken at, in the server's shapes."""
@@ -258,18 +265,20 @@ class FederatedServer:
     def _step(
         self,
         number: int,
-        updates: Mapping[str, "_Accepted"],
+        updates: Mapping[str, AcceptedUpdate],
         start: Mapping[str, torch.Tensor] | list[Mapping[str, torch.Tensor]],
+        repair: Mapping[str, torch.Tensor],
     ) -> dict[str, Any]:
         """Aggregate a round's updates and move the server's adapter; returns what to record.
 
-        `start` is what the updates were taken at, one for each where ranks differ.
+        `start` is what the updates were taken at, one for each where ranks differ; `repair` is the owner's estimate of
+        what in them repairs the base, if it makes one.
         """
         args = self.args
         result = aggregate(
             args.aggregation,
-            [delta for _, delta in updates.values()],
-            [update.num_examples if args.weighting == "examples" else 1.0 for update, _ in updates.values()],
+            [update.delta for update in updates.values()],
+            [update.num_examples if args.weighting == "examples" else 1.0 for update in updates.values()],
             adapter=self._anchor,
             proxy=start,
             peft_config=self.peft_config,
@@ -283,76 +292,25 @@ class FederatedServer:
         self.residual = result.residual
         if args.scaffold:
             # Clients differ in their steps, and so Δ_i/steps_i is averaged: the mean of one step each.
-            each = [{k: v / update.metrics["steps"] for k, v in delta.items()} for update, delta in updates.values()]
-            mean_step = average_updates(each, [1.0] * len(each))
+            each = ({k: v / update.metrics["steps"] for k, v in update.delta.items()} for update in updates.values())
+            mean_step = average_updates(each, [1.0] * len(updates))
             share = len(updates) / len(self.num_examples)
             self._control = update_server_control(self._control, mean_step, 1, args.learning_rate, share)
         # Every Δ of a window is taken at the same proxy, so its rounds are averaged, not summed.
-        self._window = {key: self._window.get(key, 0) + value.double() for key, value in result.delta.items()}
+        delta = {
+            key: value.double() - args.control_variate * repair.get(key, 0.0) for key, value in result.delta.items()
+        }
+        self._window = {key: self._window.get(key, 0) + value for key, value in delta.items()}
         self._window_rounds += 1
         mean = {key: (value / self._window_rounds).float() for key, value in self._window.items()}
         report = dict(result.report)
+        if repair:
+            report |= {"update_norm": update_norm(result.delta), "repair_norm": update_norm(repair)}
         if args.fit_server_step and self.owner is not None:
             report["server_step"] = self.owner.fit_step(self._anchor, mean)
             mean = {key: report["server_step"] * value for key, value in mean.items()}
         self.adapter, self._optimizer_state = self.optimizer.step(self._anchor, mean, self._anchor_state)
         return report
-
-    def _collect(
-        self, tasks: Mapping[str, ClientTask], answers: Iterable[ClientUpdate | ClientFailure]
-    ) -> tuple[dict[str, "_Accepted"], dict[str, str]]:
-        """Acceptable updates in the order of the tasks, and the reason for every client without one."""
-        accepted: dict[str, _Accepted] = {}
-        rejected: dict[str, str] = {}
-        wanted = self.args.clients_per_round or len(tasks)
-        for answer in answers:
-            client = answer.client_id
-            if client not in tasks:
-                rejected[client] = "it was not asked in this round"
-            elif isinstance(answer, ClientFailure):
-                rejected[client] = answer.reason
-            elif client in accepted:
-                rejected[client] = "it answered twice"
-            else:
-                try:
-                    accepted[client] = (answer, self._open_update(answer, tasks[client]))
-                except ValueError as error:
-                    rejected[client] = str(error)
-            if len(accepted) == wanted < len(tasks):
-                break  # over-sampled: the round closes with those who were first
-        for client in tasks:
-            if client not in accepted and client not in rejected:
-                rejected[client] = "the round closed without it" if len(accepted) == wanted else "it did not answer"
-        return {client: accepted[client] for client in tasks if client in accepted}, rejected
-
-    def _open_update(self, update: ClientUpdate, task: ClientTask) -> dict[str, torch.Tensor]:
-        """The update as tensors in the server's shapes.
-
-        Raises:
-            ValueError: for whatever makes it unacceptable.
-        """
-        for name in ("federation_id", "round", "base_fingerprint"):
-            if getattr(update, name) != getattr(task, name):
-                raise ValueError(f"its {name} is {getattr(update, name)!r}; the task's is {getattr(task, name)!r}")
-        limit = self.num_examples.get(update.client_id)
-        if update.num_examples < 1 or (limit is not None and update.num_examples > limit):
-            raise ValueError(f"it claims {update.num_examples} examples; expected 1 to {limit or 'any number'}")
-        for name in ("loss", "steps"):
-            if name not in update.metrics:
-                raise ValueError(f"its metrics lack `{name}`")
-        if not update.metrics["steps"] >= 1:
-            raise ValueError(f"it claims {update.metrics['steps']} steps")
-        shapes = self.adapter
-        config = lower_rank(shapes, self.peft_config, task.options.rank) if task.options.rank else None
-        if config is not None:
-            shapes = truncate_adapter(shapes, self.peft_config, config)
-        trained = {key: shapes[key] for key in trainable_keys(self.args.aggregation, task.round, shapes)}
-        delta = decompress_update(update.delta, trained)
-        if config is not None:
-            delta = pad_update(delta, self.adapter, self.peft_config, config)
-        if self.args.max_update_norm is not None:
-            check_norm(delta, self.args.max_update_norm)
-        return delta
 
     def _commit(self, number: int, record: dict[str, Any]) -> None:
         metrics = {}

@@ -34,6 +34,11 @@ class RoundStore:
         self.root = self.output_dir / FEDERATION_DIR
 
     @property
+    def updates_dir(self) -> Path:
+        """Where the updates of the round under way are; no part of the state."""
+        return self.root / "updates"
+
+    @property
     def exists(self) -> bool:
         return (self.root / FEDERATION_FILE).is_file()
 

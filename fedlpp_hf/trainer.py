@@ -5,7 +5,7 @@ import copy
 import gc
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -19,11 +19,11 @@ from .adapters import load_adapter_
 from .base import BASE_MANIFEST, load_base
 from .callbacks import QuantizedBaseCallback, audit_model
 from .config import FederatedConfig
-from .hub import push_adapter
 from .messages import ClientFailure, ClientTask, ClientUpdate, decode_message, encode_message, restore_tensors
 from .owner import Owner, OwnerSetup, load_full_model
 from .partition import check_client_sizes, partition_clients
 from .privacy import audit_federation, check_auditable
+from .publishing import MERGED_DIR, PublishingMixin
 from .quantization import FULL_PRECISION
 from .ranks import broadcast_bytes
 from .report import RoundReporter
@@ -32,17 +32,12 @@ from .server import FederatedServer, TrainClients
 from .store import FEDERATION_DIR, RoundStore
 
 
-# The underscores keep these out of `push_to_hub` of the adapter.
-MERGED_DIR = "_merged"  # the full model with the server's adapter merged into it
+# The underscore keeps it out of `push_to_hub` of the adapter.
 CLIENTS_DIR = "_clients"  # what simulated clients keep to themselves from round to round
 _TIMINGS = ("_runtime", "_samples_per_second", "_steps_per_second", "model_preparation_time")
 
 
-# For type checkers the mixin is the Trainer that it will be mixed with.
-_Parent: Any = Trainer if TYPE_CHECKING else object
-
-
-class FederatedMixin(_Parent):
+class FederatedMixin(PublishingMixin):
     """Makes a `Trainer` subclass federated: `class FederatedSFTTrainer(FederatedMixin, SFTTrainer)`.
 
     `train_dataset` is a `datasets.Dataset`, partitioned by `args.partition`, or a mapping of client ids to datasets; an
@@ -231,63 +226,6 @@ class FederatedMixin(_Parent):
         load_adapter_(self.guard.parameters, adapter)
         return self.evaluate_metrics()
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the server's adapter: what the live model holds is a client's view of it."""
-        if self.is_world_process_zero():
-            store = RoundStore(output_dir or self.args.output_dir)
-            adapter = self.guard.initial if self.server is None else self.server.adapter
-            store.output_dir.mkdir(parents=True, exist_ok=True)
-            store.publish(adapter, self.model.peft_config["default"])
-
-    def push_to_hub(
-        self, commit_message: str | None = None, blocking: bool = True, token: str | None = None, **kwargs: Any
-    ) -> Any:
-        """Push the server's adapter with its model card to `args.hub_model_id`, and nothing else of `output_dir`.
-
-        It becomes private unless `private` or `args.hub_private_repo` is False; `kwargs` are those of [`push_adapter`].
-
-        Raises:
-            ValueError: if the repository would be public without `allow_public`, or `blocking` is False.
-        """
-        if not blocking:
-            raise ValueError("blocking=False: the push is checked as it goes; it can't go on in the background.")
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        return push_adapter(
-            self.args.output_dir,
-            self.args.hub_model_id or Path(self.args.output_dir).name,
-            source=self.args.full_model or None,
-            commit_message=commit_message or "Adapter of a federation",
-            token=token or self.args.hub_token,
-            **self._hub_options(kwargs),
-        )
-
-    def merge_and_push(self, repo_id: str, **kwargs: Any) -> str:
-        """Merge the server's adapter into the full model and push that to `repo_id`; returns the commit's address.
-
-        The owner's process does both; `kwargs` are those of [`push_merged`].
-
-        Raises:
-            ValueError: if there is no full model, or it may not become public.
-        """
-        if self.owner is None:
-            raise ValueError("No owner's process can merge here; set `full_model`, or use `fedlpp-hf merge --push`.")
-        self.save_model(_internal_call=True)
-        merged = Path(self.args.output_dir) / MERGED_DIR
-        self.owner.merge(self.args.output_dir, merged)
-        return self.owner.push_merged(
-            merged, repo_id, federation_dir=str(self.args.output_dir), **self._hub_options(kwargs)
-        )
-
-    def _hub_options(self, options: dict[str, Any]) -> dict[str, Any]:
-        private = self.args.hub_private_repo if options.get("private") is None else options["private"]
-        return options | {
-            "private": private is None or bool(private),
-            "revision": options.get("revision") or self.args.hub_revision,
-        }
-
     def _lead(self, num_examples: Mapping[str, int | None], train_clients: TrainClients, resume: bool) -> TrainOutput:
         if self.args.audit:
             check_auditable(self)
@@ -318,14 +256,16 @@ class FederatedMixin(_Parent):
             records = self.server.run(train_and_report, resume)
             self._share("stop")
             self.guard.prove_base_unmoved()
-            reference = None
+            references = {}
             if self.owner is not None:
                 if self.args.compare_full_precision:
-                    reference = self.owner.run_reference()
+                    references["federation in full precision"] = self.owner.run_reference()
+                    if self.owner.has_rows:
+                        references["owner's own rows alone"] = self.owner.run_reference(own_rows=True)
                 if self.args.merge:
                     self.owner.merge(self.args.output_dir, Path(self.args.output_dir) / MERGED_DIR)
             audit = audit_federation(self) if self.args.audit else None
-            reporter.finish(records, reference, audit)
+            reporter.finish(records, references, audit)
         if audit is not None:
             audit.check_threshold()
         self.state = TrainerState(global_step=len(records) - 1, is_world_process_zero=True)
@@ -366,6 +306,7 @@ class FederatedMixin(_Parent):
         if not isinstance(model, str | Path):
             return model
         if (Path(model) / BASE_MANIFEST).is_file():
+            setup.base_dir = str(model)
             return load_base(model, setup.model_class)
         # A name that is no base is the owner's full model, which only the owner's process may open.
         if args.full_model not in (None, "", str(model)):
@@ -377,6 +318,7 @@ class FederatedMixin(_Parent):
         if args.base_bits == FULL_PRECISION:
             return load_full_model(args.full_model, setup.model_class, args)
         base_dir = Path(args.output_dir) / FEDERATION_DIR / "base"
+        setup.base_dir = str(base_dir)
         if args.process_index == 0:
             self.owner = Owner(setup)
             # Only a federation that can be resumed keeps its base; another one may want other bits.

@@ -76,7 +76,7 @@ def main(full_model: str, output_dir: str) -> None:
     tensors = {
         str(number): tensor.detach().float().contiguous().clone()
         for number, tensor in enumerate(held)
-        if tensor.is_floating_point() and tensor.dim() >= 2
+        if tensor.is_floating_point() and tensor.dim() >= 2 and not tensor.is_meta  # shapes are no weights
     }
     save_file(tensors, Path(output_dir) / "held.safetensors")
     (Path(output_dir) / "opened.json").write_text(json.dumps(sorted(OPENED)))

@@ -45,12 +45,15 @@ FLOORS = {
     "shards": 1,
     "store": 1,
     # Processes: the client's guard, the owner, the server.
+    "admission": 2,
     "callbacks": 2,
     "owner": 2,
     "privacy": 2,
+    "processes": 2,
     "report": 2,
     "server": 2,
     # HF's classes.
+    "publishing": 3,
     "trainer": 3,
     # Ways to run it all.
     "certificates": 4,

@@ -7,7 +7,7 @@ import torch
 from fedlpp_hf import FederatedTrainer, load_base
 from fedlpp_hf.adapters import lora_factors, read_adapter
 from fedlpp_hf.messages import restore_tensors
-from fedlpp_hf.trainer import MERGED_DIR
+from fedlpp_hf.publishing import MERGED_DIR
 
 from .conftest import make_rows
 from .test_trainer import assert_equal, make_trainer

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fedlpp_hf import FederatedTrainer
 from fedlpp_hf.adapters import read_adapter
-from fedlpp_hf.trainer import MERGED_DIR
+from fedlpp_hf.publishing import MERGED_DIR
 
 from .conftest import make_rows
 from .test_trainer import make_args
@@ -104,7 +104,7 @@ def test_owner_that_dies_is_reported(full_llama, lora, tmp_path):
         eval_dataset=make_rows(),
         peft_config=lora,
     )
-    trainer.owner._process.kill()
+    trainer.owner._service._process.kill()
     with pytest.raises(RuntimeError, match="owner's process died"):
         trainer.train()
 
@@ -118,3 +118,56 @@ def test_what_cannot_cross_to_the_owner_is_explained(full_llama, lora, tmp_path)
             peft_config=lora,
             compute_metrics=lambda prediction: {},
         )
+
+
+def federate_alone(full_llama, lora, output_dir, **options):
+    """A federation whose only client has the owner's rows and, by its name, the owner's seeds."""
+    rows = make_rows().remove_columns("client")
+    args = make_args(output_dir, full_model=str(full_llama), adapter_bits=32, base_bits=2, merge=False, **options)
+    trainer = FederatedTrainer(
+        str(full_llama), args, train_dataset={"owner": rows}, eval_dataset=rows, owner_dataset=rows, peft_config=lora
+    )
+    trainer.train()
+    return trainer
+
+
+def test_control_variate_takes_the_repair_of_the_base_out_of_the_update(full_llama, lora, tmp_path):
+    """Where the owner's estimate is exact, Δ(Q(W)) − (Δ(Q(W)) − Δ(W)), the server's adapter is that of full precision."""
+    lora.lora_dropout = 0.1  # the same masks on both sides, or the difference is noise
+    corrected = federate_alone(full_llama, lora, tmp_path / "corrected", control_variate=1.0)
+    naive = federate_alone(full_llama, lora, tmp_path / "naive")
+    reference = corrected.owner.run_reference(own_rows=True)["eval_loss"]
+    records = corrected.server.store.records()
+    assert records[-1]["metrics"]["server"]["eval_loss"] == pytest.approx(reference, rel=1e-5)
+    assert naive.server.store.records()[-1]["metrics"]["server"]["eval_loss"] != pytest.approx(reference, rel=1e-3)
+    assert records[1]["repair_norm"] > 0.0 and records[1]["update_norm"] > 0.0
+
+
+def test_control_variate_resumes_to_the_same_bits(full_llama, lora, tmp_path):
+    whole = federate_alone(full_llama, lora, tmp_path / "whole", control_variate=0.5, num_rounds=2)
+    federate_alone(full_llama, lora, tmp_path / "parts", control_variate=0.5, num_rounds=1)
+    rows = make_rows().remove_columns("client")
+    args = make_args(
+        tmp_path / "parts", full_model=str(full_llama), adapter_bits=32, base_bits=2, merge=False, control_variate=0.5
+    )
+    resumed = FederatedTrainer(
+        str(full_llama), args, train_dataset={"owner": rows}, eval_dataset=rows, owner_dataset=rows, peft_config=lora
+    )
+    resumed.train(resume_from_checkpoint=True)
+    for key, value in whole.server.adapter.items():
+        assert torch.equal(value, resumed.server.adapter[key]), key
+
+
+def test_control_variate_without_what_it_needs_is_refused(full_llama, llama_base, lora, tmp_path):
+    rows = make_rows()
+    with pytest.raises(ValueError, match="control_variate=1.0 needs rows of the owner's own"):
+        FederatedTrainer(
+            str(full_llama), make_args(tmp_path, control_variate=1.0), train_dataset=rows, peft_config=lora
+        )
+    trainer = FederatedTrainer(
+        str(llama_base), make_args(tmp_path, control_variate=1.0), train_dataset=rows, peft_config=lora
+    )
+    with pytest.raises(ValueError, match="set `full_model`"):
+        trainer.train()
+    with pytest.raises(ValueError, match="does not go with control_variate=1.0"):
+        make_args(tmp_path, control_variate=1.0, aggregation="exact")

@@ -91,7 +91,7 @@ def test_loss_of_clients_is_weighted_by_their_examples():
 
 
 def test_report_shows_both_views_and_who_holds_them(args):
-    text = render_report(make_records(), args, {"eval_accuracy": 0.95})
+    text = render_report(make_records(), args, {"federation in full precision": {"eval_accuracy": 0.95}})
     cells = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
     ]
@@ -201,7 +201,7 @@ def test_reporter_appends_rounds_after_a_resumption(args):
 )
 def test_picture_of_any_federation_is_a_png(records, tmp_path):
     pytest.importorskip("matplotlib")
-    assert draw_rounds(records, tmp_path / "rounds.png", {"eval_loss": 0.5, "eval_accuracy": 0.9})
+    assert draw_rounds(records, tmp_path / "rounds.png", {"reference": {"eval_loss": 0.5, "eval_accuracy": 0.9}})
     assert (tmp_path / "rounds.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
