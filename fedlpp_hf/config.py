@@ -205,6 +205,16 @@ class FederatedConfig(TrainingArguments):
     audit_clients: int = field(
         default=1, metadata={"help": "Clients that attack alone, those first that hold the most proxies and rows."}
     )
+    client_workers: int = field(
+        default=1,
+        metadata={
+            "help": "Processes that train a round's clients side by side on this machine, each with its own base. 1: "
+            "this process trains them one after the other."
+        },
+    )
+    client_timeout: float | None = field(
+        default=None, metadata={"help": "Seconds after which a worker gives a client's run up; the client has failed."}
+    )
     merge: bool = field(
         default=True, metadata={"help": "At the end, write the merged full model to output_dir/_merged."}
     )
@@ -222,8 +232,12 @@ class FederatedConfig(TrainingArguments):
         for option in ("base_bits", "embedding_bits", "adapter_bits", "update_bits"):
             check_bits_or_full(getattr(self, option), option)
         self._check_positive("num_rounds", "min_clients", "base_block_size", "adapter_block_size", "dirichlet_alpha")
-        self._check_positive("round_attempts", "residual_rank", "audit_rows", "audit_steps", "audit_clients")
-        self._check_positive("num_clients", "clients_per_round", "max_update_norm", "clip_update_norm", optional=True)
+        self._check_positive(
+            "round_attempts", "residual_rank", "audit_rows", "audit_steps", "audit_clients", "client_workers"
+        )
+        self._check_positive(
+            "num_clients", "clients_per_round", "max_update_norm", "clip_update_norm", "client_timeout", optional=True
+        )
         if isinstance(self.client_ranks, str):
             self.client_ranks = json.loads(self.client_ranks)
         if self.over_sample and self.clients_per_round is None:
@@ -235,6 +249,8 @@ class FederatedConfig(TrainingArguments):
                 "lr_scheduler_type='constant', and leave clip_update_norm out."
             )
         self._check_choice("weighting", ("examples", "uniform"))
+        if self.client_timeout is not None and self.client_workers == 1:
+            raise ValueError("client_timeout needs client_workers of 2 or more: this process can't end its own run.")
         if self.audit_threshold is not None and not self.audit:
             raise ValueError(f"audit_threshold={self.audit_threshold} without an audit; set audit=True.")
         self._check_choice("learning_rate_horizon", ("round", "federation"))

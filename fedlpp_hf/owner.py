@@ -6,21 +6,18 @@ round, and merges at the end. It is asked over a pipe and answers in adapters, m
 are messages of safetensors and JSON, so that no full-precision weight and no pickle comes back.
 """
 
-import copy
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
 
 from .adapters import load_adapter_, split_tensors
 from .base import export_base
-from .config import FederatedConfig
+from .blueprint import TrainerBlueprint
 from .hub import push_merged
 from .merge import merge_adapter
 from .messages import ClientTask, LocalOptions, restore_tensors
@@ -34,27 +31,6 @@ from .quantization import FULL_PRECISION
 STEP_GRID = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
 
-@dataclass(slots=True)
-class OwnerSetup:
-    """What the owner's process needs to do its work: its model, and the means to evaluate it as the clients' are.
-
-    `trainer_class` is a [`FederatedMixin`] trainer, so that an overridden `compute_loss` counts for the owner, too;
-    `trainer_arguments` are those of its `__init__` besides model, arguments and adapter. `client_datasets` is for the
-    full-precision reference alone (`compare_full_precision`), and None otherwise. `base_dir` holds the base, for the
-    owner's own runs on it (`control_variate`).
-    """
-
-    full_model: str
-    args: FederatedConfig
-    trainer_class: type
-    model_class: Any
-    peft_config: PeftConfig
-    owner_dataset: Any = None
-    client_datasets: Any = None
-    base_dir: str = ""
-    trainer_arguments: dict[str, Any] = field(default_factory=dict)
-
-
 class Owner:
     """A handle on the owner's process. Every method is one request to it.
 
@@ -63,19 +39,19 @@ class Owner:
         ValueError: from any method, if the owner refused its input.
     """
 
-    def __init__(self, setup: OwnerSetup):
+    def __init__(self, blueprint: TrainerBlueprint):
         for option in ("fit_server_step", "control_variate"):
-            if getattr(setup.args, option) and setup.owner_dataset is None:
+            if getattr(blueprint.args, option) and blueprint.owner_dataset is None:
                 raise ValueError(
-                    f"{option}={getattr(setup.args, option)} needs rows of the owner's own; pass `owner_dataset`."
+                    f"{option}={getattr(blueprint.args, option)} needs rows of the owner's own; pass `owner_dataset`."
                 )
-        if setup.args.control_variate and not setup.base_dir:
+        if blueprint.args.control_variate and not blueprint.base_dir:
             raise ValueError(
-                f"control_variate={setup.args.control_variate}: the owner trains on the base, too, and needs it as a "
+                f"control_variate={blueprint.args.control_variate}: the owner trains on the base, too, and needs it as a "
                 "directory that `fedlpp-hf quantize` or the federation wrote; give `model` as a path, base_bits below 32."
             )
-        self.has_rows = setup.owner_dataset is not None
-        self._service = Service("owner", _Desk, setup)
+        self.has_rows = blueprint.owner_dataset is not None
+        self._service = Service("owner", _Desk, blueprint)
 
     def export_base(self, output_dir: str | os.PathLike) -> dict[str, Any]:
         """Write the quantized base to `output_dir`; returns the totals of its manifest."""
@@ -152,21 +128,21 @@ def _pack_adapter(
 class _Desk:
     """The owner's side of [`Owner`]: one method per request, each returning (JSON values, tensors)."""
 
-    def __init__(self, setup: OwnerSetup, scratch: Path):
-        self.setup, self.scratch = setup, scratch
+    def __init__(self, blueprint: TrainerBlueprint, scratch: Path):
+        self.blueprint, self.scratch = blueprint, scratch
         self._trainer: Any = None
         self._base_trainer: Any = None
 
     def export_base(self, tensors, output_dir: str):
-        args = self.setup.args
+        args = self.blueprint.args
         manifest = export_base(
-            self.setup.full_model,
+            self.blueprint.full_model,
             output_dir,
             bits=args.base_bits,
             block_size=args.base_block_size,
             double_quant=args.double_quant,
             embedding_bits=args.embedding_bits,
-            model_class=self.setup.model_class,
+            model_class=self.blueprint.model_class,
             overwrite=True,
         )
         return manifest["totals"], {}
@@ -179,7 +155,7 @@ class _Desk:
             return self.trainer.evaluate_metrics(), {}
 
     def measure_rows(self, tensors):
-        args = self.setup.args
+        args = self.blueprint.args
         with self._holding(tensors):
             rows = choose_rows(self.trainer.eval_dataset, args.audit_rows, args.seed)
             found = measure_rows(self.trainer, rows)
@@ -215,10 +191,10 @@ class _Desk:
         return {"step": min(losses, key=losses.__getitem__)}, {}
 
     def estimate_repair(self, tensors, round_number: int, seed: int):
-        args = self.setup.args
+        args = self.blueprint.args
         options = LocalOptions(rule=args.aggregation, proximal_mu=args.fedprox_mu)
         if self._base_trainer is None:
-            self._base_trainer = self._make_trainer({"owner": self.setup.owner_dataset}, self.setup.base_dir)
+            self._base_trainer = self._make_trainer({"owner": self.blueprint.owner_dataset}, self.blueprint.base_dir)
         deltas = []
         for trainer in (self._base_trainer, self.trainer):
             # The order of rows and the masks of dropout follow from the task's seed.
@@ -234,17 +210,17 @@ class _Desk:
         # The model of an earlier run stays until there is another to take its place.
         fresh = Path(f"{output_dir}.new")
         shutil.rmtree(fresh, ignore_errors=True)
-        merge_adapter(self.setup.full_model, adapter_dir, fresh, model_class=self.setup.model_class)
+        merge_adapter(self.blueprint.full_model, adapter_dir, fresh, model_class=self.blueprint.model_class)
         shutil.rmtree(output_dir, ignore_errors=True)
         os.replace(fresh, output_dir)
         return {}, {}
 
     def push_merged(self, tensors, directory: str, repo_id: str, options: dict[str, Any]):
-        options = {"source": self.setup.full_model, "token": self.setup.args.hub_token, **options}
+        options = {"source": self.blueprint.full_model, "token": self.blueprint.args.hub_token, **options}
         return {"commit_url": push_merged(directory, repo_id, **options).commit_url}, {}
 
     def run_reference(self, tensors, own_rows: bool):
-        datasets = {"owner": self.setup.owner_dataset} if own_rows else self.setup.client_datasets
+        datasets = {"owner": self.blueprint.owner_dataset} if own_rows else self.blueprint.client_datasets
         trainer = self._make_trainer(datasets)
         trainer.train()
         load_adapter_(trainer.guard.parameters, trainer.server.adapter)
@@ -253,39 +229,12 @@ class _Desk:
     @property
     def trainer(self):
         if self._trainer is None:
-            rows = self.setup.owner_dataset
+            rows = self.blueprint.owner_dataset
             if rows is None:  # some trainers insist on training rows even to evaluate; these are never trained on
-                rows = self.setup.trainer_arguments.get("eval_dataset")
+                rows = self.blueprint.trainer_arguments.get("eval_dataset")
                 rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
             self._trainer = self._make_trainer({} if rows is None else {"owner": rows})
         return self._trainer
 
     def _make_trainer(self, datasets: Mapping[str, Any], base_dir: str = ""):
-        args = copy.copy(self.setup.args)
-        args.output_dir = str(self.scratch / "trainer")
-        args.full_model, args.adapter_bits = None, FULL_PRECISION
-        if not base_dir:
-            args.base_bits = FULL_PRECISION
-        args.report_to, args.push_to_hub, args.merge, args.disable_tqdm = [], False, False, True
-        args.compare_full_precision, args.fit_server_step, args.overwrite = False, False, True
-        args.audit, args.control_variate = False, 0.0
-        # To evaluate, there is one client, the owner; the federation may want more than one in a round.
-        if args.clients_per_round is not None:
-            args.clients_per_round = min(args.clients_per_round, max(len(datasets), 1))
-        args.min_clients = min(args.min_clients, max(len(datasets), 1))
-        model = base_dir or load_full_model(self.setup.full_model, self.setup.model_class, args)
-        return self.setup.trainer_class(
-            model=model,
-            args=args,
-            train_dataset=dict(datasets),
-            peft_config=copy.deepcopy(self.setup.peft_config),
-            **self.setup.trainer_arguments,
-        )
-
-
-def load_full_model(full_model: str, model_class: Any, args: FederatedConfig) -> torch.nn.Module:
-    """The owner's model in full precision; in float32 on the CPU, where 16-bit products are many times slower."""
-    from transformers import AutoModelForCausalLM
-
-    dtype = torch.float32 if args.device.type == "cpu" else "auto"
-    return (model_class or AutoModelForCausalLM).from_pretrained(full_model, dtype=dtype)
+        return self.blueprint.build(datasets, self.scratch / "trainer", base_dir, adapter_bits=FULL_PRECISION)

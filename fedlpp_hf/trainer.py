@@ -2,6 +2,7 @@
 """Trainers whose `train()` runs a federation, with one client's run as the primitive `train_client(task)`."""
 
 import copy
+import dataclasses
 import gc
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,10 +18,11 @@ from transformers.trainer_utils import TrainOutput
 
 from .adapters import load_adapter_
 from .base import BASE_MANIFEST, load_base
+from .blueprint import TrainerBlueprint, load_full_model
 from .callbacks import QuantizedBaseCallback, audit_model
 from .config import FederatedConfig
 from .messages import ClientFailure, ClientTask, ClientUpdate, decode_message, encode_message, restore_tensors
-from .owner import Owner, OwnerSetup, load_full_model
+from .owner import Owner
 from .partition import check_client_sizes, partition_clients
 from .privacy import audit_federation, check_auditable
 from .publishing import MERGED_DIR, PublishingMixin
@@ -30,6 +32,7 @@ from .report import RoundReporter
 from .schedules import start_schedule_at_
 from .server import FederatedServer, TrainClients
 from .store import FEDERATION_DIR, RoundStore
+from .workers import ClientWorkers
 
 
 # The underscore keeps it out of `push_to_hub` of the adapter.
@@ -79,7 +82,7 @@ class FederatedMixin(PublishingMixin):
         self.raw_datasets = partition_clients(train_dataset, args)
         if self.raw_datasets:
             args.check_clients(len(self.raw_datasets))
-        setup = OwnerSetup(
+        blueprint = TrainerBlueprint(
             full_model=args.full_model or "",
             args=args,
             trainer_class=type(self),
@@ -89,8 +92,9 @@ class FederatedMixin(PublishingMixin):
             client_datasets=self.raw_datasets if args.compare_full_precision else None,
             trainer_arguments={"data_collator": data_collator, "eval_dataset": eval_dataset, **kwargs},
         )
-        peft_model = _add_adapter(self._resolve_model(model, setup), peft_config, args.seed)
-        setup.peft_config = peft_model.peft_config["default"]
+        self._blueprint = blueprint
+        peft_model = _add_adapter(self._resolve_model(model, blueprint), peft_config, args.seed)
+        blueprint.peft_config = peft_model.peft_config["default"]
         unquantized = args.base_bits == FULL_PRECISION
         audit_model(peft_model, unquantized)
         memory_dir = Path(args.output_dir) / CLIENTS_DIR
@@ -119,7 +123,7 @@ class FederatedMixin(PublishingMixin):
             self.client_datasets, args.train_batch_size * args.world_size if args.dataloader_drop_last else 1
         )
         if self.owner is None and args.full_model and self.is_world_process_zero():
-            self.owner = Owner(setup)
+            self.owner = Owner(blueprint)
         self._horizon = (0, 1)
         self._decay_names: list[str] | None = None
         self._trimmed: set[str] = set()  # clients whose rows have only the columns that the model takes
@@ -148,7 +152,13 @@ class FederatedMixin(PublishingMixin):
                 self._follow()
                 return TrainOutput(0, 0.0, {})
             num_examples = {client: len(rows) for client, rows in self.client_datasets.items()}
-            return self._lead(num_examples, self._train_clients, bool(resume_from_checkpoint))
+            if self.args.client_workers == 1:
+                return self._lead(num_examples, self._train_clients, bool(resume_from_checkpoint))
+            workers = self._hire()
+            try:
+                return self._lead(num_examples, workers.train_clients, bool(resume_from_checkpoint))
+            finally:
+                workers.close()
         finally:
             gc.unfreeze()
 
@@ -278,6 +288,23 @@ class FederatedMixin(PublishingMixin):
             self._share("train", task.to_bytes())
             yield self.train_client(task)
 
+    def _hire(self) -> ClientWorkers:
+        args, blueprint = self.args, self._blueprint
+        if args.world_size > 1:
+            raise ValueError(
+                f"client_workers={args.client_workers} in a launch of {args.world_size} processes, which train each "
+                "client together. Launch one process, or set client_workers=1."
+            )
+        if not blueprint.base_dir and not (args.base_bits == FULL_PRECISION and blueprint.full_model):
+            raise ValueError(
+                f"client_workers={args.client_workers}: each loads the base; give `model` as the path of one, not as a model."
+            )
+        # What is the owner's stays out of it.
+        theirs = dataclasses.replace(blueprint, owner_dataset=None, client_datasets=self.raw_datasets)
+        if blueprint.base_dir:
+            theirs = dataclasses.replace(theirs, full_model="")
+        return ClientWorkers(theirs, args.client_workers, args.client_timeout)
+
     def _evaluate_together(self, adapter: Mapping[str, torch.Tensor]) -> dict[str, float]:
         self._share("evaluate", encode_message("adapter", {}, adapter))
         return self.evaluate_proxy(adapter)
@@ -301,31 +328,31 @@ class FederatedMixin(PublishingMixin):
         data = broadcast_bytes(None, self.args.device)
         return data[:8].decode().strip(), data[8:]
 
-    def _resolve_model(self, model: str | torch.nn.Module, setup: OwnerSetup) -> torch.nn.Module:
-        args = setup.args
+    def _resolve_model(self, model: str | torch.nn.Module, blueprint: TrainerBlueprint) -> torch.nn.Module:
+        args = blueprint.args
         if not isinstance(model, str | Path):
             return model
         if (Path(model) / BASE_MANIFEST).is_file():
-            setup.base_dir = str(model)
-            return load_base(model, setup.model_class)
+            blueprint.base_dir = str(model)
+            return load_base(model, blueprint.model_class)
         # A name that is no base is the owner's full model, which only the owner's process may open.
         if args.full_model not in (None, "", str(model)):
             raise ValueError(
                 f"model='{model}' is no quantized base (it has no {BASE_MANIFEST}), and full_model='{args.full_model}' "
                 "names another full model. Give one of them."
             )
-        args.full_model = setup.full_model = str(model)
+        args.full_model = blueprint.full_model = str(model)
         if args.base_bits == FULL_PRECISION:
-            return load_full_model(args.full_model, setup.model_class, args)
+            return load_full_model(args.full_model, blueprint.model_class, args)
         base_dir = Path(args.output_dir) / FEDERATION_DIR / "base"
-        setup.base_dir = str(base_dir)
+        blueprint.base_dir = str(base_dir)
         if args.process_index == 0:
-            self.owner = Owner(setup)
+            self.owner = Owner(blueprint)
             # Only a federation that can be resumed keeps its base; another one may want other bits.
             if args.overwrite or not (RoundStore(args.output_dir).exists and (base_dir / BASE_MANIFEST).is_file()):
                 self.owner.export_base(base_dir)
         PartialState().wait_for_everyone()
-        return load_base(base_dir, setup.model_class)
+        return load_base(base_dir, blueprint.model_class)
 
 
 def _add_adapter(model: torch.nn.Module, peft_config: PeftConfig | None, seed: int) -> Any:

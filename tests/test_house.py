@@ -46,12 +46,14 @@ FLOORS = {
     "store": 1,
     # Processes: the client's guard, the owner, the server.
     "admission": 2,
+    "blueprint": 2,
     "callbacks": 2,
     "owner": 2,
     "privacy": 2,
     "processes": 2,
     "report": 2,
     "server": 2,
+    "workers": 2,
     # HF's classes.
     "publishing": 3,
     "trainer": 3,

@@ -1,0 +1,124 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""Clients side by side: processes that each hold the base and train one client at a time."""
+
+import gc
+import os
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .blueprint import TrainerBlueprint
+from .messages import ClientFailure, ClientTask, ClientUpdate
+from .processes import Service
+
+
+class ClientWorkers:
+    """`count` processes that share the clients of each round, for simulations on one machine.
+
+    A client's update depends on its task and rows alone, so that any number of workers ends in the same bits as one
+    (given equal threads: `threads` of each worker, by default the cores shared out evenly). A worker that dies, or is
+    busy with one client for longer than `timeout` seconds, is replaced, and that client counts as failed.
+    """
+
+    def __init__(
+        self, blueprint: TrainerBlueprint, count: int, timeout: float | None = None, threads: int | None = None
+    ):
+        self.blueprint, self.timeout = blueprint, timeout
+        self.threads = threads or max((os.cpu_count() or 1) // count, 1)
+        self.num_examples = {client: len(rows) for client, rows in blueprint.client_datasets.items()}
+        self._starting: set[Service] = set()
+        self._idle = [self._start() for _ in range(count)]
+        self._busy: dict[Service, tuple[str, float]] = {}  # the client that it trains, and since when
+
+    def train_clients(self, tasks: list[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
+        """An answer to each of `tasks`, as they come; the clients with most rows begin, because they take longest."""
+        waiting = sorted(tasks, key=lambda task: self.num_examples[task.client_id])
+        try:
+            while waiting or self._busy:
+                while waiting and self._idle:
+                    worker, task = self._idle.pop(), waiting.pop()
+                    if worker in self._starting:  # loading the base is no part of a client's time
+                        worker.receive()
+                        self._starting.remove(worker)
+                    self._busy[worker] = (task.client_id, time.monotonic())
+                    worker.send("train", {"task": as_tensor(task.to_bytes())})
+                yield from self._answers()
+        finally:
+            # A round that closes early leaves runs behind that nobody asks for; the next one must not get their answers.
+            for worker in list(self._busy):
+                self._replace(worker)
+
+    def close(self) -> None:
+        """End all processes."""
+        for worker in [*self._idle, *self._busy]:
+            worker.kill()
+        self._idle.clear()
+        self._busy.clear()
+
+    def _answers(self) -> Iterator[ClientUpdate | ClientFailure]:
+        left = None
+        if self.timeout is not None:
+            oldest = min(since for _, since in self._busy.values())
+            left = max(oldest + self.timeout - time.monotonic(), 0.0)
+        ready = wait([worker.pipe for worker in self._busy], left)
+        for worker, (client, since) in list(self._busy.items()):
+            if worker.pipe in ready:
+                try:
+                    _, payload = worker.receive()
+                except (ValueError, RuntimeError) as error:
+                    self._replace(worker)
+                    yield ClientFailure(client, str(error))
+                    continue
+                del self._busy[worker]
+                self._idle.append(worker)
+                yield ClientUpdate.from_bytes(as_bytes(payload["update"]))
+            elif self.timeout is not None and time.monotonic() - since > self.timeout:
+                self._replace(worker)
+                yield ClientFailure(client, f"it took longer than client_timeout={self.timeout:g} seconds")
+
+    def _replace(self, worker: Service) -> None:
+        del self._busy[worker]
+        worker.kill()
+        self._idle.append(self._start())
+
+    def _start(self) -> Service:
+        worker = Service("client worker", make_desk, (self.blueprint, self.threads))
+        worker.send("start")
+        self._starting.add(worker)
+        return worker
+
+
+class _Desk:
+    def __init__(self, blueprint: TrainerBlueprint):
+        # Error feedback and SCAFFOLD remember in files under output_dir, where the next worker finds them.
+        self.trainer = blueprint.build(blueprint.client_datasets, Path(blueprint.args.output_dir), blueprint.base_dir)
+        gc.collect()
+        gc.freeze()
+
+    def start(self, tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        return {}, {}
+
+    def train(self, tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        update = self.trainer.train_client(ClientTask.from_bytes(as_bytes(tensors["task"])))
+        return {}, {"update": as_tensor(update.to_bytes())}
+
+
+def make_desk(setup: tuple[TrainerBlueprint, int], scratch: Path) -> _Desk:
+    """What a worker's process runs."""
+    blueprint, threads = setup
+    torch.set_num_threads(threads)
+    return _Desk(blueprint)
+
+
+def as_tensor(data: bytes) -> torch.Tensor:
+    """Bytes `(n,)` uint8, so that a message can travel in another."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def as_bytes(tensor: Any) -> bytes:
+    """The inverse of [`as_tensor`]."""
+    return tensor.numpy().tobytes()
