@@ -37,6 +37,7 @@ from .workers import ClientWorkers
 
 # The underscore keeps it out of `push_to_hub` of the adapter.
 CLIENTS_DIR = "_clients"  # what simulated clients keep to themselves from round to round
+_FREEZE_EVERY = 100  # clients
 _TIMINGS = ("_runtime", "_samples_per_second", "_steps_per_second", "model_preparation_time")
 
 
@@ -284,9 +285,15 @@ class FederatedMixin(PublishingMixin):
         return TrainOutput(len(records) - 1, loss, records[-1]["metrics"].get("server", {}))
 
     def _train_clients(self, tasks: list[ClientTask]) -> Iterator[ClientUpdate]:
-        for task in tasks:
+        for place, task in enumerate(tasks, 1):
             self._share("train", task.to_bytes())
             yield self.train_client(task)
+            if place % _FREEZE_EVERY == 0:
+                # What is kept of each client would be walked in every later run. The last run's optimizer must not be
+                # among it: what is frozen is not collected.
+                self.optimizer = self.lr_scheduler = None
+                self.accelerator.free_memory()
+                gc.freeze()
 
     def _hire(self) -> ClientWorkers:
         args, blueprint = self.args, self._blueprint
