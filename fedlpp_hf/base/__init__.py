@@ -30,6 +30,7 @@ from .files import (
 from .kernels import keep_layout_
 from .packing import pack_base, unpack_base
 from .tensors import BaseSettings, quantize_base_tensor
+from .threads import map_in_order, tensor_threads
 
 
 __all__ = [
@@ -67,7 +68,8 @@ def export_base(
 ) -> dict[str, Any]:
     """Quantize the full model (a directory or a Hub id) into a directory that `from_pretrained` loads.
 
-    One tensor of the full model is in memory at a time, and one shard of the base, at most `max_shard_size` bytes. Every
+    A few tensors of the full model are in memory at a time (torch's threads work on one each), and a shard or two of the
+    base, of at most `max_shard_size` bytes: the last one is written while the next one is made. Every
     `nn.Linear` and `Conv1D` outside `skip_modules` becomes a bitsandbytes weight of `bits` bits (1 to 4: NF4 codes or a
     subset of them, in blocks of `block_size`; 8: int8 rows). Every other tensor of two or more dimensions keeps its
     dtype but only `2**embedding_bits` values per block (experts: `2**bits`); `embedding_bits=32` ships them as they are.
@@ -102,12 +104,13 @@ def export_base(
         settings = BaseSettings(bits, block_size, double_quant, embedding_bits, converted, bulk)
 
         with new_base_directory(Path(output_dir), overwrite) as directory:
-            writer, entries = ShardWriter(directory, max_shard_size), []
-            for name, tensor in plan.read(checkpoint, model):
-                entry, tensors = quantize_base_tensor(name, tensor, settings)
-                writer.write(tensors)
-                entries.append(entry)
-            writer.close()
+            entries = []
+            with tensor_threads() as pool, ShardWriter(directory, max_shard_size) as writer:
+                read = plan.read(checkpoint, model)
+                for entry, tensors in map_in_order(pool, lambda item: quantize_base_tensor(*item, settings), read):
+                    writer.write(tensors)
+                    entries.append(entry)
+            writer.finish()
             write_companions(checkpoint.directory, config.to_dict(), directory, checkpoint.secrets)
             manifest = {
                 "format_version": FORMAT_VERSION,
@@ -123,7 +126,7 @@ def export_base(
                 "tensors": entries,
                 "totals": _sum_entries(entries),
             }
-            seal_base(directory, manifest)
+            seal_base(directory, manifest, writer.digests)
     return manifest
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,27 @@ def new_base_directory(output_dir: Path, overwrite: bool) -> Iterator[Path]:
 
 class ShardWriter:
     """Writes tensors into safetensors files of at most `max_shard_size` bytes (or one tensor), named as transformers
-    does."""
+    does, each while the tensors of the next one come in.
+
+    As a context manager; then `finish` names the files, and `digests` are their sha256.
+    """
 
     def __init__(self, directory: Path, max_shard_size: int):
         self.directory, self.max_shard_size = directory, max_shard_size
         self.shards: list[list[str]] = []
         self.pending: dict[str, torch.Tensor] = {}
         self.total_size = self.pending_size = 0
+        self.saved: list[Future[str]] = []
+        self.digests: dict[str, str] = {}
+
+    def __enter__(self) -> "ShardWriter":
+        self.thread = ThreadPoolExecutor(1)
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is None:
+            self._flush()
+        self.thread.shutdown(cancel_futures=error is not None)
 
     def write(self, tensors: dict[str, torch.Tensor]) -> None:
         size = sum(tensor.nbytes for tensor in tensors.values())
@@ -69,23 +84,31 @@ class ShardWriter:
         self.pending_size += size
         self.total_size += size
 
-    def close(self) -> None:
-        self._flush()
-        if len(self.shards) == 1:
-            (self.directory / "shard-1").rename(self.directory / "model.safetensors")
-            return
+    def finish(self) -> None:
         weight_map: dict[str, str] = {}
-        for number, names in enumerate(self.shards, 1):
+        for number, (names, saved) in enumerate(zip(self.shards, self.saved, strict=True), 1):
             file = f"model-{number:05d}-of-{len(self.shards):05d}.safetensors"
+            file = "model.safetensors" if len(self.shards) == 1 else file
+            self.digests[file] = saved.result()
             (self.directory / f"shard-{number}").rename(self.directory / file)
             weight_map |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": self.total_size}, "weight_map": weight_map}
-        write_json(self.directory / "model.safetensors.index.json", index)
+        if len(self.shards) > 1:
+            index = {"metadata": {"total_size": self.total_size}, "weight_map": weight_map}
+            write_json(self.directory / "model.safetensors.index.json", index)
 
     def _flush(self) -> None:
+        if self.saved:
+            self.saved[-1].result()  # two shards in memory are enough
         self.shards.append(sorted(self.pending))
-        save_file(self.pending, self.directory / f"shard-{len(self.shards)}", metadata={"format": "pt"})
+        path = self.directory / f"shard-{len(self.shards)}"
+        self.saved.append(self.thread.submit(_save_shard, self.pending, path))
         self.pending, self.pending_size = {}, 0
+
+
+def _save_shard(tensors: dict[str, torch.Tensor], path: Path) -> str:
+    save_file(tensors, path, metadata={"format": "pt"})
+    tensors.clear()  # memory is for the next shard while this one is read again
+    return hash_file(path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -119,9 +142,12 @@ def scrub(value: Any, secrets: Sequence[str]) -> Any:
     return value
 
 
-def seal_base(directory: Path, manifest: dict[str, Any]) -> None:
-    """Add the files and the fingerprint to `manifest` and write it."""
-    manifest["files"] = {p.name: {"bytes": p.stat().st_size, "sha256": hash_file(p)} for p in _files(directory)}
+def seal_base(directory: Path, manifest: dict[str, Any], digests: dict[str, str]) -> None:
+    """Add the files, whose sha256 are those in `digests` as far as known, and the fingerprint to `manifest`; write it."""
+    manifest["files"] = {
+        path.name: {"bytes": path.stat().st_size, "sha256": digests.get(path.name) or hash_file(path)}
+        for path in _files(directory)
+    }
     manifest["fingerprint"] = compute_fingerprint(manifest)
     write_json(directory / BASE_MANIFEST, manifest)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..quantization import QuantizedTensor, dequantize, nf4_subset, pack_codes, quantize, unpack_codes
+from ..quantization import QuantizedTensor, dequantize, look_up, nf4_subset, pack_codes, quantize, unpack_codes
 from .files import BASE_MANIFEST, check_base, new_base_directory, write_json
 from .tensors import pack_nibbles, unpack_nibbles
 
@@ -104,7 +104,7 @@ def _pack_tensor(key: str, tensor: torch.Tensor, entries: dict[str, Any]) -> dic
     if entry is not None and entry["kind"] == "linear4bit" and entry["bits"] < 4:
         places = torch.zeros(16, dtype=torch.uint8)
         places[list(nf4_subset(entry["bits"]))] = torch.arange(len(nf4_subset(entry["bits"])), dtype=torch.uint8)
-        codes = places[unpack_nibbles(tensor, entry["shape"]).int()]
+        codes = look_up(places, unpack_nibbles(tensor, entry["shape"]))
         return {key: _to_bytes(pack_codes(codes, entry["bits"]))}
     if entry is not None and entry["kind"] == "codebook":
         # The largest magnitude of a block is one of its values, so quantizing again finds the same scale and codes.
@@ -129,7 +129,7 @@ def _unpack_tensor(key: str, packed: Any, entries: dict[str, Any]) -> bytes:
     if entry is not None and entry["kind"] == "linear4bit" and entry["bits"] < 4:
         count = entry["shape"][0] * entry["shape"][1]
         subset = torch.tensor(nf4_subset(entry["bits"]), dtype=torch.uint8)
-        return _to_bytes(pack_nibbles(subset[unpack_codes(read(key), entry["bits"], count).int()]))
+        return _to_bytes(pack_nibbles(look_up(subset, unpack_codes(read(key), entry["bits"], count))))
     if entry is not None and entry["kind"] == "codebook":
         dtype = getattr(torch, entry["dtype"])
         scales = read(f"{key}.scales", dtype).float()

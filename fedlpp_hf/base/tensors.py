@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from bitsandbytes.functional import QuantState, get_4bit_type, int8_vectorwise_quant, quantize_blockwise
 
-from ..quantization import FULL_PRECISION, dequantize, nf4_subset, packed_size, quantize, round_to_levels
+from ..quantization import FULL_PRECISION, dequantize, look_up, nf4_subset, packed_size, quantize, round_to_levels
 
 
 _NESTED_BLOCK_SIZE = 256
@@ -101,7 +101,7 @@ def quantize_nf4(
         state.absmax, state.state2 = quantize_blockwise(absmax - state.offset, blocksize=_NESTED_BLOCK_SIZE)
         state.nested = True
     entries = {f"{name}.{key}": tensor for key, tensor in state.as_dict(packed=True).items()}
-    codes = indices if bits == 4 else subset.index_select(0, indices.int())
+    codes = indices if bits == 4 else look_up(subset, indices)
     return {name: pack_nibbles(codes)} | entries
 
 
