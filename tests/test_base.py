@@ -44,6 +44,7 @@ from fedlpp_hf.base import (
     read_manifest,
 )
 from fedlpp_hf.base.tensors import pack_nibbles, quantize_nf4, unpack_nibbles
+from fedlpp_hf.base.threads import map_in_order, tensor_threads
 from fedlpp_hf.quantization import codebook, nf4_subset
 
 
@@ -337,6 +338,46 @@ def test_shards_make_no_difference(full_model, base, tmp_path):
     assert manifest["totals"] == whole["totals"]
     sharded, one = load_base(tmp_path / "base").state_dict(), load_base(base("mixtral", bits=2)).state_dict()
     assert all(torch.equal(tensor, one[key]) for key, tensor in sharded.items())
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_make_no_difference(full_model, base, tmp_path, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        manifest = export_base(full_model("mixtral"), tmp_path / "base", bits=2)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert manifest == read_manifest(base("mixtral", bits=2))
+
+
+def test_shard_that_cannot_be_written_fails_the_export(full_model, tmp_path, monkeypatch):
+    def fail(tensors, path, metadata):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("fedlpp_hf.base.files.save_file", fail)
+    before = torch.get_num_threads()
+    for size in (50_000, 10**9):
+        with pytest.raises(OSError, match="No space"):
+            export_base(full_model("llama"), tmp_path / "base", max_shard_size=size)
+    assert not list(tmp_path.iterdir())
+    assert torch.get_num_threads() == before
+
+
+def test_few_tensors_are_in_hand_and_come_in_order():
+    taken = []
+
+    def read():
+        for number in range(20):
+            taken.append(number)
+            yield number
+
+    with tensor_threads() as pool:
+        results = map_in_order(pool, lambda number: number * 10, read())
+        for number, result in enumerate(results):
+            assert result == number * 10
+            assert len(taken) <= number + torch.get_num_threads() + 1
 
 
 def test_nothing_tells_of_the_owner(full_model, base):

@@ -14,6 +14,7 @@ from fedlpp_hf.quantization import (
     codebook,
     dequantize,
     information_bits,
+    look_up,
     nf4_subset,
     normal_float_levels,
     pack_codes,
@@ -87,6 +88,36 @@ def test_every_value_gets_its_nearest_level(bits, count):
         candidates = levels * block.abs().max()
         nearest = (block[:, None] - candidates).abs().min(1).values
         torch.testing.assert_close((block - values).abs(), nearest, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("block_size", [64, 100, 50_000, 200_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_tensors_are_rounded_by_the_formula(bits, block_size, dtype):
+    """They are worked on in slices; here, whole."""
+    tensor = gaussian(100_001, seed=bits).to(dtype)
+    tensor[70_000:70_300] = 0
+    tensor[:1000] = (
+        codebook(bits)[:-1].repeat(1000)[:1000] + codebook(bits)[1:].repeat(1000)[:1000]
+    )  # borders, doubled
+    tensor[:1000:50] = 2
+    levels = codebook(bits)
+    indices, scales = round_to_levels(tensor, levels, block_size)
+    blocks = torch.nn.functional.pad(tensor.float(), (0, -len(tensor) % block_size)).view(-1, block_size)
+    assert torch.equal(scales, blocks.abs().amax(1))
+    divisors = scales.clamp(min=1e-38)[:, None].expand_as(blocks).reshape(-1)[: len(tensor)]
+    scaled, whole = tensor.float() * divisors.reciprocal(), len(tensor) - len(tensor) % block_size
+    scaled[whole:] = tensor[whole:].float() / divisors[whole:]
+    assert torch.equal(indices.long(), torch.bucketize(scaled, (levels[:-1] + levels[1:]) / 2))
+    expected = levels[indices.long()] * scales.repeat_interleave(block_size)[: len(tensor)]
+    assert torch.equal(restore_from_levels(indices, scales, levels, block_size, dtype), expected.to(dtype))
+
+
+@pytest.mark.parametrize("count", [0, 1, 40_000])
+def test_looking_up_is_indexing(count):
+    table = torch.arange(256) * 3
+    indices = torch.arange(count).to(torch.uint8)
+    assert torch.equal(look_up(table, indices), table[indices.long()])
 
 
 @pytest.mark.parametrize(("bits", "error"), [(2, 0.57), (3, 0.20), (4, 0.09)])

@@ -4,6 +4,7 @@
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from safetensors import SafetensorError, safe_open
 from ..quantization import QuantizedTensor, dequantize, look_up, nf4_subset, pack_codes, quantize, unpack_codes
 from .files import BASE_MANIFEST, check_base, new_base_directory, write_json
 from .tensors import pack_nibbles, unpack_nibbles
+from .threads import map_in_order, tensor_threads
 
 
 def pack_base(base_dir: str | os.PathLike, file: str | os.PathLike) -> int:
     """Write a base into one safetensors file and return its bytes.
 
     Codes take the bits that the base was exported with (ternary 1.6), scales the dtype of the full model; every tensor is
-    bytes, because what they stand for is in the manifest, which the file carries too. One tensor is in memory at a time.
+    bytes, because what they stand for is in the manifest, which the file carries too. A few tensors are in memory at a
+    time, as at export.
 
     Raises:
         ValueError: if the base is not what its manifest says.
@@ -31,8 +34,8 @@ def pack_base(base_dir: str | os.PathLike, file: str | os.PathLike) -> int:
     body = file.with_name(f".{file.name}.{os.getpid()}.partial")
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with body.open("wb") as stream:
-            for name, data in _pack_files(base_dir, manifest):
+        with body.open("wb") as stream, tensor_threads() as pool:
+            for name, data in _pack_files(base_dir, manifest, pool):
                 header[name] = {"dtype": "U8", "shape": [len(data)], "data_offsets": [stream.tell()] * 2}
                 stream.write(data)
                 header[name]["data_offsets"] = [header[name]["data_offsets"][0], stream.tell()]
@@ -56,7 +59,11 @@ def unpack_base(file: str | os.PathLike, base_dir: str | os.PathLike, *, overwri
         ValueError: if the file is no packed base, or is damaged; `base_dir` is left as it was.
     """
     try:
-        with safe_open(file, "pt") as packed, new_base_directory(Path(base_dir), overwrite) as directory:
+        with (
+            safe_open(file, "pt") as packed,
+            new_base_directory(Path(base_dir), overwrite) as directory,
+            tensor_threads() as pool,
+        ):
             manifest = json.loads((packed.metadata() or {})["base_manifest"])
             entries = {entry["name"]: entry for entry in manifest["tensors"]}
             for name in manifest["files"]:
@@ -66,16 +73,25 @@ def unpack_base(file: str | os.PathLike, base_dir: str | os.PathLike, *, overwri
                         continue
                     header = _to_bytes(packed.get_tensor(f"header:{name}"))
                     stream.write(header)
-                    for key in _tensors_in_order(header):
-                        stream.write(_unpack_tensor(key, packed, entries))
+                    keys = _tensors_in_order(header)
+                    for data in map_in_order(pool, lambda key: _unpack_tensor(key, packed, entries), keys):
+                        stream.write(data)
             write_json(directory / BASE_MANIFEST, manifest)
             return check_base(directory)
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"`{file}` is no packed base, or it is damaged ({error!r}). Send it again.") from error
 
 
-def _pack_files(base_dir: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
+def _pack_files(base_dir: Path, manifest: dict[str, Any], pool: ThreadPoolExecutor) -> Iterator[tuple[str, bytes]]:
     entries = {entry["name"]: entry for entry in manifest["tensors"]}
+
+    def pack(item: tuple[str, torch.Tensor]) -> dict[str, bytes]:
+        key, tensor = item
+        packed = _pack_tensor(key, tensor, entries)
+        if _unpack_tensor(key, packed, entries) != _to_bytes(tensor):
+            raise RuntimeError(f"`{key}` does not survive packing; please report it with the model's name.")
+        return packed
+
     for name in manifest["files"]:
         if not name.endswith(".safetensors"):
             yield f"file:{name}", (base_dir / name).read_bytes()
@@ -85,11 +101,8 @@ def _pack_files(base_dir: Path, manifest: dict[str, Any]) -> Iterator[tuple[str,
             header = size + stream.read(int.from_bytes(size, "little"))
         yield f"header:{name}", header
         with safe_open(base_dir / name, "pt") as shard:
-            for key in _tensors_in_order(header):
-                tensor = shard.get_tensor(key)
-                packed = _pack_tensor(key, tensor, entries)
-                if _unpack_tensor(key, packed, entries) != _to_bytes(tensor):
-                    raise RuntimeError(f"`{key}` does not survive packing; please report it with the model's name.")
+            tensors = ((key, shard.get_tensor(key)) for key in _tensors_in_order(header))
+            for packed in map_in_order(pool, pack, tensors):
                 yield from packed.items()
 
 
