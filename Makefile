@@ -26,7 +26,7 @@ style: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed-test
-	$(BIN)/python -m benchmarks.round_overhead
+	$(BIN)/python -m benchmarks.run $(BENCH)
 
 clean:
 	rm -rf out build dist *.egg-info

@@ -43,9 +43,9 @@ VARIANTS: dict[str, dict] = {
     "alternate": {"aggregation": "alternate"},
     "exact": {"aggregation": "exact"},
     "fedavg, momentum 0.5": {"server_momentum": 0.5},
-    "fedavg, adam 0.003": {"server_optimizer": "adam", "server_learning_rate": 0.003},
-    "fedavg, yogi 0.003": {"server_optimizer": "yogi", "server_learning_rate": 0.003},
-    "fedavg, adagrad 0.01": {"server_optimizer": "adagrad", "server_learning_rate": 0.01},
+    "fedavg, adam 0.01": {"server_optimizer": "adam", "server_learning_rate": 0.01},
+    "fedavg, yogi 0.01": {"server_optimizer": "yogi", "server_learning_rate": 0.01},
+    "fedavg, adagrad 0.1": {"server_optimizer": "adagrad", "server_learning_rate": 0.1},
     "fedavg, fedprox 0.1": {"fedprox_mu": 0.1},
     "fedavg, 4 bits up": {"update_bits": 4},
     "fedavg, 5 % in 4 bits up": {"update_bits": 4, "update_density": 0.05},
@@ -102,13 +102,18 @@ def prepare_trec(scratch: Path) -> dict:
         ).remove_columns("text")
 
     set_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=6)
-    model.save_pretrained(scratch / "full")
+    model, collator = (
+        AutoModelForSequenceClassification.from_pretrained(source, num_labels=6),
+        DataCollatorWithPadding(tokenizer),
+    )
+    rows = tokenize(read_rows("trec/train.jsonl").shuffle(seed=0))
+    # A new head on skewed clients says one class for longer than these runs last.
+    train(model, rows.take(400), collator, scratch, 50, 2e-4)
     return {
         "model": scratch / "full",
-        "train_dataset": tokenize(read_rows("trec/train.jsonl")),
+        "train_dataset": rows.skip(400),
         "eval_dataset": tokenize(read_rows("trec/test.jsonl")),
-        "data_collator": DataCollatorWithPadding(tokenizer),
+        "data_collator": collator,
         "compute_metrics": compute_accuracy,
         "model_class": AutoModelForSequenceClassification,
         "peft_config": LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"], task_type="SEQ_CLS"),
@@ -117,8 +122,8 @@ def prepare_trec(scratch: Path) -> dict:
             "dirichlet_alpha": 0.3,
             "num_clients": 4,
             "num_rounds": 6,
-            "max_steps": 8,
-            "learning_rate": 3e-3,
+            "max_steps": 5,
+            "learning_rate": 1e-3,
         },
         "metric": "eval_accuracy",
     }

@@ -3,42 +3,98 @@
 
 Two promises are put to the test. A message that was changed on its way is refused with a ValueError, or is equal to the
 one that was sent (another way to write the same JSON). And whatever a client makes up, with a checksum that is right,
-costs the server a ValueError at most, and no more memory than it sent. Exit code 1 if one is broken.
+costs the server a ValueError at most, no time to speak of, and no more memory than it sent: of an update, compressed or
+not, that the round admits, every tensor has the adapter's key and shape, is finite float32, and is within the norm that
+the server allows. Exit code 1 if one is broken.
 """
 
 import contextlib
+import dataclasses
 import json
+import math
 import random
 import resource
 import struct
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load
 
+from fedlpp_hf import FederatedConfig
+from fedlpp_hf.admission import Admission
+from fedlpp_hf.compression import GAPS, VALUES, compress_update
 from fedlpp_hf.messages import ClientTask, ClientUpdate, LocalOptions, _digest, restore_tensors
-from fedlpp_hf.quantization import quantize
+from fedlpp_hf.products import lower_rank, truncate_adapter
+from fedlpp_hf.quantization import QuantizedTensor, quantize
 
 
 MEMORY_LIMIT = 512 * 2**20  # over what the process holds at the start
+TIME_LIMIT = 10.0  # seconds for one message; what is slow is no crash, but a server that hangs
+MAX_NORM = 100.0
 ABSURD = [0, 1, -1, 2, 255, 2**31, 2**62, 2**63, 2**64, 10**30, 0.5, 1e308, True, None, "", "F64", "U8", [], {}, [[0]]]
 
 
-def make_messages() -> list[ClientTask | ClientUpdate]:
+Message = ClientTask | ClientUpdate
+
+
+def make_messages() -> list[tuple[Message, ClientTask | None]]:
+    """Messages, and with an update the task that it answers."""
     generator = torch.Generator().manual_seed(0)
-    plain = {f"layers.{n}.lora_{f}.weight": torch.randn(4, 6, generator=generator) for n in range(3) for f in "AB"}
     quantized = {
-        key: quantize(value, bits, 8) for (key, value), bits in zip(plain.items(), (1, 2, 3, 4, 8, 2), strict=True)
+        f"layers.{place}": quantize(torch.randn(4, 6, generator=generator), bits, 8)
+        for place, bits in enumerate((1, 2, 3, 4, 8, 2))
     }
-    control = {"layers.0.lora_A.weight": torch.ones(4, 6)}
-    task = ClientTask("federation", 3, 10, "client-1", 7, "ab" * 32, quantized, LocalOptions(clip_norm=2.0), control)
-    update = ClientUpdate(
-        "federation", 3, "client-1", "ab" * 32, 12, plain | {"head": torch.ones(3).half()}, {"loss": 1.5}
+    task = ClientTask(
+        "federation", 3, 10, "client-1", 7, "ab" * 32, quantized, LocalOptions(clip_norm=2.0), {"a": torch.ones(4, 6)}
     )
-    return [task, ClientTask("federation", 1, 10, "client-1", 7, "ab" * 32, None), update]
+    empty = dataclasses.replace(task, proxy=None, options=LocalOptions(rank=2), control={})
+    adapter, config = make_adapter()
+    small = truncate_adapter(adapter, config, lower_rank(adapter, config, 2))
+    updates = [
+        (task, {key: tensor.half() if "head" in key else tensor for key, tensor in adapter.items()}),
+        (empty, small),
+        (task, compress_update(adapter, bits=4, block_size=8)[0]),
+        (task, compress_update(adapter, bits=4, block_size=8, density=0.1)[0]),
+        (task, compress_update(adapter, density=0.1)[0]),
+        (empty, compress_update(small, bits=2, block_size=8, density=0.3)[0]),
+    ]
+    return [
+        (task, None),
+        (empty, None),
+        *(
+            (ClientUpdate("federation", 3, "client-1", "ab" * 32, 12, delta, {"loss": 1.5, "steps": 4}), asked)
+            for asked, delta in updates
+        ),
+    ]
+
+
+def make_adapter() -> tuple[dict[str, torch.Tensor], LoraConfig]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"lora_A": (4, 96), "lora_B": (24, 4)}
+    adapter = {
+        f"base_model.model.layers.{n}.q.{factor}.weight": torch.randn(shape, generator=generator) / 10
+        for n in range(2)
+        for factor, shape in shapes.items()
+    }
+    adapter["base_model.model.head.weight"] = torch.randn(3, 5, generator=generator)
+    return adapter, LoraConfig(r=4, lora_alpha=8, target_modules=["q"])
+
+
+def make_admissions() -> list[Admission]:
+    """The rounds that take updates: one bounds their norm, one does not."""
+    adapter, config = make_adapter()
+    return [
+        Admission(
+            FederatedConfig("unused", use_cpu=True, max_update_norm=bound), adapter, config, {"client-1": 12}, Path()
+        )
+        for bound in (MAX_NORM, None)
+    ]
 
 
 def mutate_bytes(data: bytes, other: bytes, chance: random.Random) -> tuple[str, bytes]:
@@ -99,58 +155,167 @@ def rewrite_header(data: bytes, chance: random.Random, forge: bool) -> bytes:
     return _join(header, buffer)
 
 
+def rewrite_tensors(data: bytes, chance: random.Random) -> bytes:
+    """The message with a few bytes of its tensors changed, and the right checksum."""
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    header, buffer = json.loads(data[8:start]), bytearray(data[start:])
+    for _ in range(chance.randint(1, 4)):
+        buffer[chance.randrange(len(buffer))] = chance.choice((0, 127, 128, 254, 255, chance.randrange(256)))
+    body = json.loads(header["__metadata__"]["fedlpp_hf"])
+    del body["sha256"]
+    body["sha256"] = _digest(body, load(_join(header, bytes(buffer))))
+    header["__metadata__"]["fedlpp_hf"] = json.dumps(body, sort_keys=True)
+    return _join(header, bytes(buffer))
+
+
+def make_up_update(update: ClientUpdate, chance: random.Random) -> bytes:
+    """An update that a client of this library could have written, had it wanted to."""
+    delta = dict(update.delta)
+    for _ in range(chance.randint(1, 3)):
+        if not delta:
+            break
+        key, other = chance.choice(list(delta)), chance.choice(list(delta))
+        kind = chance.random()
+        if kind < 0.1:
+            del delta[key]
+        elif kind < 0.2:
+            plain = key.removesuffix(GAPS).removesuffix(VALUES)
+            delta[chance.choice((plain, plain + GAPS, plain + VALUES, key + VALUES, "x"))] = delta[key]
+        elif kind < 0.3:
+            delta[key], delta[other] = delta[other], delta[key]
+        elif isinstance(value := delta[key], QuantizedTensor):
+            delta[key] = mutate_quantized(value, chance)
+        else:
+            delta[key] = mutate_tensor(value, chance)
+    return dataclasses.replace(update, delta=delta).to_bytes()
+
+
+def mutate_tensor(tensor: torch.Tensor, chance: random.Random) -> torch.Tensor:
+    kind = chance.choice(("dtype", "shape", "length", "empty", "value", "value"))
+    if kind == "dtype":
+        return tensor.to(chance.choice((torch.float64, torch.float16, torch.bfloat16, torch.uint8)))
+    if kind == "shape":
+        return tensor.reshape(chance.choice(((-1,), (1, -1), (-1, 1), tuple(reversed(tensor.shape)))))
+    if kind == "length":
+        return tensor.reshape(-1).repeat(2)[: chance.randrange(2 * tensor.numel() + 1)]
+    if kind == "empty":
+        return tensor.new_empty(chance.choice(((), (0,), (0, 2**40), (4, 0)))).zero_()
+    wide = tensor.to(chance.choice((torch.float64, torch.float32)) if tensor.is_floating_point() else tensor.dtype)
+    if not tensor.numel():
+        return wide
+    value = chance.choice(
+        (math.nan, math.inf, 1e300, 3e38, 1e18, 65536.0) if wide.is_floating_point() else (0, 254, 255)
+    )
+    wide = wide.clone()
+    wide.view(-1)[chance.randrange(wide.numel())] = value
+    return wide
+
+
+def mutate_quantized(value: QuantizedTensor, chance: random.Random) -> QuantizedTensor:
+    part = chance.choice(("codes", "scales", "shape", "bits", "block_size", "again"))
+    if part in ("codes", "scales"):
+        return dataclasses.replace(value, **{part: mutate_tensor(getattr(value, part), chance)})
+    if part == "shape":
+        shapes = ((), (0,), (1, *value.shape), value.shape[::-1], (2**31, 2**31), (math.prod(value.shape) + 1,))
+        return dataclasses.replace(value, shape=chance.choice(shapes))
+    if part == "bits":
+        return dataclasses.replace(value, bits=chance.choice((0, 1, 2, 3, 4, 5, 8, 32)))
+    if part == "block_size":
+        return dataclasses.replace(value, block_size=chance.choice((0, -1, 1, 7, 2**62)))
+    # Consistent, and of another shape: what only the comparison with the adapter can refuse.
+    shape = chance.choice(((1,), (4, 96), (24, 4), (24, 2), (2**16,)))
+    return quantize(torch.ones(shape), chance.choice((1, 2, 3, 4, 8)), chance.choice((1, 8, 256)))
+
+
 def _join(header, buffer: bytes) -> bytes:
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + buffer
 
 
-def limit_memory() -> None:
+@contextlib.contextmanager
+def limit_memory() -> Iterator[None]:
     with open("/proc/self/statm", encoding="ascii") as file:
         held = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY_LIMIT, resource.RLIM_INFINITY))
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY_LIMIT, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def receive(data: bytes, sent: Message, task: ClientTask | None, original: bytes, admission: Admission) -> str:
+    """What becomes of a message: `equal` to the one that was sent, only `read`, or `admitted`.
+
+    Raises:
+        ValueError: if it is refused.
+        RuntimeError: if the server would have taken what it must not.
+    """
+    received = type(sent).from_bytes(data)
+    if isinstance(received, ClientTask):
+        restore_tensors(received.proxy or {})
+        restore_tensors(received.control)
+    # Equal messages make equal bytes, and these hold all there is of a message.
+    outcome = "equal" if received.to_bytes() == original else "read"
+    if task is None:
+        return outcome
+    delta = admission.open_update(received, task)
+    for key, tensor in delta.items():
+        expected = admission.shapes[key].shape
+        if tensor.shape != expected or tensor.dtype != torch.float32 or not tensor.isfinite().all():
+            raise RuntimeError(f"admitted `{key}` {tuple(tensor.shape)} {tensor.dtype}")
+    norm = math.sqrt(sum(float(tensor.double().square().sum()) for tensor in delta.values()))
+    if delta.keys() != admission.shapes.keys() or norm > (admission.args.max_update_norm or math.inf) * (1 + 1e-6):
+        raise RuntimeError(f"admitted {sorted(delta)} of norm {norm}")
+    return outcome if outcome == "equal" else "admitted"
 
 
 def run(count: int, seed: int) -> int:
+    """The number of broken promises among `count` mutations."""
     chance = random.Random(seed)
-    messages = make_messages()
-    encoded = [message.to_bytes() for message in messages]
+    messages, admissions = make_messages(), make_admissions()
+    encoded = [message.to_bytes() for message, _ in messages]
     outcomes: dict[str, Counter[str]] = {}
-    broken = 0
-    limit_memory()
+    broken, slowest = 0, 0.0
     peak, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    for number in range(count):
-        which = chance.randrange(len(messages))
-        data, sent = encoded[which], messages[which]
-        way = chance.random()
-        if way < 0.5:
-            kind, changed = mutate_bytes(data, encoded[which - 1], chance)
-        else:
-            kind = "header" if way < 0.75 else "forged"
-            changed = rewrite_header(data, chance, kind == "forged")
-        try:
-            received = type(sent).from_bytes(changed)
-            for name in ("delta", "proxy", "control"):
-                restore_tensors(getattr(received, name, None) or {})
-            # Equal messages make equal bytes, and these hold all there is of a message.
-            outcome = "equal" if received.to_bytes() == data else "accepted"
-        except ValueError:
-            outcome = "refused"
-        except Exception as error:
-            outcome = f"CRASHED with {type(error).__name__}"
-        outcomes.setdefault(kind, Counter())[outcome] += 1
-        if outcome.startswith("CRASHED") or (outcome == "accepted" and kind != "forged"):
-            broken += 1
-            print(f"mutation {number} ({kind}): {outcome}: {changed[:200]!r}", file=sys.stderr)
+    with limit_memory():
+        for number in range(count):
+            which = chance.randrange(len(messages))
+            data, (sent, task) = encoded[which], messages[which]
+            kind = chance.choice(("bytes", "header", "forged header", "forged tensors", "made up"))
+            start = time.perf_counter()
+            try:
+                if kind == "bytes":
+                    kind, changed = mutate_bytes(data, encoded[which - 1], chance)
+                elif kind == "made up" and isinstance(sent, ClientUpdate):
+                    changed = make_up_update(sent, chance)
+                elif kind in ("made up", "forged tensors") and (task or sent.proxy):
+                    kind, changed = "forged tensors", rewrite_tensors(data, chance)
+                else:
+                    kind = "header" if kind == "header" else "forged header"
+                    changed = rewrite_header(data, chance, kind == "forged header")
+                outcome = receive(changed, sent, task, data, admissions[number % 2])
+            except ValueError:
+                outcome = "refused"
+            except Exception as error:
+                outcome = f"CRASHED with {type(error).__name__}: {error}"[:200]
+            slowest = max(slowest, time.perf_counter() - start)
+            outcomes.setdefault(kind, Counter())[outcome] += 1
+            made_up = kind in ("forged header", "forged tensors", "made up")
+            if outcome.startswith("CRASHED") or (outcome in ("read", "admitted") and not made_up):
+                broken += 1
+                print(f"mutation {number} ({kind}): {outcome}: {changed[:200]!r}", file=sys.stderr)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / 1024
     for kind, counts in sorted(outcomes.items()):
-        print(f"{kind:10}", ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())))
+        print(f"{kind:14}", ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())))
+    broken += slowest > TIME_LIMIT
     print(
-        f"{count} mutations, seed {seed}, {time.perf_counter() - began:.0f} s, memory +{grown:.0f} MiB; "
-        f"{broken} broken promises"
+        f"{count} mutations, seed {seed}, {time.perf_counter() - began:.0f} s (the slowest {slowest * 1e3:.0f} ms), "
+        f"memory +{grown:.0f} MiB; {broken} broken promises"
     )
-    return 1 if broken else 0
+    return broken
 
 
 if __name__ == "__main__":
     arguments = [int(argument) for argument in sys.argv[1:]]
-    sys.exit(run(*(arguments + [30_000, 0][len(arguments) :])))
+    sys.exit(bool(run(*(arguments + [30_000, 0][len(arguments) :]))))

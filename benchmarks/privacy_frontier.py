@@ -38,7 +38,7 @@ from fedlpp_hf import AuditReport, FederatedConfig, FederatedTrainer
 
 
 SHARED = Path(__file__).parents[1].parent / "shared"
-STEPS, ROUNDS = 60, 4  # of each client: 4 × 15, or one run of 60 where nothing is broadcast
+STEPS, ROUNDS = 40, 4  # of each client, 8 rows each: 4 × 10, or one run of 40 where nothing is broadcast
 EVERY: dict[str, Any] = {"num_rounds": ROUNDS, "max_steps": STEPS // ROUNDS, "adapter_bits": 4}
 NEVER: dict[str, Any] = {"num_rounds": 1, "max_steps": STEPS, "broadcast": "never", "fit_server_step": True}
 VARIATE = {"control_variate": 1.0}
@@ -78,7 +78,7 @@ def prepare_stories(task: str) -> dict[str, Any]:
     def encode(row):
         start = tokenizer(row[prompt] + "\n")["input_ids"]
         end = [*tokenizer(row[completion], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        return {"input_ids": (start + end)[:160], "labels": ([-100] * len(start) + end)[:160]}
+        return {"input_ids": (start + end)[:96], "labels": ([-100] * len(start) + end)[:96]}
 
     def prepare(split: str, count: int | None = None) -> Dataset:
         rows = read_rows(task, split)
@@ -163,7 +163,7 @@ def run_setting(
         **SETTINGS[name],
         **data.pop("options"),
         seed=seed,
-        per_device_train_batch_size=16,
+        per_device_train_batch_size=8,
         per_device_eval_batch_size=64,
         lr_scheduler_type="constant",
         adapter_block_size=64,

@@ -1,11 +1,12 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""What a client's round costs over a bare PyTorch loop of the same steps on the same batches, to the same bits.
+"""What a client's round costs over a bare PyTorch loop of the same steps on the same batches, to the same bits, and what a
+plain Trainer costs that is made anew for each client, as a loop of one's own would do it.
 
     python -m benchmarks.round_overhead [--repeats 15] [--steps 1 20]
 
 The model is the 22 M encoder of the quickstart as a 4-bit base with LoRA on all linear layers, batches of 8 rows of 64
 tokens. The loop builds its optimizer and schedule, collates, trains, clips and steps; the round does that through the
-Trainer, and also loads the proxy, takes Δ, and checks the base. Both alternate; medians and their ratio are printed.
+Trainer, and also loads the proxy, takes Δ, and checks the base. All alternate; medians and ratios to the loop are printed.
 """
 
 import argparse
@@ -21,7 +22,14 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification, default_data_collator, get_scheduler, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    get_scheduler,
+    set_seed,
+)
 
 from fedlpp_hf import FederatedConfig, FederatedTrainer, export_base, load_base
 from fedlpp_hf.adapters import copy_adapter, load_adapter_
@@ -68,35 +76,52 @@ def run_bare_loop(trainer: FederatedTrainer, task: ClientTask, steps: int) -> No
         optimizer.zero_grad()
 
 
+def run_plain_trainer(trainer: FederatedTrainer, task: ClientTask, folder: Path) -> None:
+    args = TrainingArguments(
+        str(folder / "plain"), per_device_train_batch_size=BATCH, num_train_epochs=1, save_strategy="no", report_to="none",
+        use_cpu=True, disable_tqdm=True, seed=task.seed,
+    )  # fmt: skip
+    Trainer(trainer.model, args, train_dataset=trainer.client_datasets["client"]).train()
+
+
 def measure(folder: Path, steps: int, repeats: int) -> dict[str, float]:
     trainer = make_trainer(folder, steps)
     start = copy_adapter(trainer.guard.parameters)
     task = ClientTask("benchmark", 1, 1, "client", 7, trainer.guard.fingerprint, start)
     gc.collect()
     gc.freeze()  # as `train()` does for the whole federation
-    times: dict[str, list[float]] = {"round": [], "loop": []}
+    times: dict[str, list[float]] = {"round": [], "loop": [], "plain": []}
     ends = {}
     for repeat in range(repeats + 2):
         for name in times:
             load_adapter_(trainer.guard.parameters, start)
+            if name == "plain":
+                gc.unfreeze()  # nobody freezes in a loop of one's own
             began = time.perf_counter()
             if name == "round":
                 trainer.train_client(task)
-            else:
+            elif name == "loop":
                 run_bare_loop(trainer, task, steps)
+            else:
+                run_plain_trainer(trainer, task, folder)
             if repeat >= 2:  # the first two warm up
                 times[name].append(time.perf_counter() - began)
+            if name == "plain":
+                gc.collect()
+                gc.freeze()
             ends[name] = copy_adapter(trainer.guard.parameters)
     gc.unfreeze()
     if not all(torch.equal(ends["round"][key], ends["loop"][key]) for key in start):
         raise SystemExit("The round and the loop ended in different bits, so their times can't be compared.")
     medians = {name: statistics.median(values) for name, values in times.items()}
     ratios = sorted(a / b for a, b in zip(times["round"], times["loop"], strict=True))
+    plain = statistics.median(a / b for a, b in zip(times["plain"], times["loop"], strict=True))
     return {
         "steps": steps,
         "round_ms": 1000 * medians["round"],
         "loop_ms": 1000 * medians["loop"],
         "ratio": statistics.median(ratios),
+        "plain_trainer_ratio": plain,
         "ratio_quartiles": [ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]],
     }
 
@@ -116,7 +141,8 @@ def main() -> None:
                 low, high = result["ratio_quartiles"]
                 print(
                     f"{steps:3d} steps: round {result['round_ms']:.0f} ms, bare loop {result['loop_ms']:.0f} ms, "
-                    f"ratio {result['ratio']:.3f} (quartiles {low:.3f} to {high:.3f}), equal bits"
+                    f"ratio {result['ratio']:.3f} (quartiles {low:.3f} to {high:.3f}), equal bits; "
+                    f"a new plain Trainer {result['plain_trainer_ratio']:.2f}"
                 )
 
 

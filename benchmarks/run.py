@@ -1,0 +1,181 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""All benchmarks in one command; their results as JSON, and docs/performance.md made of it.
+
+    python -m benchmarks.run [--full] [--only round_overhead merge] [--document docs/performance.md]
+
+Each runs in a process of its own, one after the other, with nothing else on the machine, please. Where a benchmark can't run
+(an extra is not installed) the page says so. Results of those that are left out by `--only` are kept.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A module of this package, its arguments in the quick and in the full run, and what to read its output for."""
+
+    name: str
+    title: str
+    text: str
+    quick: tuple[str, ...] = ()
+    full: tuple[str, ...] | None = None
+
+
+BENCHMARKS = (
+    Benchmark(
+        "round_overhead",
+        "A client's round",
+        "Aim: 1.10 × a bare PyTorch loop at one step, 1.02 × at twenty. What is left above the loop is the Trainer's own: its "
+        "callbacks and state, accelerate's wrapping of optimizer, schedule and dataloader, and ours: loading the proxy, Δ, and the "
+        "check that no frozen parameter was written to (versions, not bytes). A plain Trainer for each client spends most of "
+        "its time in one `gc.collect()` of accelerate, which `train()` here avoids by `gc.freeze()`.",
+        ("--repeats", "15"),
+        ("--repeats", "45"),
+    ),
+    Benchmark(
+        "client_workers",
+        "Clients side by side",
+        "`client_workers=N` shares a round's clients among processes, the largest first. The result is the same for any number of "
+        "them; only threads may change the order of sums.",
+    ),
+    Benchmark(
+        "many_clients",
+        "Very many clients",
+        "Updates are checked as they come and kept in files; the mean reads them again. What grows with the number of "
+        "clients is their datasets (indices into one table) and the round's record.",
+        ("--clients", "1000", "--rounds", "2"),
+        ("--clients", "10000", "--rounds", "3", "--plot", "docs/many_clients.png"),
+    ),
+    Benchmark(
+        "aggregation",
+        "The mean of updates",
+        "Aim: 1.5 × reading the files, and memory of three adapters. Sums are in double precision, client by client in a fixed order.",
+        ("--clients", "12", "--layers", "8", "--repeats", "5"),
+        ("--clients", "12", "100", "--repeats", "5"),
+    ),
+    Benchmark(
+        "export",
+        "Export of a base, and the proxy",
+        "Aim: 100 M parameters a second on two cores; the proxy of a 40 M-parameter adapter in less than a second.",
+    ),
+    Benchmark("wire_bytes", "Bytes on the wire", "From the messages themselves, per client and round."),
+    Benchmark(
+        "merge",
+        "The merge",
+        "The floor is a `copy_file_range` of the same files; on a disk that writes behind it varies more than what is measured. "
+        "Aim: 1.5 × for q and v, 3 × for all Linears, and four times as fast as PEFT.",
+        ("--gigabytes", "1", "--repeats", "3"),
+        ("--gigabytes", "1", "3", "10", "--repeats", "5"),
+    ),
+    Benchmark(
+        "flower",
+        "Over Flower",
+        "On this machine's loopback, over TLS with node keys; aim: training and at most 8 s a round. flwr needs an environment "
+        "of its own, so the page may have no figures here.",
+    ),
+)
+
+
+def describe_machine() -> dict[str, str]:
+    model = "unknown"
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        model = next(
+            (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line), model
+        )
+    packages = {}
+    for name in ("torch", "transformers", "accelerate", "peft", "bitsandbytes"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    return {
+        "processor": f"{os.cpu_count()} cores of {model}",
+        "memory": f"{memory:.0f} GB",
+        "system": f"{platform.system()} {platform.release().split('-')[0]}, Python {platform.python_version()}",
+        "packages": ", ".join(f"{name} {number}" for name, number in packages.items()),
+    }
+
+
+def run_benchmark(benchmark: Benchmark, full: bool) -> dict[str, object]:
+    arguments = benchmark.full if full and benchmark.full is not None else benchmark.quick
+    command = ["-m", f"benchmarks.{benchmark.name}", *arguments]
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    output = done.stdout.strip()
+    if done.returncode:
+        output = f"It did not run here: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}"
+    return {
+        "command": " ".join(["python", *command]),
+        "seconds": round(time.perf_counter() - began),
+        "date": time.strftime("%Y-%m-%d"),
+        "load": round(os.getloadavg()[0], 1),
+        "failed": bool(done.returncode),
+        "output": output,
+    }
+
+
+def write_document(path: Path, results: dict) -> None:
+    machine = results["machine"]
+    lines = [
+        "# Performance",
+        "",
+        "Made by `make bench`; do not edit. Ratios are of medians within one run, against the reference that is named.",
+        "",
+        *(f"- {name}: {value}" for name, value in machine.items()),
+    ]
+    for benchmark in BENCHMARKS:
+        found = results["benchmarks"].get(benchmark.name)
+        if found is None:
+            continue
+        table = found["output"].lstrip().startswith("|") or "\n|" in found["output"]
+        fence = [] if table else ["```"]
+        lines += [
+            "",
+            f"## {benchmark.title}",
+            "",
+            benchmark.text,
+            "",
+            f"`{found['command']}`, {found['date']}, {found['seconds']} s:",
+            "",
+            *fence,
+            found["output"],
+            *fence,
+        ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    names = [benchmark.name for benchmark in BENCHMARKS]
+    parser.add_argument("--full", action="store_true", help="larger and longer: an hour or two")
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
+    parser.add_argument("--results", type=Path, help="benchmarks/results/<machine>.json by default")
+    parser.add_argument("--document", type=Path, default=Path("docs/performance.md"))
+    options = parser.parse_args()
+    path = options.results or Path("benchmarks/results") / f"{platform.machine()}-{os.cpu_count()}-cores.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"benchmarks": {}}
+    results["machine"] = describe_machine()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for benchmark in BENCHMARKS:
+        if benchmark.name in options.only:
+            print(f"\n{benchmark.title}", flush=True)
+            results["benchmarks"][benchmark.name] = found = run_benchmark(benchmark, options.full)
+            print(found["output"], flush=True)
+            path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_document(options.document, results)
+    print(f"\nResults are in {path}, the page is {options.document}.")
+
+
+if __name__ == "__main__":
+    main()
