@@ -19,7 +19,7 @@ _NF4_SUBSETS = {1: (0, 7, 15), 2: (0, 7, 11, 15), 3: (0, 1, 3, 5, 7, 10, 13, 15)
 _CELLS = 1024  # per unit, for `_make_finder`
 # Values whose temporaries stay in a core's cache and in memory that is there already (new memory costs as much as the
 # arithmetic), and fewer than the 32768 from which torch spreads an operation over threads.
-_CACHED = 30 << 10
+_CACHED = 30 << 10  # a multiple of 5 and 8, the codes that are packed together
 _TRITS_PER_BYTE = 5  # 3**5 = 243 <= 256: 1.6 bits per ternary code
 
 
@@ -193,7 +193,13 @@ def _make_finder(levels: tuple[float, ...], device: torch.device) -> Callable[[t
 
 def look_up(table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """`table[indices]` for indices `(n,)` uint8, several times as fast."""
-    return torch.cat([table.index_select(0, part.int()) for part in indices.split(_CACHED)])
+    return _map_slices(lambda part: table.index_select(0, part.int()), indices)
+
+
+def _map_slices(
+    function: Callable[[torch.Tensor], torch.Tensor], flat: torch.Tensor, size: int = _CACHED
+) -> torch.Tensor:
+    return torch.cat([function(part) for part in flat.split(size)])
 
 
 def restore_from_levels(
@@ -270,8 +276,10 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     8 bits: one code per byte; 4: two; 2: four; 3: eight codes in three bytes; 1 (ternary): five codes per byte in base
     three. The last group is padded with zeros.
     """
-    if bits == 8:
-        return codes.contiguous()
+    return codes.contiguous() if bits == 8 else _map_slices(lambda part: _pack_slice(part, bits), codes)
+
+
+def _pack_slice(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 1:
         groups = _pad(codes, _TRITS_PER_BYTE)
         packed = groups[:, -1].clone()
@@ -304,6 +312,10 @@ def unpack_codes(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
         )
     if bits == 8:
         return packed.clone()
+    return _map_slices(lambda part: _unpack_slice(part, bits), packed, packed_size(bits, _CACHED))[:count]
+
+
+def _unpack_slice(packed: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 1:
         byte = torch.arange(256, device=packed.device)
         trits = torch.stack([byte // 3**place % 3 for place in range(_TRITS_PER_BYTE)], dim=1).to(torch.uint8)
@@ -325,7 +337,7 @@ def unpack_codes(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
         )
     else:
         codes = torch.stack([packed >> bits * place & 2**bits - 1 for place in range(8 // bits)], dim=1)
-    return codes.reshape(-1)[:count]
+    return codes.view(-1)
 
 
 def quantize_tensors(
