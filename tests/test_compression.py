@@ -152,3 +152,13 @@ def test_a_made_up_payload_is_an_update_or_a_value_error(data):
         return
     assert {key: tensor.shape for key, tensor in arrived.items()} == {key: t.shape for key, t in update.items()}
     assert all(torch.isfinite(tensor).all() for tensor in arrived.values())
+
+
+@pytest.mark.parametrize("names", [("bias",), ("bias@values", "bias@gaps")])
+def test_a_value_beyond_float32_is_refused(names):
+    reference = {"bias": torch.zeros(1)}
+    payload = dict(
+        zip(names, (torch.tensor([1e300], dtype=torch.float64), torch.tensor([0], dtype=torch.uint8)), strict=False)
+    )
+    with pytest.raises(ValueError, match="infinite"):
+        decompress_update(payload, reference)

@@ -143,21 +143,6 @@ def test_control_variate_takes_the_repair_of_the_base_out_of_the_update(full_lla
     assert records[1]["repair_norm"] > 0.0 and records[1]["update_norm"] > 0.0
 
 
-def test_control_variate_resumes_to_the_same_bits(full_llama, lora, tmp_path):
-    whole = federate_alone(full_llama, lora, tmp_path / "whole", control_variate=0.5, num_rounds=2)
-    federate_alone(full_llama, lora, tmp_path / "parts", control_variate=0.5, num_rounds=1)
-    rows = make_rows().remove_columns("client")
-    args = make_args(
-        tmp_path / "parts", full_model=str(full_llama), adapter_bits=32, base_bits=2, merge=False, control_variate=0.5
-    )
-    resumed = FederatedTrainer(
-        str(full_llama), args, train_dataset={"owner": rows}, eval_dataset=rows, owner_dataset=rows, peft_config=lora
-    )
-    resumed.train(resume_from_checkpoint=True)
-    for key, value in whole.server.adapter.items():
-        assert torch.equal(value, resumed.server.adapter[key]), key
-
-
 def test_control_variate_without_what_it_needs_is_refused(full_llama, llama_base, lora, tmp_path):
     rows = make_rows()
     with pytest.raises(ValueError, match="control_variate=1.0 needs rows of the owner's own"):
