@@ -9,6 +9,7 @@ the server allows. Exit code 1 if one is broken.
 """
 
 import contextlib
+import copy
 import dataclasses
 import json
 import math
@@ -37,6 +38,7 @@ from fedlpp_hf.quantization import QuantizedTensor, quantize
 MEMORY_LIMIT = 512 * 2**20  # over what the process holds at the start
 TIME_LIMIT = 10.0  # seconds for one message; what is slow is no crash, but a server that hangs
 MAX_NORM = 100.0
+FORGED = ("forged header", "forged tensors", "made up")
 ABSURD = [0, 1, -1, 2, 255, 2**31, 2**62, 2**63, 2**64, 10**30, 0.5, 1e308, True, None, "", "F64", "U8", [], {}, [[0]]]
 
 
@@ -180,7 +182,7 @@ def make_up_update(update: ClientUpdate, chance: random.Random) -> bytes:
             del delta[key]
         elif kind < 0.2:
             plain = key.removesuffix(GAPS).removesuffix(VALUES)
-            delta[chance.choice((plain, plain + GAPS, plain + VALUES, key + VALUES, "x"))] = delta[key]
+            delta[chance.choice((plain, plain + GAPS, plain + VALUES, key + VALUES, "x"))] = copy.deepcopy(delta[key])
         elif kind < 0.3:
             delta[key], delta[other] = delta[other], delta[key]
         elif isinstance(value := delta[key], QuantizedTensor):
@@ -207,7 +209,7 @@ def mutate_tensor(tensor: torch.Tensor, chance: random.Random) -> torch.Tensor:
         (math.nan, math.inf, 1e300, 3e38, 1e18, 65536.0) if wide.is_floating_point() else (0, 254, 255)
     )
     wide = wide.clone()
-    wide.view(-1)[chance.randrange(wide.numel())] = value
+    wide.view(-1)[chance.randrange(wide.numel())] = torch.tensor(value, dtype=torch.float64)
     return wide
 
 
@@ -227,6 +229,19 @@ def mutate_quantized(value: QuantizedTensor, chance: random.Random) -> Quantized
     return quantize(torch.ones(shape), chance.choice((1, 2, 3, 4, 8)), chance.choice((1, 8, 256)))
 
 
+def mutate(sent: Message, data: bytes, other: bytes, chance: random.Random) -> tuple[str, bytes]:
+    kind = chance.choice(("bytes", "header", *FORGED))
+    if kind == "bytes":
+        return mutate_bytes(data, other, chance)
+    if kind == "made up" and isinstance(sent, ClientUpdate):
+        with contextlib.suppress(RuntimeError, ValueError):  # some can't be written
+            return kind, make_up_update(sent, chance)
+    if kind == "forged tensors" and (isinstance(sent, ClientUpdate) or sent.proxy):
+        return kind, rewrite_tensors(data, chance)
+    kind = "header" if kind == "header" else "forged header"
+    return kind, rewrite_header(data, chance, kind == "forged header")
+
+
 def _join(header, buffer: bytes) -> bytes:
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + buffer
@@ -244,7 +259,9 @@ def limit_memory() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def receive(data: bytes, sent: Message, task: ClientTask | None, original: bytes, admission: Admission) -> str:
+def receive(
+    data: bytes, sent: Message, task: ClientTask | None, original: bytes, admission: Admission, forged: bool
+) -> str:
     """What becomes of a message: `equal` to the one that was sent, only `read`, or `admitted`.
 
     Raises:
@@ -257,6 +274,8 @@ def receive(data: bytes, sent: Message, task: ClientTask | None, original: bytes
         restore_tensors(received.control)
     # Equal messages make equal bytes, and these hold all there is of a message.
     outcome = "equal" if received.to_bytes() == original else "read"
+    if outcome == "read" and not forged:
+        raise RuntimeError("a message that was changed on its way was read")
     if task is None:
         return outcome
     delta = admission.open_update(received, task)
@@ -281,30 +300,19 @@ def run(count: int, seed: int) -> int:
     with limit_memory():
         for number in range(count):
             which = chance.randrange(len(messages))
-            data, (sent, task) = encoded[which], messages[which]
-            kind = chance.choice(("bytes", "header", "forged header", "forged tensors", "made up"))
+            sent, task = messages[which]
+            kind, changed = mutate(sent, encoded[which], encoded[which - 1], chance)
             start = time.perf_counter()
             try:
-                if kind == "bytes":
-                    kind, changed = mutate_bytes(data, encoded[which - 1], chance)
-                elif kind == "made up" and isinstance(sent, ClientUpdate):
-                    changed = make_up_update(sent, chance)
-                elif kind in ("made up", "forged tensors") and (task or sent.proxy):
-                    kind, changed = "forged tensors", rewrite_tensors(data, chance)
-                else:
-                    kind = "header" if kind == "header" else "forged header"
-                    changed = rewrite_header(data, chance, kind == "forged header")
-                outcome = receive(changed, sent, task, data, admissions[number % 2])
+                outcome = receive(changed, sent, task, encoded[which], admissions[number % 2], kind in FORGED)
             except ValueError:
                 outcome = "refused"
             except Exception as error:
-                outcome = f"CRASHED with {type(error).__name__}: {error}"[:200]
+                outcome = f"BROKEN by {type(error).__name__}"
+                broken += 1
+                print(f"mutation {number} ({kind}): {error}: {changed[:200]!r}", file=sys.stderr)
             slowest = max(slowest, time.perf_counter() - start)
             outcomes.setdefault(kind, Counter())[outcome] += 1
-            made_up = kind in ("forged header", "forged tensors", "made up")
-            if outcome.startswith("CRASHED") or (outcome in ("read", "admitted") and not made_up):
-                broken += 1
-                print(f"mutation {number} ({kind}): {outcome}: {changed[:200]!r}", file=sys.stderr)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / 1024
     for kind, counts in sorted(outcomes.items()):
         print(f"{kind:14}", ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())))

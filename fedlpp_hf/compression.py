@@ -86,8 +86,10 @@ def decompress_update(payload: Payload, reference: Tensors) -> dict[str, torch.T
     for name in payload:
         if name.endswith(GAPS) and name.removesuffix(GAPS) + VALUES not in payload:
             raise ValueError(f"The update has `{name}` but not its values.")
+    # What is checked is what is kept: a float64 can be finite and infinite as a float32.
+    update = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in update.items()}
     check_tensors(update, reference, "update")
-    return {key: tensor.float() for key, tensor in update.items()}
+    return update
 
 
 def _pack(tensor: torch.Tensor, bits: int, block_size: int, key: str) -> torch.Tensor | QuantizedTensor:
