@@ -27,6 +27,7 @@ from .files import (
     seal_base,
     write_companions,
 )
+from .held import hold_dequantized_
 from .kernels import keep_layout_
 from .packing import pack_base, unpack_base
 from .tensors import BaseSettings, quantize_base_tensor
@@ -41,6 +42,7 @@ __all__ = [
     "default_skip_modules",
     "describe_base",
     "export_base",
+    "hold_dequantized_",
     "keep_layout_",
     "load_base",
     "pack_base",
