@@ -11,6 +11,7 @@ from peft import LoraConfig
 
 from fedlpp_hf import FederatedConfig, FederatedServer
 from fedlpp_hf.messages import ClientUpdate, restore_tensors
+from fedlpp_hf.robust import geometric_median_weights
 
 
 KEY_A, KEY_B = "base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"
@@ -136,3 +137,20 @@ def test_the_run_learns_in_spite_of_attackers(tmp_path, honest_loss, attacked_me
     assert loss < 0.1 * start
     if attack is not hide:  # which alone does no harm to an average
         assert attacked_mean(attack, attackers) > start
+
+
+@pytest.mark.parametrize("attackers", [2, 3, 4])
+@pytest.mark.parametrize("spread", [0.5, 2.0])
+def test_the_geometric_median_is_moved_in_proportion_to_the_honest_spread(attackers, spread):
+    """Below its breakdown point, and still against the honest mean: f vectors pull one way, and the n − f honest ones, at
+    `spread` across from a mean of length 1, hold them where the cosine of each to that way is c = f / (n − f)."""
+    clients, size = 9, 5000
+    noise = torch.randn(clients - attackers, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise -= noise.mean(0)
+    honest = spread * noise / noise.norm(dim=1, keepdim=True)
+    honest[:, 0] = 1.0
+    updates = torch.cat([-10 * honest.mean(0).expand(attackers, size), honest])
+    weights = torch.tensor(geometric_median_weights(updates @ updates.T, [1.0] * clients), dtype=torch.float64)
+    pull = attackers / (clients - attackers)
+    moved = 1 - spread * pull / math.sqrt(1 - pull**2)
+    assert float((weights @ updates)[0]) == pytest.approx(moved, abs=0.01 * spread)
