@@ -209,7 +209,7 @@ class FlowerClients:
 
     def _ask(
         self, kind: str, requests: Iterable[tuple[Any, int, dict[str, Any]]], timeout: float
-    ) -> Iterator[tuple[Any, ConfigRecord | str]]:
+    ) -> Iterator[tuple[Any, Mapping[str, Any] | str]]:
         """Send (name, node, content) and yield (name, answer) as they come; an answer that is a str says what failed."""
         waiting: dict[str, tuple[Any, int]] = {}
         missed: dict[str, float] = {}
@@ -247,7 +247,7 @@ class FlowerClients:
         return {node.node_id: node.last_activated_at for node in self.grid.get_nodes()}
 
 
-def _read(message: Message) -> ConfigRecord | str:
+def _read(message: Message) -> Mapping[str, Any] | str:
     if message.has_error():
         return f"Flower reports: {message.error.reason} (code {message.error.code})"
     record = message.content.config_records.get(RECORD)
@@ -277,7 +277,7 @@ def make_client_app() -> ClientApp:
     return app
 
 
-def _answer_describe(settings: ClientSettings, request: ConfigRecord) -> dict[str, Any]:
+def _answer_describe(settings: ClientSettings, request: Mapping[str, Any]) -> dict[str, Any]:
     if request["version"] != __version__:
         raise ValueError(
             f"this client runs fedlpp_hf {__version__}, the server {request['version']}; install the same"
@@ -296,7 +296,7 @@ def _answer_describe(settings: ClientSettings, request: ConfigRecord) -> dict[st
     return {"clients": json.dumps(description["clients"])}
 
 
-def _answer_train(settings: ClientSettings, request: ConfigRecord) -> dict[str, Any]:
+def _answer_train(settings: ClientSettings, request: Mapping[str, Any]) -> dict[str, Any]:
     task = bytes(request["task"])
     base_dir = find_base(settings.cache_dir, str(request["base"]), settings.base)
     if base_dir is None:

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import gc
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from transformers.trainer_utils import TrainOutput
 
 from .adapters import load_adapter_
-from .base import BASE_MANIFEST, load_base
+from .base import BASE_MANIFEST, hold_dequantized_, load_base
 from .blueprint import TrainerBlueprint, load_full_model
 from .callbacks import QuantizedBaseCallback, audit_model
 from .config import FederatedConfig
@@ -192,7 +193,8 @@ class FederatedMixin(PublishingMixin):
         self.guard.accept(task)
         federation = self.args.learning_rate_horizon == "federation"
         self._horizon = (task.round - 1, task.num_rounds) if federation else (0, 1)
-        super().train()
+        with hold_dequantized_(self.model) if self.args.hold_dequantized else nullcontext():
+            super().train()
         if self.guard.update is None:
             raise RuntimeError("The local run ended without an update; was QuantizedBaseCallback removed?")
         return self.guard.update

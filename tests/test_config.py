@@ -181,3 +181,12 @@ def test_config_goes_together_with_trl(trl_first):
     assert (args.num_rounds, args.max_length, args.broadcast_interval, args.save_strategy) == (3, 32, None, "no")
     with pytest.raises(ValueError, match="weighting='size'"):
         combined("out", use_cpu=True, bf16=False, report_to=[], weighting="size")
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_bf16_on_a_cpu_that_is_slow_at_it_is_warned_of(tmp_path, monkeypatch, supported):
+    said = []
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": supported})
+    monkeypatch.setattr("fedlpp_hf.config.logger.warning", said.append)
+    FederatedConfig(str(tmp_path), use_cpu=True, bf16=True)
+    assert len(said) == (not supported)

@@ -1,6 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Identities of the federated trainer, its bad inputs, and the ways in which users make their own trainer federated."""
 
+import gc
 from dataclasses import dataclass
 
 import pytest
@@ -85,6 +86,19 @@ def task_of(trainer, client="site-0", number=1):
 
 
 class TestIdentities:
+    def test_frozen_or_not_and_dequantized_or_not_is_the_same(self, llama_base, lora, tmp_path):
+        """`train()` freezes what lives long, `train_client` alone does not; neither changes a bit, nor do held weights."""
+        ends = []
+        for name, options in (("plain", {}), ("held", {"hold_dequantized": True})):
+            trainer = make_trainer(llama_base, tmp_path / name, lora, **options)
+            task = task_of(trainer)
+            ends.append(trainer.train_client(task).delta)  # nothing is frozen yet
+            gc.freeze()
+            ends.append(trainer.train_client(task).delta)
+            gc.unfreeze()
+        for other in ends[1:]:
+            assert_equal(ends[0], other)
+
     def test_one_client_without_quantization_is_plain_trainer(self, full_llama, lora, tmp_path):
         rows = make_rows(clients=1)
         lora.lora_dropout = 0.1  # so that the random numbers matter, too
