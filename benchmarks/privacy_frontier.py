@@ -268,7 +268,7 @@ def draw(lines: list[dict[str, str]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(line["task"] for line in lines))
-    figure = Figure(figsize=(4.2 * len(tasks), 4.6), layout="constrained")
+    figure = Figure(figsize=(max(4.2 * len(tasks), 6), 5.2), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         mine = [line for line in lines if line["task"] == task]
@@ -294,7 +294,8 @@ def draw(lines: list[dict[str, str]], path: Path) -> None:
         axes.set_xlabel("stolen value of half of the clients, %")
         axes.set_ylabel("server's loss above full precision, %")
         axes.grid(alpha=0.3)
-    figure.axes[0].legend(frameon=False, fontsize=7)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=7)
     figure.savefig(path, dpi=130)
 
 
