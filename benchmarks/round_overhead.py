@@ -24,6 +24,7 @@ from peft import LoraConfig
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
+    PrinterCallback,
     Trainer,
     TrainingArguments,
     default_data_collator,
@@ -81,7 +82,9 @@ def run_plain_trainer(trainer: FederatedTrainer, task: ClientTask, folder: Path)
         str(folder / "plain"), per_device_train_batch_size=BATCH, num_train_epochs=1, save_strategy="no", report_to="none",
         use_cpu=True, disable_tqdm=True, seed=task.seed,
     )  # fmt: skip
-    Trainer(trainer.model, args, train_dataset=trainer.client_datasets["client"]).train()
+    plain = Trainer(trainer.model, args, train_dataset=trainer.client_datasets["client"])
+    plain.remove_callback(PrinterCallback)
+    plain.train()
 
 
 def measure(folder: Path, steps: int, repeats: int) -> dict[str, float]:
