@@ -28,8 +28,7 @@ from .rules import trainable_keys
 
 # Updates that are read side by side: the sum in double precision goes through memory once for all of them.
 _GROUP = 32
-# A piece of the sum in double precision stays in the processor's second cache while all of the group are added to it.
-_CHUNK = 2**16
+_CHUNK = 2**15  # values that are summed at a time
 
 Update = Mapping[str, torch.Tensor]
 
@@ -108,28 +107,37 @@ def _sum_updates(
     updates: Iterable[Update], shares: Sequence[float], keys: Sequence[str] | None = None
 ) -> dict[str, torch.Tensor]:
     iterator, done = iter(updates), 0
-    sums: dict[str, torch.Tensor] = {}
+    shapes: dict[str, torch.Size] = {}
+    sums: dict[str, torch.Tensor] = {}  # flat
+    # A piece of the sum and one of an update in double precision: all arithmetic is in the processor's second cache. Adding
+    # float32 to float64 would make a new tensor each time, and take twice as long.
+    total, values = torch.empty(2, _CHUNK, dtype=torch.float64)
     while group := list(islice(iterator, _GROUP)):
-        if not sums:
-            sums = {key: torch.zeros(group[0][key].shape, dtype=torch.float64) for key in keys or group[0]}
+        if not shapes:
+            shapes = {key: group[0][key].shape for key in keys or group[0]}
+            sums = {key: torch.zeros(1).expand(shape.numel()) for key, shape in shapes.items()}
         for place, update in enumerate(group, done):
             if keys is None:
-                check_keys(update, sums, f"update of client {place}")
+                check_keys(update, shapes, f"update of client {place}")
         group_shares = shares[done : done + len(group)]
         done += len(group)
         if done > len(shares):
             break
-        for key, total in sums.items():
+        for key, shape in shapes.items():
             tensors = [update[key] for update in group]
             for place, tensor in enumerate(tensors, done - len(group)):
-                _check_shape(key, tensor, total.shape, place)
-            chunks = [tensor.detach().reshape(-1).split(_CHUNK) for tensor in tensors]
-            for pieces in zip(total.view(-1).split(_CHUNK), *chunks, strict=True):
-                for share, values in zip(group_shares, pieces[1:], strict=True):
-                    pieces[0].add_(values, alpha=share)
+                _check_shape(key, tensor, shape, place)
+            after = torch.empty(shape.numel(), dtype=torch.float32 if done == len(shares) else torch.float64)
+            flat = [tensor.detach().reshape(-1).split(_CHUNK) for tensor in (sums[key], after, *tensors)]
+            for old, new, *pieces in zip(*flat, strict=True):
+                total[: len(new)].copy_(old)
+                for share, piece in zip(group_shares, pieces, strict=True):
+                    total[: len(new)].add_(values[: len(new)].copy_(piece), alpha=share)
+                new.copy_(total[: len(new)])
+            sums[key] = after
     if done != len(shares):
         raise ValueError(f"{len(shares)} weights, but {'more' if done > len(shares) else done} updates.")
-    return {key: sums.pop(key).float() for key in list(sums)}
+    return {key: sums[key].view(shape) for key, shape in shapes.items()}
 
 
 def _check_shape(key: str, tensor: torch.Tensor, shape: torch.Size, place: int) -> None:
