@@ -109,9 +109,6 @@ def _sum_updates(
     iterator, done = iter(updates), 0
     shapes: dict[str, torch.Size] = {}
     sums: dict[str, torch.Tensor] = {}  # flat
-    # A piece of the sum and one of an update in double precision: all arithmetic is in the processor's second cache. Adding
-    # float32 to float64 would make a new tensor each time, and take twice as long.
-    total, values = torch.empty(2, _CHUNK, dtype=torch.float64)
     while group := list(islice(iterator, _GROUP)):
         if not shapes:
             shapes = {key: group[0][key].shape for key in keys or group[0]}
@@ -127,17 +124,30 @@ def _sum_updates(
             tensors = [update[key] for update in group]
             for place, tensor in enumerate(tensors, done - len(group)):
                 _check_shape(key, tensor, shape, place)
-            after = torch.empty(shape.numel(), dtype=torch.float32 if done == len(shares) else torch.float64)
-            flat = [tensor.detach().reshape(-1).split(_CHUNK) for tensor in (sums[key], after, *tensors)]
-            for old, new, *pieces in zip(*flat, strict=True):
-                total[: len(new)].copy_(old)
-                for share, piece in zip(group_shares, pieces, strict=True):
-                    total[: len(new)].add_(values[: len(new)].copy_(piece), alpha=share)
-                new.copy_(total[: len(new)])
-            sums[key] = after
+            dtype = torch.float32 if done == len(shares) else torch.float64
+            sums[key] = _add_weighted(sums[key], tensors, group_shares, dtype)
     if done != len(shares):
         raise ValueError(f"{len(shares)} weights, but {'more' if done > len(shares) else done} updates.")
     return {key: sums[key].view(shape) for key, shape in shapes.items()}
+
+
+def _add_weighted(
+    total: torch.Tensor, tensors: Sequence[torch.Tensor], shares: Sequence[float], dtype: torch.dtype
+) -> torch.Tensor:
+    """`total` `(n,)` + Σ p_i·tensor_i in double precision, rounded to `dtype` once."""
+    result = torch.empty(len(total), dtype=dtype)
+    terms = [(share, tensor.reshape(-1)) for share, tensor in zip(shares, tensors, strict=True)]
+    # Pieces in double precision, so that all arithmetic is in the processor's second cache. Adding float32 to float64
+    # would make a new tensor each time, and take twice as long.
+    buffers = torch.empty(2, min(_CHUNK, len(total)), dtype=torch.float64)
+    for start in range(0, len(total), _CHUNK):
+        end = min(start + _CHUNK, len(total))
+        piece, values = buffers[:, : end - start]
+        piece.copy_(total[start:end])
+        for share, tensor in terms:
+            piece.add_(values.copy_(tensor[start:end]), alpha=share)
+        result[start:end] = piece
+    return result
 
 
 def _check_shape(key: str, tensor: torch.Tensor, shape: torch.Size, place: int) -> None:
