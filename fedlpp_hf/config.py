@@ -224,6 +224,12 @@ class FederatedConfig(TrainingArguments):
             "this process trains them one after the other."
         },
     )
+    round_timeout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Seconds that a round's clients have: it closes with the updates that came. Over Flower 3600 by default."
+        },
+    )
     client_timeout: float | None = field(
         default=None, metadata={"help": "Seconds after which a worker gives a client's run up; the client has failed."}
     )
@@ -250,6 +256,7 @@ class FederatedConfig(TrainingArguments):
         self._check_positive(
             "num_clients", "clients_per_round", "max_update_norm", "clip_update_norm", "client_timeout", optional=True
         )
+        self._check_positive("round_timeout", optional=True)
         if isinstance(self.client_ranks, str):
             self.client_ranks = json.loads(self.client_ranks)
         if self.over_sample and self.clients_per_round is None:

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 SERVER_FILE = "FEDLPP_HF_SERVER"
 RECORD = "fedlpp_hf"
 DESCRIBE, BASE, TRAIN = "query.describe", "query.base", "train"
+_ROUND_SECONDS = 3600.0  # that clients have for a task, transport included, unless `round_timeout` says otherwise
 _POLL_SECONDS = 0.2  # Flower's own `send_and_receive` looks every 3 s
 
 
@@ -83,7 +84,7 @@ def run_federation(grid: Grid, config: str, flags: list[str]) -> None:
     base = PackedBase(base_dir, directory / "base.packed")
     # A resumed federation has the clients that it began with, whoever is here now: sampling depends on them.
     known = store.read()["clients"] if args.resume_from_checkpoint and store.latest() is not None else None
-    clients = FlowerClients(grid, remote, base)
+    clients = FlowerClients(grid, remote, base, args.round_timeout)
     present = clients.gather(args.num_clients if known is None else len(known), known and args.min_clients)
     trainer.train_remotely(clients.train, present if known is None else known, args.resume_from_checkpoint)
 
@@ -91,8 +92,9 @@ def run_federation(grid: Grid, config: str, flags: list[str]) -> None:
 class FlowerClients:
     """The clients that a Grid reaches, by the ids that they announce; one node may stand for several."""
 
-    def __init__(self, grid: Grid, remote: "RemoteConfig", base: PackedBase):
+    def __init__(self, grid: Grid, remote: "RemoteConfig", base: PackedBase, round_timeout: float | None = None):
         self.grid, self.remote, self.base = grid, remote, base
+        self.round_timeout = _ROUND_SECONDS if round_timeout is None else round_timeout
         self.num_examples: dict[str, int] = {}
         self._nodes: dict[str, int] = {}  # by client id
         self._described: dict[int, str] = {}  # by node: since when it has been connected
@@ -128,7 +130,7 @@ class FlowerClients:
 
         left = {task.client_id: task for task in tasks}
         reasons: dict[str, str] = {}
-        timeout = self.remote.round_timeout
+        timeout = self.round_timeout
         for _ in range(1 + self.remote.task_retries):
             self._welcome(self.remote.lost_timeout)
             for client in left.keys() - self._nodes.keys():
@@ -184,7 +186,7 @@ class FlowerClients:
                     )
                 else:
                     self._register(node, json.loads(answer["clients"]), present[node])
-            strangers, kind, timeout = list(lacking), BASE, self.remote.round_timeout
+            strangers, kind, timeout = list(lacking), BASE, self.round_timeout
             requests = ((node, node, request | self.base.read(start, step)) for node, start in lacking.items())
 
     def _register(self, node: int, rows: Mapping[str, int], since: str) -> None:

@@ -28,9 +28,6 @@ class RemoteConfig:
         default=None,
         metadata={"help": "Server: a base that is exported already, where no full model is given."},
     )
-    round_timeout: float = field(
-        default=3600.0, metadata={"help": "Seconds that a client has for one task, transport included."}
-    )
     join_timeout: float = field(
         default=900.0, metadata={"help": "Seconds that the server waits for `num_clients` clients and their bases."}
     )

@@ -4,6 +4,7 @@
 import copy
 import dataclasses
 import gc
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -33,7 +34,7 @@ from .report import RoundReporter
 from .schedules import start_schedule_at_
 from .server import FederatedServer, TrainClients
 from .store import FEDERATION_DIR, RoundStore
-from .workers import ClientWorkers
+from .workers import ClientWorkers, late_reason
 
 
 # The underscore keeps it out of `push_to_hub` of the adapter.
@@ -286,8 +287,12 @@ class FederatedMixin(PublishingMixin):
         loss = sum(losses) / len(losses) if losses else float("nan")
         return TrainOutput(len(records) - 1, loss, records[-1]["metrics"].get("server", {}))
 
-    def _train_clients(self, tasks: list[ClientTask]) -> Iterator[ClientUpdate]:
+    def _train_clients(self, tasks: list[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
+        began, timeout = time.monotonic(), self.args.round_timeout
         for place, task in enumerate(tasks, 1):
+            if timeout is not None and time.monotonic() - began > timeout:
+                yield ClientFailure(task.client_id, late_reason(timeout))
+                continue
             self._share("train", task.to_bytes())
             yield self.train_client(task)
             if place % _FREEZE_EVERY == 0:
@@ -312,7 +317,7 @@ class FederatedMixin(PublishingMixin):
         theirs = dataclasses.replace(blueprint, owner_dataset=None, client_datasets=self.raw_datasets)
         if blueprint.base_dir:
             theirs = dataclasses.replace(theirs, full_model="")
-        return ClientWorkers(theirs, args.client_workers, args.client_timeout)
+        return ClientWorkers(theirs, args.client_workers)
 
     def _evaluate_together(self, adapter: Mapping[str, torch.Tensor]) -> dict[str, float]:
         self._share("evaluate", encode_message("adapter", {}, adapter))

@@ -2,6 +2,7 @@
 """Clients side by side: processes that each hold the base and train one client at a time."""
 
 import gc
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -21,13 +22,14 @@ class ClientWorkers:
 
     A client's update depends on its task and rows alone, so that any number of workers ends in the same bits as one
     (given equal threads: `threads` of each worker, by default the cores shared out evenly). A worker that dies, or is
-    busy with one client for longer than `timeout` seconds, is replaced, and that client counts as failed.
+    busy with one client for longer than `client_timeout` seconds, is replaced, and that client counts as failed; so do all
+    that have not answered when a round's `round_timeout` is over.
     """
 
-    def __init__(
-        self, blueprint: TrainerBlueprint, count: int, timeout: float | None = None, threads: int | None = None
-    ):
-        self.blueprint, self.timeout = blueprint, timeout
+    def __init__(self, blueprint: TrainerBlueprint, count: int, threads: int | None = None):
+        self.blueprint = blueprint
+        self.timeout = blueprint.args.client_timeout or math.inf
+        self.round_timeout = blueprint.args.round_timeout or math.inf
         self.threads = threads or max((os.cpu_count() or 1) // count, 1)
         self.num_examples = {client: len(rows) for client, rows in blueprint.client_datasets.items()}
         self._starting: set[Service] = set()
@@ -37,8 +39,13 @@ class ClientWorkers:
     def train_clients(self, tasks: list[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
         """An answer to each of `tasks`, as they come; the clients with most rows begin, because they take longest."""
         waiting = sorted(tasks, key=lambda task: self.num_examples[task.client_id])
+        deadline = time.monotonic() + self.round_timeout
         try:
             while waiting or self._busy:
+                if time.monotonic() > deadline:
+                    late = [*(client for client, _ in self._busy.values()), *(task.client_id for task in waiting)]
+                    yield from (ClientFailure(client, late_reason(self.round_timeout)) for client in late)
+                    return
                 while waiting and self._idle:
                     worker, task = self._idle.pop(), waiting.pop()
                     if worker in self._starting:  # loading the base is no part of a client's time
@@ -46,7 +53,7 @@ class ClientWorkers:
                         self._starting.remove(worker)
                     self._busy[worker] = (task.client_id, time.monotonic())
                     worker.send("train", {"task": as_tensor(task.to_bytes())})
-                yield from self._answers()
+                yield from self._answers(deadline)
         finally:
             # A round that closes early leaves runs behind that nobody asks for; the next one must not get their answers.
             for worker in list(self._busy):
@@ -61,12 +68,10 @@ class ClientWorkers:
         self._idle.clear()
         self._busy.clear()
 
-    def _answers(self) -> Iterator[ClientUpdate | ClientFailure]:
-        left = None
-        if self.timeout is not None:
-            oldest = min(since for _, since in self._busy.values())
-            left = max(oldest + self.timeout - time.monotonic(), 0.0)
-        ready = wait([worker.pipe for worker in self._busy], left)
+    def _answers(self, deadline: float) -> Iterator[ClientUpdate | ClientFailure]:
+        first = min(deadline, *(since + self.timeout for _, since in self._busy.values()))
+        left = max(first - time.monotonic(), 0.0)
+        ready = wait([worker.pipe for worker in self._busy], None if math.isinf(left) else left)
         for worker, (client, since) in list(self._busy.items()):
             if worker.pipe in ready:
                 try:
@@ -78,7 +83,7 @@ class ClientWorkers:
                 del self._busy[worker]
                 self._idle.append(worker)
                 yield ClientUpdate.from_bytes(as_bytes(payload["update"]))
-            elif self.timeout is not None and time.monotonic() - since > self.timeout:
+            elif time.monotonic() - since > self.timeout:
                 self._replace(worker)
                 yield ClientFailure(client, f"it took longer than client_timeout={self.timeout:g} seconds")
 
@@ -114,6 +119,11 @@ def make_desk(setup: tuple[TrainerBlueprint, int], scratch: Path) -> _Desk:
     blueprint, threads = setup
     torch.set_num_threads(threads)
     return _Desk(blueprint)
+
+
+def late_reason(round_timeout: float) -> str:
+    """Why a client has no part in a round that closed without it."""
+    return f"it had not answered within round_timeout={round_timeout:g} seconds"
 
 
 def as_tensor(data: bytes) -> torch.Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedlpp_hf import FederatedTrainer
-from fedlpp_hf.messages import ClientTask, ClientUpdate
+from fedlpp_hf.messages import ClientFailure, ClientTask, ClientUpdate
 from fedlpp_hf.workers import ClientWorkers, as_bytes, as_tensor
 
 from .conftest import make_rows
@@ -59,13 +59,15 @@ class EchoService:
     """A worker that answers in this process, when it is asked for the answer."""
 
     killed = 0
+    hanging = ""
 
     def __init__(self, name, make_desk, setup):
         self.pipe, self._far = Pipe()
 
     def send(self, command, tensors=None):
         self._task = None if tensors is None else ClientTask.from_bytes(as_bytes(tensors["task"]))
-        self._far.send(command)
+        if self._task is None or self._task.client_id != EchoService.hanging:
+            self._far.send(command)
 
     def receive(self):
         self.pipe.recv()
@@ -80,17 +82,33 @@ class EchoService:
     close = kill
 
 
-def test_the_largest_client_begins_and_a_round_that_closes_early_leaves_nothing_behind(monkeypatch):
+def hire_echoes(monkeypatch, **options):
+    """Two workers, and tasks of three clients."""
     monkeypatch.setattr("fedlpp_hf.workers.Service", EchoService)
+    monkeypatch.setattr(EchoService, "killed", 0)
     rows = {name: range(count) for name, count in (("small", 1), ("large", 9), ("middle", 5))}
-    workers = ClientWorkers(SimpleNamespace(client_datasets=rows), 2)
-    tasks = [ClientTask("", 1, 1, name, 0, "", None) for name in rows]
+    args = SimpleNamespace(**{"client_timeout": None, "round_timeout": None, **options})
+    workers = ClientWorkers(SimpleNamespace(client_datasets=rows, args=args), 2)
+    return workers, [ClientTask("", 1, 1, name, 0, "", None) for name in rows]
+
+
+def test_the_largest_client_begins_and_a_round_that_closes_early_leaves_nothing_behind(monkeypatch):
+    workers, tasks = hire_echoes(monkeypatch)
     answers = workers.train_clients(tasks)
     assert next(answers).client_id == "large"
     answers.close()  # `middle` has been asked; its answer must not come in the next round
     assert EchoService.killed == 1
-    again = [answer.client_id for answer in workers.train_clients([tasks[0]])]
-    assert again == ["small"]
+    assert [answer.client_id for answer in workers.train_clients(tasks[:1])] == ["small"]
+
+
+def test_a_round_closes_without_a_straggler(monkeypatch):
+    workers, tasks = hire_echoes(monkeypatch, round_timeout=0.3)
+    monkeypatch.setattr(EchoService, "hanging", "large")
+    *answers, late = workers.train_clients(tasks)
+    assert {answer.client_id for answer in answers} == {"small", "middle"}
+    assert late == ClientFailure("large", "it had not answered within round_timeout=0.3 seconds")
+    assert EchoService.killed == 1
+    assert len(list(workers.train_clients(tasks[:1]))) == 1  # another took the straggler's place
 
 
 def test_owners_things_stay_out_of_workers(full_llama, lora, tmp_path, monkeypatch):
@@ -110,6 +128,25 @@ def test_owners_things_stay_out_of_workers(full_llama, lora, tmp_path, monkeypat
     trainer.owner.close()
     assert seen[0].owner_dataset is None and seen[0].full_model == ""
     assert Path(seen[0].base_dir).name == "base"
+
+
+def test_clients_whose_turn_is_too_late_are_named(llama_base, lora, tmp_path):
+    class SlowTrainer(FederatedTrainer):
+        def train_client(self, task):
+            update = super().train_client(task)
+            time.sleep(0.2)
+            return update
+
+    rows = make_rows(clients=3)
+    trainer = make_trainer(
+        llama_base, tmp_path, lora, SlowTrainer, train_dataset=rows, num_rounds=1, round_timeout=0.1
+    )
+    trainer.train()
+    (record,) = trainer.server.store.records()[1:]
+    assert list(record["clients"]) == ["site-0"]
+    assert record["rejected"] == dict.fromkeys(
+        ["site-1", "site-2"], "it had not answered within round_timeout=0.1 seconds"
+    )
 
 
 def test_what_workers_need(llama_base, lora, tmp_path):

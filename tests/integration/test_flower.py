@@ -160,7 +160,8 @@ def run_over(network, config, output_dir, llama_base, *flags):
     """The server's side as the ServerApp does it, but for the process."""
     flags = ["--output_dir", str(output_dir), *flags]
     trainer, remote = load_trainer(config, flags, model=None, train_dataset={})
-    clients = FlowerClients(network, remote, PackedBase(llama_base, output_dir / "base.packed"))
+    base = PackedBase(llama_base, output_dir / "base.packed")
+    clients = FlowerClients(network, remote, base, trainer.args.round_timeout)
     trainer.train_remotely(clients.train, clients.gather(3), trainer.args.resume_from_checkpoint)
     return read_adapter(output_dir)[0]
 
@@ -376,8 +377,12 @@ def machines(tmp_path, write_config, rows, full_llama):
 @pytest.mark.timeout(900)
 def test_machines_that_die(machines, tmp_path, write_config, rows, llama_base):
     """TLS, node keys, warm trainers. In round 1 a trainer is killed, in round 2 a client is; after round 2 the server is,
-    in the middle of the next round. What it resumes to is what one process computes without that client."""
+    in the middle of the next round. What it resumes to is what one process computes without that client. A fourth machine
+    has a key of its own making, and no part in any of it."""
+    make_node_key(tmp_path / "intruder")
+    shutil.copy(rows / "site-0.jsonl", rows / "intruder.jsonl")
     server = machines.start_server()
+    intruder = machines.start_client("intruder")
     clients = [machines.start_client(client) for client in CLIENTS]
     machines.wait_for_round(0, server)
     os.kill(int((tmp_path / "site-0" / "trainer.pid").read_text()), signal.SIGKILL)
@@ -395,3 +400,5 @@ def test_machines_that_die(machines, tmp_path, write_config, rows, llama_base):
     assert_equal(read_adapter(tmp_path / "out")[0], reference)
     assert (tmp_path / "out" / "_merged" / "model.safetensors").is_file()
     assert clients[0].poll() is clients[1].poll() is None
+    assert "intruder" not in (tmp_path / "out" / "_federation" / "federation.json").read_text()
+    assert intruder.poll() not in (None, 0)
