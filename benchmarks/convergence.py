@@ -14,6 +14,7 @@ import json
 import statistics
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset, load_dataset
@@ -36,6 +37,11 @@ from fedlpp_hf.messages import restore_tensors
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 
+# All local steps of a client in one round, from the untouched base.
+ONCE = {"broadcast": "never", "num_rounds": 1}
+# The second to fourth client have a lower rank than the server's 8.
+MIXED = {"client_ranks": (4, 4, 2)}
+SGD = {"optim": "sgd", "learning_rate": 0.3}
 # What differs from plain FedAvg with a server step of 1.
 VARIANTS: dict[str, dict] = {
     "fedavg": {},
@@ -49,7 +55,14 @@ VARIANTS: dict[str, dict] = {
     "fedavg, fedprox 0.1": {"fedprox_mu": 0.1},
     "fedavg, 4 bits up": {"update_bits": 4},
     "fedavg, 5 % in 4 bits up": {"update_bits": 4, "update_density": 0.05},
+    "fedavg, 5 % in 4 bits up, no error feedback": {"update_bits": 4, "update_density": 0.05, "error_feedback": False},
     "exact, 4 bits up": {"aggregation": "exact", "update_bits": 4},
+    "fedavg, ranks 8 4 4 2": {**MIXED},
+    "exact, ranks 8 4 4 2": {**MIXED, "aggregation": "exact"},
+    "fedavg, local SGD": {**SGD},
+    "fedavg, local SGD, SCAFFOLD": {**SGD, "scaffold": True},
+    "fedavg, one round": {**ONCE},
+    "stack, one round": {**ONCE, "aggregation": "stack"},
 }
 
 
@@ -163,9 +176,14 @@ def run_seed(setting: dict, seed: int, variants: list[str], scratch: Path):
         "merge": False,
         **setting["options"],
     }
+    changes = {variant: dict(VARIANTS[variant]) for variant in variants}
+    for change in changes.values():
+        if change.get("num_rounds") == 1:
+            change["max_steps"] = common["num_rounds"] * common["max_steps"]
     # Before the trainer is made: every TrainingArguments resets accelerate's state, which a trainer lives on.
     configs = {
-        variant: FederatedConfig(str(scratch / "server"), **common, **VARIANTS[variant]) for variant in variants
+        variant: FederatedConfig(str(scratch / "server"), **{**common, **change, "client_ranks": None})
+        for variant, change in changes.items()
     }
     names = ("train_dataset", "eval_dataset", "data_collator", "compute_metrics", "model_class", "peft_config")
     trainer = FederatedTrainer(
@@ -176,6 +194,10 @@ def run_seed(setting: dict, seed: int, variants: list[str], scratch: Path):
     start = dict(trainer.guard.initial)
     start |= {key: value for key, value in trainer.owner.initial_adapter().items() if "lora_" not in key}
     for variant, args in configs.items():
+        if "client_ranks" in changes[variant]:
+            args.client_ranks = dict(
+                zip(sorted(trainer.client_datasets)[1:], changes[variant]["client_ranks"], strict=True)
+            )
         server = FederatedServer(
             args,
             start,
@@ -183,7 +205,9 @@ def run_seed(setting: dict, seed: int, variants: list[str], scratch: Path):
             {client: len(rows) for client, rows in trainer.client_datasets.items()},
             trainer.guard.fingerprint,
         )
-        records = server.run(lambda tasks: (trainer.train_client(task) for task in tasks))
+        # The trainer's own arguments are those of the local runs.
+        with patch.multiple(trainer.args, seed=seed, **changes[variant]):
+            records = server.run(lambda tasks: (trainer.train_client(task) for task in tasks))
         proxy = restore_tensors(server.make_proxy(server.adapter))
         yield {
             "variant": variant,

@@ -10,7 +10,7 @@ import torch
 from peft import PeftConfig
 from safetensors.torch import save_file
 
-from .aggregation import TensorFile
+from .aggregation import TensorFile, close_files
 from .compression import decompress_update
 from .config import FederatedConfig
 from .corrections import check_norm
@@ -91,6 +91,7 @@ class Admission:
 
     def forget(self) -> None:
         """Delete the updates that are kept: they are the clients', and of no use once their round is committed."""
+        close_files()
         shutil.rmtree(self.updates_dir, ignore_errors=True)
 
     def open_update(self, update: ClientUpdate, task: ClientTask) -> dict[str, torch.Tensor]:

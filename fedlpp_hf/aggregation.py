@@ -58,6 +58,11 @@ class TensorFile(Mapping[str, torch.Tensor]):
         return len(_open(self.path, self._stamp).keys())
 
 
+def close_files() -> None:
+    """Let go of all files that [`TensorFile`]s have mapped: as long as one is, a deleted file takes its room on the disk."""
+    _open.cache_clear()
+
+
 @dataclass(frozen=True, slots=True)
 class AggregationResult:
     """What a round's updates come to.

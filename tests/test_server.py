@@ -2,6 +2,7 @@
 """The round loop on adapters alone: sampling, windows of broadcasts, and what is not accepted from a client."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,6 +157,22 @@ def test_order_of_arrival_does_not_matter(tmp_path):
     backward.run(lambda tasks: [answer(task, values[task.client_id]) for task in reversed(tasks)])
     for key, value in forward.adapter.items():
         assert torch.equal(value, backward.adapter[key])
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+def test_updates_leave_nothing_behind(tmp_path):
+    """Neither files, nor maps of deleted ones, which would hold their room on the disk."""
+    mapped = []
+
+    def look(record):
+        mapped.append(str(tmp_path) in Path("/proc/self/maps").read_text())
+
+    server = make_server(tmp_path, num_rounds=2)
+    server.on_round = look
+    server.run(answer_all)
+    assert mapped == [False, True, True]  # while a round is committed, its updates are there
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert not server.store.updates_dir.exists()
 
 
 def test_all_clients_failing_fails(tmp_path):
