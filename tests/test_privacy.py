@@ -62,6 +62,12 @@ class TestStolenValue:
         assert stolen.value is stolen.low is stolen.high is None
         assert words in stolen.reason and "no value that could be stolen" in stolen.reason
 
+    def test_draws_without_a_gain_do_not_spoil_the_interval(self):
+        """Of 40 answers the server has five more right: one draw in 200 has none of these, and its share would be 0/0."""
+        local, server = np.zeros(40), np.arange(40) < 5
+        stolen = estimate_stolen_value({"a": server}, {"base": local}, server, "accuracy", resamples=2000)
+        assert (stolen.value, stolen.low, stolen.high) == (1, 1, 1)
+
     def test_a_server_that_diverged_has_nothing_to_steal(self):
         server = rows(1.0)
         server[3] = np.nan

@@ -81,7 +81,9 @@ def estimate_stolen_value(
         value, interval = 0.0, (0.0, 0.0)
     elif low > 0 and not diverged:
         value = float(stolen[0] / gained[0])
-        bounds = np.percentile(stolen[1:] / gained[1:], _INTERVAL)
+        # A draw without a gain, of which there are fewer than the interval leaves out, counts as all being stolen and more.
+        shares = np.divide(stolen[1:], gained[1:], out=np.full(resamples, np.inf), where=gained[1:] > 0)
+        bounds = np.percentile(shares, _INTERVAL)
         interval = float(bounds[0]), float(bounds[1])
     if diverged:
         reason = f"The server's model has a {measure} that is NaN or infinite: there is no value that could be stolen."
