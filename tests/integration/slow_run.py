@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""A federation of eight rounds that is slow enough to be interrupted. Run by test_processes.py."""
+"""A federation of eight rounds that can be made to wait in its third, to be interrupted. Run by test_processes.py."""
 
 import sys
 import time
@@ -12,17 +12,20 @@ from tests.conftest import make_rows
 from tests.test_trainer import make_args
 
 
-class Slow(FederatedTrainer):
+class Waiting(FederatedTrainer):
     def train_client(self, task):
-        time.sleep(0.1)
+        if task.round == 3:
+            time.sleep(120)
         return super().train_client(task)
 
 
-def main(base: str, output_dir: str, resume: str = "") -> None:
+def main(base: str, output_dir: str, how: str = "") -> None:
     torch.set_num_threads(1)
     lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    trainer = Slow(load_base(base), make_args(output_dir, num_rounds=8), train_dataset=make_rows(), peft_config=lora)
-    trainer.train(resume_from_checkpoint=bool(resume))
+    trainer_class = Waiting if how == "wait" else FederatedTrainer
+    args = make_args(output_dir, num_rounds=8)
+    trainer = trainer_class(load_base(base), args, train_dataset=make_rows(), peft_config=lora)
+    trainer.train(resume_from_checkpoint=how == "resume")
 
 
 if __name__ == "__main__":

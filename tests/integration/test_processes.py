@@ -49,17 +49,18 @@ def test_interrupted_by_signal_and_resumed(llama_base, tmp_path):
     script = [sys.executable, "-m", "tests.integration.slow_run", str(llama_base)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(
-        [*script, str(tmp_path / "cut")], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+        [*script, str(tmp_path / "cut"), "wait"], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
     )
     store = RoundStore(tmp_path / "cut")
     deadline = time.monotonic() + 120
     while (store.latest() or 0) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
+    time.sleep(1)  # a signal that meets a destructor is lost to Python
     run.send_signal(signal.SIGINT)
     _, errors = run.communicate(timeout=60)
     assert run.returncode != 0
     assert "KeyboardInterrupt" in errors
-    assert 2 <= store.latest() < 8
+    assert store.latest() == 2
     for output_dir, options in (("cut", ["resume"]), ("whole", [])):
         subprocess.run(
             [*script, str(tmp_path / output_dir), *options], check=True, cwd=ROOT, env=environment, timeout=120
