@@ -43,7 +43,7 @@ class TrainerBlueprint:
         args.full_model = None
         args.report_to, args.push_to_hub, args.merge, args.disable_tqdm = [], False, False, True
         args.compare_full_precision, args.fit_server_step, args.overwrite = False, False, True
-        args.audit, args.control_variate, args.client_workers = False, 0.0, 1
+        args.audit, args.control_variate, args.client_workers, args.round_timeout = False, 0.0, 1, None
         if not base_dir:
             args.base_bits = FULL_PRECISION
         # The owner is one client; the federation may want more than one in a round.

@@ -147,6 +147,11 @@ def test_clients_whose_turn_is_too_late_are_named(llama_base, lora, tmp_path):
     assert record["rejected"] == dict.fromkeys(
         ["site-1", "site-2"], "it had not answered within round_timeout=0.1 seconds"
     )
+    # The references of the report are no network: nobody is late there.
+    assert (
+        trainer._blueprint.build(trainer.client_datasets, tmp_path / "reference", str(llama_base)).args.round_timeout
+        is None
+    )
 
 
 def test_what_workers_need(llama_base, lora, tmp_path):
