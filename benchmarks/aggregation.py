@@ -6,7 +6,7 @@
 Writes updates of a rank 16 adapter on all linear layers of an 8B Llama (41.9 M values) and has every method read and
 average them, in turn, from the page cache; for more clients than `--files` the files have several names. Prints medians as
 ratios to the floor, of the clock and of the processor's time, and the peak of anonymous memory above what the process held,
-in adapters of float32. `--clients 10000 --methods ours` shows that it does not grow (ten minutes, 2 GB of disk).
+in adapters of float32.
 `--layers` makes smaller adapters, `--others` adds rules that do more than average. Flower takes part where it is installed;
 it knows no bfloat16, and holds all updates and as many products at once.
 """

@@ -117,7 +117,6 @@ def _sum_updates(
     while group := list(islice(iterator, _GROUP)):
         if not shapes:
             shapes = {key: group[0][key].shape for key in keys or group[0]}
-            sums = {key: torch.zeros(1).expand(shape.numel()) for key, shape in shapes.items()}
         for place, update in enumerate(group, done):
             if keys is None:
                 check_keys(update, shapes, f"update of client {place}")
@@ -130,25 +129,31 @@ def _sum_updates(
             for place, tensor in enumerate(tensors, done - len(group)):
                 _check_shape(key, tensor, shape, place)
             dtype = torch.float32 if done == len(shares) else torch.float64
-            sums[key] = _add_weighted(sums[key], tensors, group_shares, dtype)
+            sums[key] = _add_weighted(sums.get(key), tensors, group_shares, dtype)
     if done != len(shares):
         raise ValueError(f"{len(shares)} weights, but {'more' if done > len(shares) else done} updates.")
     return {key: sums[key].view(shape) for key, shape in shapes.items()}
 
 
 def _add_weighted(
-    total: torch.Tensor, tensors: Sequence[torch.Tensor], shares: Sequence[float], dtype: torch.dtype
+    total: torch.Tensor | None, tensors: Sequence[torch.Tensor], shares: Sequence[float], dtype: torch.dtype
 ) -> torch.Tensor:
-    """`total` `(n,)` + Σ p_i·tensor_i in double precision, rounded to `dtype` once."""
-    result = torch.empty(len(total), dtype=dtype)
+    """`total` `(n,)`, float64, or 0, + Σ p_i·tensor_i in double precision, rounded to `dtype` once.
+
+    A result in float64 takes `total`'s place in memory: new tensors for each group would leave the heap in pieces.
+    """
+    if total is not None and total.dtype == dtype:
+        result = total
+    else:
+        result = torch.empty(tensors[0].numel(), dtype=dtype)
     terms = [(share, tensor.reshape(-1)) for share, tensor in zip(shares, tensors, strict=True)]
     # Pieces in double precision, so that all arithmetic is in the processor's second cache. Adding float32 to float64
     # would make a new tensor each time, and take twice as long.
-    buffers = torch.empty(2, min(_CHUNK, len(total)), dtype=torch.float64)
-    for start in range(0, len(total), _CHUNK):
-        end = min(start + _CHUNK, len(total))
+    buffers = torch.empty(2, min(_CHUNK, len(result)), dtype=torch.float64)
+    for start in range(0, len(result), _CHUNK):
+        end = min(start + _CHUNK, len(result))
         piece, values = buffers[:, : end - start]
-        piece.copy_(total[start:end])
+        piece.zero_() if total is None else piece.copy_(total[start:end])
         for share, tensor in terms:
             piece.add_(values.copy_(tensor[start:end]), alpha=share)
         result[start:end] = piece
