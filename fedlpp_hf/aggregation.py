@@ -142,10 +142,7 @@ def _add_weighted(
 
     A result in float64 takes `total`'s place in memory: new tensors for each group would leave the heap in pieces.
     """
-    if total is not None and total.dtype == dtype:
-        result = total
-    else:
-        result = torch.empty(tensors[0].numel(), dtype=dtype)
+    result = total if total is not None and total.dtype == dtype else torch.empty(tensors[0].numel(), dtype=dtype)
     terms = [(share, tensor.reshape(-1)) for share, tensor in zip(shares, tensors, strict=True)]
     # Pieces in double precision, so that all arithmetic is in the processor's second cache. Adding float32 to float64
     # would make a new tensor each time, and take twice as long.
