@@ -22,7 +22,7 @@ _EXPORTS = {
     "export_base": "base",
     "load_base": "base",
     "merge_adapter": "merge",
-    "parse_args": "config",
+    "parse_args": "arguments",
     "quantize": "quantization",
 }
 __all__ = [
@@ -44,9 +44,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .arguments import parse_args
     from .base import describe_base, export_base, load_base
     from .callbacks import QuantizedBaseCallback
-    from .config import FederatedConfig, parse_args
+    from .config import FederatedConfig
     from .merge import merge_adapter
     from .privacy import AuditReport, audit_federation
     from .quantization import dequantize, quantize

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .config import FederatedConfig, parse_args, read_yaml
+from .arguments import parse_args, read_yaml
+from .config import FederatedConfig
 
 
 @dataclass

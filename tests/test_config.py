@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import pytest
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from fedlpp_hf.config import FederatedConfig, parse_args, read_yaml
+from fedlpp_hf.arguments import parse_args, read_yaml
+from fedlpp_hf.config import FederatedConfig
 
 
 @dataclass

@@ -22,11 +22,13 @@ MODULES = {
 FLOORS = {
     # Pure tensor functions, and values.
     "adapters": 0,
+    "arguments": 0,
     "config": 0,
     "partition": 0,
     "ranks": 0,
     "schedules": 0,
     "quantization": 0,
+    "rounding": 0,
     "rules": 0,
     # What is made of them: messages, rules of aggregation, files.
     "aggregation": 1,

@@ -13,7 +13,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, TrainingArguments
 
-from fedlpp_hf.config import FederatedConfig, parse_args
+from fedlpp_hf.arguments import parse_args
+from fedlpp_hf.config import FederatedConfig
 
 
 pytest.importorskip("sklearn")
