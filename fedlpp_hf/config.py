@@ -91,6 +91,14 @@ class FederatedConfig(TrainingArguments):
     )
     adapter_block_size: int = field(default=256, metadata={"help": "Adapter values that share one scale."})
 
+    keyed_rounding: bool = field(
+        default=False,
+        metadata={
+            "help": "Round each client's proxy up or down by chances of its own, which a secret of the owner's makes and no "
+            "round changes: then neither its own proxies of many rounds nor those of few other clients average to more."
+        },
+    )
+
     broadcast: str = field(
         default="every_round",
         metadata={
@@ -282,6 +290,11 @@ class FederatedConfig(TrainingArguments):
                 f"broadcast={self.broadcast!r}; expected every_round, never, or a positive number of rounds."
             )
 
+        if self.keyed_rounding and (self.adapter_bits == FULL_PRECISION or self.broadcast == "never"):
+            raise ValueError(
+                f"keyed_rounding=True with adapter_bits={self.adapter_bits} and broadcast={self.broadcast!r}: there is no "
+                "proxy that could be rounded. Leave it out."
+            )
         check_rule(
             self.aggregation,
             robust=self.robust,
@@ -296,6 +309,7 @@ class FederatedConfig(TrainingArguments):
             num_rounds=self.num_rounds,
             fit_server_step=self.fit_server_step,
             control_variate=self.control_variate,
+            keyed_rounding=self.keyed_rounding,
         )
 
     def check_clients(self, num_clients: int) -> None:

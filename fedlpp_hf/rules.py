@@ -45,6 +45,7 @@ def check_rule(
     num_rounds: int = 1,
     fit_server_step: bool = False,
     control_variate: float = 0.0,
+    keyed_rounding: bool = False,
     secure_aggregation: bool = False,
     peft_config: PeftConfig | None = None,
 ) -> None:
@@ -88,6 +89,11 @@ def check_rule(
             rule == "alternate" and alone,
             f"broadcast={broadcast!r}: rounds at one proxy are averaged, but these train different factors; and where B "
             "starts at 0, A alone learns nothing. Use broadcast='every_round'",
+        ),
+        (
+            keyed_rounding and rule in ("freeze_a", "alternate"),
+            "keyed_rounding: it is exact as long as all clients have the same of the factor that they do not train, and each "
+            "would have its own. Use 'fedavg' or 'exact'",
         ),
         (
             product and secure_aggregation,

@@ -24,6 +24,7 @@ from .messages import ClientFailure, ClientTask, ClientUpdate, LocalOptions, Pay
 from .optimizers import ServerOptimizer
 from .products import join_residual, lower_rank, pad_update, truncate_adapter
 from .quantization import FULL_PRECISION, quantize_tensors
+from .rounding import round_tensors
 from .rules import check_rule, trainable_keys
 from .store import RoundStore
 
@@ -89,6 +90,7 @@ class FederatedServer:
         self.admission = Admission(args, self.adapter, peft_config, self.num_examples, self.store.updates_dir)
         self.residual: dict[str, torch.Tensor] = {}
         self.federation_id = ""
+        self.rounding_key = b""  # the owner's secret: what makes a client's rounding its own
         self._anchor: dict[str, torch.Tensor] = {}
         self._anchor_state: dict[str, torch.Tensor] = {}
         self._optimizer_state: dict[str, torch.Tensor] = {}
@@ -129,16 +131,24 @@ class FederatedServer:
             return self.adapter, self.peft_config
         return join_residual(self.adapter, self.residual, self.peft_config)
 
-    def make_proxy(self, adapter: Mapping[str, torch.Tensor], rank: int = 0) -> Payload:
-        """The adapter as clients are sent it; `rank` is the client's, where it is lower than the server's."""
+    def make_proxy(self, adapter: Mapping[str, torch.Tensor], rank: int = 0, client: str = "") -> Payload:
+        """The adapter as clients are sent it; `rank` is the client's, where it is lower than the server's.
+
+        With `keyed_rounding`, `client` has a proxy of its own.
+        """
+        args = self.args
         if rank:
             adapter = truncate_adapter(adapter, self.peft_config, lower_rank(adapter, self.peft_config, rank))
-        if self.args.adapter_bits == FULL_PRECISION:
+        if args.adapter_bits == FULL_PRECISION:
             return dict(adapter)
-        return quantize_tensors(adapter, self.args.adapter_bits, self.args.adapter_block_size)
+        if args.keyed_rounding and client:
+            return round_tensors(adapter, args.adapter_bits, args.adapter_block_size, self.rounding_key, client)
+        return quantize_tensors(adapter, args.adapter_bits, args.adapter_block_size)
 
     def _begin(self, overwrite: bool = False) -> int:
         self.federation_id = secrets.token_hex(8)
+        # No function of the seed, which the clients' configuration has, too.
+        self.rounding_key = secrets.token_bytes(32) if self.args.keyed_rounding else b""
         self.store.create(self._describe(), overwrite or self.args.overwrite)
         if self.args.aggregation == "freeze_a" and self.args.broadcast_interval is not None:
             # Clients never move A, so the server's must be the one that they have.
@@ -154,6 +164,7 @@ class FederatedServer:
         if done is None:
             return self._begin(overwrite=True)  # it was stopped before its first commit
         self.federation_id = federation["federation_id"]
+        self.rounding_key = bytes.fromhex(federation["rounding_key"])
         now, then = json.loads(json.dumps(self._describe())), federation
         free = _FREE_TO_CHANGE | ({"num_rounds"} if self.args.learning_rate_horizon == "round" else set())
         for name, value in then["config"].items():
@@ -208,7 +219,8 @@ class FederatedServer:
                 f"Rounds up to {number - 1} are committed: mend the cause and resume."
             )
         start = self._anchor if proxy is None else restore_tensors(proxy)
-        starts = [self._start_of(tasks[client]) for client in updates] if self.args.client_ranks else start
+        differ = self.args.client_ranks or self.args.keyed_rounding
+        starts = [self._start_of(tasks[client]) for client in updates] if differ else start
         repair = {}
         if self.args.control_variate and self.owner is not None:
             repair = self.owner.estimate_repair(start, number, _seed(self.args.seed, number, "owner"))
@@ -239,8 +251,8 @@ class FederatedServer:
 
     def _make_task(self, number: int, client: str, proxy: Payload | None, control: Payload) -> ClientTask:
         args, rank = self.args, self.rank_of(client, number)
-        if rank and proxy is not None:
-            proxy = self.make_proxy(self._anchor, rank)
+        if proxy is not None and (rank or args.keyed_rounding):
+            proxy = self.make_proxy(self._anchor, rank, client)
         return ClientTask(
             federation_id=self.federation_id,
             round=number,
@@ -316,7 +328,8 @@ class FederatedServer:
     def _commit(self, number: int, record: dict[str, Any]) -> None:
         metrics = {}
         if self.evaluate_proxy is not None and (number == 0 or self.args.broadcast_interval is not None):
-            metrics["proxy"] = self.evaluate_proxy(restore_tensors(self.make_proxy(self.adapter)))
+            client = next(iter(self.num_examples))  # whose proxy, matters with keyed rounding alone
+            metrics["proxy"] = self.evaluate_proxy(restore_tensors(self.make_proxy(self.adapter, client=client)))
         if self.owner is not None:
             metrics["server"] = self.owner.evaluate(self.adapter, self.residual)
         state = {f"optimizer:{key}": value for key, value in self._optimizer_state.items()}
@@ -341,6 +354,7 @@ class FederatedServer:
         return {
             "federation_id": self.federation_id,
             "base_fingerprint": self.base_fingerprint,
+            "rounding_key": self.rounding_key.hex(),
             "clients": self.num_examples,
             "packages": {name: version(name) for name in packages},
             "config": config,

@@ -185,6 +185,41 @@ def test_restored_proxies_are_those_that_were_sent(llama_base, lora, tmp_path, o
         assert_equal(restore_proxies(trainer.server, ["site-0", "site-1"])[-1], found[-1])
 
 
+def test_keyed_proxies_are_each_clients_own_and_the_same_in_each_round(llama_base, lora, tmp_path):
+    """Neither client can make its error smaller over the rounds; together they can: the audit's coalition does so."""
+    options = {"keyed_rounding": True, "adapter_bits": 2, "num_rounds": 4, "learning_rate": 1e-4, "max_steps": 1}
+    trainer = make_trainer(load_base(llama_base), tmp_path, lora, **options)
+    sent = {client: [] for client in trainer.client_datasets}
+    train_client = trainer.train_client
+
+    def spy(task):
+        sent[task.client_id].append(restore_tensors(task.proxy))
+        return train_client(task)
+
+    trainer.train_client = spy
+    trainer.train()
+    adapters = [trainer.server.store.load(number)[0] for number in range(4)]
+    alone = {client: restore_proxies(trainer.server, [client]) for client in sent}
+    together = restore_proxies(trainer.server, list(sent))
+    for client, proxies in sent.items():
+        for mine, restored in zip(proxies, alone[client], strict=True):
+            assert_equal(mine, restored)
+    key = next(key for key in adapters[0] if "lora_A" in key)
+    assert not torch.equal(sent["site-0"][0][key], sent["site-1"][0][key])
+
+    def error(proxies):
+        return float((torch.stack([proxy[key] for proxy in proxies]).mean(0) - adapters[-1][key]).norm())
+
+    one = error(alone["site-0"][-1:])
+    assert error(alone["site-0"]) == pytest.approx(one, rel=0.1)  # the adapter moves little, and so does its rounding
+    assert one / error(together[-1:]) == pytest.approx(2**0.5, rel=0.15)
+    # The key is the owner's: nothing that goes to a client has it, and a resumed federation goes on with it.
+    record = json.loads((tmp_path / "_federation" / "federation.json").read_text())
+    assert (
+        bytes.fromhex(record["rounding_key"]) == trainer.server.rounding_key and len(trainer.server.rounding_key) == 32
+    )
+
+
 class TestMeasurement:
     def test_rows_of_a_batch_are_those_one_by_one(self, llama_base, lora, tmp_path):
         data = make_rows(9)

@@ -5,6 +5,7 @@ Attackers are adapters on the base. What they can't have (the server's adapter, 
 is nowhere a parameter here.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -48,18 +49,27 @@ def restore_proxies(server: "FederatedServer", clients: Iterable[str]) -> list[A
     """The proxies that `clients` were sent between them, oldest first, as tensors in the shapes of the server's adapter.
 
     They are made again from the committed rounds, as the server's quantizer is deterministic. Of proxies of one adapter
-    that differ in rank, the one of the highest rank stands for all.
+    that differ in rank, those of the highest rank stand for all; where each client's is rounded by a key, their mean
+    does, in which the errors of rounding cancel.
     """
-    best: dict[int, int] = {}
+    sent: defaultdict[int, dict[str, int]] = defaultdict(dict)
     full = server.peft_config.r
     for client, number, anchor in find_broadcasts(server.store.records(), clients, server.args.broadcast_interval):
-        best[anchor] = max(best.get(anchor, 0), server.rank_of(client, number) or full)
-    return [_restore_proxy(server, anchor, rank if rank < full else 0) for anchor, rank in sorted(best.items())]
+        sent[anchor][client] = max(sent[anchor].get(client, 0), server.rank_of(client, number) or full)
+    proxies = []
+    for anchor, ranks in sorted(sent.items()):
+        rank = max(ranks.values())
+        best = sorted(client for client in ranks if ranks[client] == rank)
+        best = best if server.args.keyed_rounding else best[:1]
+        proxies.append(
+            average_proxies([_restore_proxy(server, anchor, rank if rank < full else 0, client) for client in best])
+        )
+    return proxies
 
 
-def _restore_proxy(server: "FederatedServer", anchor: int, rank: int) -> Adapter:
+def _restore_proxy(server: "FederatedServer", anchor: int, rank: int, client: str) -> Adapter:
     adapter, _ = server.store.load(anchor)
-    proxy = restore_tensors(server.make_proxy(adapter, rank))
+    proxy = restore_tensors(server.make_proxy(adapter, rank, client))
     if rank:
         proxy = pad_update(proxy, adapter, server.peft_config, lower_rank(adapter, server.peft_config, rank))
     return proxy
