@@ -8,7 +8,7 @@ are messages of safetensors and JSON, so that no full-precision weight and no pi
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,15 +82,16 @@ class Owner:
         return self._ask("fit_step", tensors)[0]["step"]
 
     def estimate_repair(
-        self, start: Mapping[str, torch.Tensor], round_number: int, seed: int
+        self, start: Mapping[str, torch.Tensor], round_number: int, seeds: Sequence[int]
     ) -> dict[str, torch.Tensor]:
         """What the quantizer makes of a local run's update from `start`, which is what the round's clients start from.
 
         The owner runs a client's task on its own rows twice, with the same batches and the same dropout: on the base, as
         a client does, and on W. What both updates have in common is the task; the difference, Δ(Q(W)) − Δ(W), is what
-        repairs the base, and common random numbers leave little else in it.
+        repairs the base, and common random numbers leave little else in it. Each of `seeds` makes such a pair with other
+        batches; their mean is returned.
         """
-        return self._ask("estimate_repair", start, round_number=round_number, seed=seed)[1]
+        return self._ask("estimate_repair", start, round_number=round_number, seeds=list(seeds))[1]
 
     def merge(self, adapter_dir: str | os.PathLike, output_dir: str | os.PathLike) -> None:
         """Write the full model with the adapter merged into it."""
@@ -190,21 +191,25 @@ class _Desk:
             losses[step] = self.trainer.evaluate_metrics(self.trainer.client_datasets["owner"])["eval_loss"]
         return {"step": min(losses, key=losses.__getitem__)}, {}
 
-    def estimate_repair(self, tensors, round_number: int, seed: int):
+    def estimate_repair(self, tensors, round_number: int, seeds: list[int]):
         args = self.blueprint.args
         options = LocalOptions(rule=args.aggregation, proximal_mu=args.fedprox_mu)
         if self._base_trainer is None:
             self._base_trainer = self._make_trainer({"owner": self.blueprint.owner_dataset}, self.blueprint.base_dir)
-        deltas = []
-        for trainer in (self._base_trainer, self.trainer):
+
+        def train(trainer: Any, seed: int) -> dict[str, torch.Tensor]:
             # The order of rows and the masks of dropout follow from the task's seed.
             fingerprint = trainer.guard.fingerprint
             task = ClientTask(
                 "owner", round_number, args.num_rounds, "owner", seed, fingerprint, proxy=tensors, options=options
             )
-            deltas.append(restore_tensors(trainer.train_client(task).delta))
-        on_base, on_full = deltas
-        return {}, {key: on_base[key] - on_full[key] for key in on_base}
+            return restore_tensors(trainer.train_client(task).delta)
+
+        pairs = [(train(self._base_trainer, seed), train(self.trainer, seed)) for seed in seeds]
+        keys = pairs[0][0]
+        return {}, {
+            key: torch.stack([on_base[key] - on_full[key] for on_base, on_full in pairs]).mean(0) for key in keys
+        }
 
     def merge(self, tensors, adapter_dir: str, output_dir: str):
         # The model of an earlier run stays until there is another to take its place.

@@ -223,7 +223,9 @@ class FederatedServer:
         starts = [self._start_of(tasks[client]) for client in updates] if differ else start
         repair = {}
         if self.args.control_variate and self.owner is not None:
-            repair = self.owner.estimate_repair(start, number, _seed(self.args.seed, number, "owner"))
+            runs = range(self.args.control_variate_runs)
+            seeds = [_seed(self.args.seed, number, f"owner {run}" if run else "owner") for run in runs]
+            repair = self.owner.estimate_repair(start, number, seeds)
         report = self._step(number, updates, starts, repair)
         record = {
             "clients": {
