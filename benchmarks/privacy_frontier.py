@@ -53,6 +53,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "every round, 4 bits, keyed proxies of 2 bits": {
         **EVERY, "base_bits": 4, "adapter_bits": 2, "keyed_rounding": True
     },
+    "every round, 4 bits, 2 of 8 ranks sent": {**EVERY, "base_bits": 4, "aggregation": "exact", "client_ranks": 2},
+    "every round, 4 bits, every second sent": {**EVERY, **FOUR, "base_bits": 4, "broadcast": "2"},
     "every round, 3 bits": {**EVERY, "base_bits": 3},
     "every round, 3 bits, one variate": {**EVERY, **VARIATE, "base_bits": 3},
     "every round, 3 bits, four variates": {**EVERY, **FOUR, "base_bits": 3},
@@ -157,9 +159,13 @@ def run_setting(
     """One federation with its audit, as a line of the table."""
     began = time.perf_counter()
     data = dict(data)
+    setting = dict(SETTINGS[name])
+    if "client_ranks" in setting:
+        clients = set(data["train_dataset"]["domain"])
+        setting["client_ranks"] = dict.fromkeys(sorted(clients), setting["client_ranks"])
     args = FederatedConfig(
         str(scratch / f"{task}-{seed}"),
-        **SETTINGS[name],
+        **setting,
         **data.pop("options"),
         seed=seed,
         per_device_train_batch_size=8,

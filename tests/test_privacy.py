@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from fedlpp_hf import AuditReport, FederatedTrainer, audit_federation, load_base
+from fedlpp_hf.base import read_manifest
 from fedlpp_hf.cli import main
 from fedlpp_hf.messages import restore_tensors
 from fedlpp_hf.privacy.attacks import (
@@ -299,6 +300,10 @@ def test_full_precision_federation_gives_all_away(full_llama, lora, tmp_path):
     # The base is the full model; but that is untrained, and no better than guessing.
     assert report.exposure.attacker == pytest.approx(report.exposure.server)
     assert report.exposure.value is None and "the owner's model" in report.exposure.reason.lower()
+    # All that is needed to steal it left the owner.
+    assert {(entry.part, entry.kind, entry.bits) for entry in report.sent} == {
+        (part, "full_precision", 32.0) for part in ("base", "proxy")
+    }
     text = (tmp_path / "report.md").read_text()
     assert "best attacker (one client)" in text and "stolen value" in text and "coalition of half" not in text
     # Measured the same way on both sides of the pipe.
@@ -317,6 +322,12 @@ def test_what_is_never_broadcast_is_not_stolen(full_llama, lora, tmp_path):
         assert coalition.num_proxies == 0 and coalition.attacks == {} and coalition.stolen["loss"].value == 0
         assert coalition.metrics["eval_loss"] > 0
     assert "Nothing was broadcast" in report.notes[0]
+    # The manifest of what left: the base alone, whose bytes are those of its export.
+    totals = read_manifest(tmp_path / "_federation" / "base")["totals"]
+    assert {entry.part for entry in report.sent} == {"base"}
+    assert sum(entry.bytes for entry in report.sent) == totals["information_bytes"]
+    table = (tmp_path / "audit.md").read_text()
+    assert "what clients hold" in table and "linear4bit" in table and "| proxy" not in table
     assert "best coalition of half (2 clients)" in (tmp_path / "report.md").read_text()
 
     trainer.server.adapter = {key: value + 1 for key, value in trainer.server.adapter.items()}  # a broken server

@@ -22,6 +22,7 @@ from .attacks import (
 )
 from .audit_report import AuditReport, CoalitionAudit
 from .measurement import RowMeasures, choose_rows, measure_rows
+from .sent import list_sent
 from .stolen_value import estimate_stolen_value
 
 
@@ -102,6 +103,7 @@ def audit_federation(trainer: Any, coalitions: Sequence[Sequence[str]] | None = 
         server=_average(after),
         exposure=exposure,
         coalitions=audits,
+        sent=list_sent(trainer),
         notes=notes,
         seconds=time.perf_counter() - began,
     )

@@ -10,10 +10,11 @@ from typing import Any
 
 from ..report import format_table
 from ..store import RoundStore, write_atomically
+from .sent import SentTensor, summarize_sent
 from .stolen_value import StolenValue
 
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 AUDIT_JSON, AUDIT_TABLE, AUDIT_PICTURE = "audit.json", "audit.md", "audit.png"
 
 
@@ -41,7 +42,7 @@ class AuditReport:
 
     `num_rows` of `num_rows_available` evaluation rows were drawn by `seed`; an attacker trained for `steps` steps.
     `exposure` is the stolen value of the untouched base, in loss, against guessing. `before` and `server` are means of
-    the owner's model at the start and at the end.
+    the owner's model at the start and at the end. `sent` is what left the owner: each tensor of the base and of a proxy.
     """
 
     federation_id: str
@@ -56,6 +57,7 @@ class AuditReport:
     server: dict[str, float]
     exposure: StolenValue
     coalitions: list[CoalitionAudit]
+    sent: list[SentTensor]
     notes: list[str]
     seconds: float
 
@@ -132,6 +134,7 @@ class AuditReport:
                 CoalitionAudit(**{**c, "stolen": {name: _read_stolen(v) for name, v in c["stolen"].items()}})
                 for c in values["coalitions"]
             ]
+            values["sent"] = [SentTensor(**entry) for entry in values["sent"]]
             report = cls(**values)
             render_audit(report)  # whatever is of the wrong type shows here
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -181,6 +184,7 @@ def render_audit(report: AuditReport) -> str:
         f"{format_stolen(report.exposure)}, in loss ({report.exposure.attacker:.4f} against "
         f"{report.exposure.server:.4f}, guessing {report.exposure.local_only:.4f}). {report.exposure.reason}".rstrip(),
     ]
+    lines += ["", *format_table(summarize_sent(report.sent))]
     for coalition in report.coalitions:
         lines += ["", *_render_coalition(coalition, measures)]
     lines += [f"\n**Note.** {note}" for note in report.notes]
