@@ -26,6 +26,7 @@ from benchmarks.privacy_frontier import STEPS, STORIES, prepare_stories, read_li
 from fedlpp_hf import FederatedConfig, FederatedTrainer, export_base
 from fedlpp_hf.adapters import lora_factors
 from fedlpp_hf.aggregation import aggregate
+from fedlpp_hf.corrections import update_norm
 from fedlpp_hf.messages import ClientTask, restore_tensors
 from fedlpp_hf.owner import Owner
 from fedlpp_hf.quantization import codebook, nf4_subset, restore_from_levels, round_to_levels
@@ -200,6 +201,22 @@ def try_mixed_bits(data: Mapping[str, Any], name: str, seed: int, scratch: Path)
     trainer.owner.close()
 
 
+def try_steps(data: Mapping[str, Any], bits: int, seed: int, scratch: Path) -> Lines:
+    """Local steps in the one round, and how much of the update is repair."""
+    for steps in (10, 20, STEPS, 2 * STEPS):
+        trainer = make_trainer(
+            data, scratch / "steps", seed, base_bits=bits, num_rounds=1, max_steps=steps, broadcast="never"
+        )
+        trainer.train()
+        start, _ = trainer.server.store.load(0)
+        delta = {key: value - start[key] for key, value in trainer.server.adapter.items()}
+        repair = trainer.owner.estimate_repair(start, 1, [seed * RUNS + run for run in range(RUNS)])
+        yield f"{steps} steps: ‖repair‖/‖Δ̄‖ (no loss)", update_norm(repair) / update_norm(delta)
+        yield f"{steps} steps: no variate", loss_of(trainer.owner.evaluate(move(start, delta)))
+        yield f"{steps} steps: variate of {RUNS} runs", loss_of(trainer.owner.evaluate(move(start, delta, repair)))
+        trainer.owner.close()
+
+
 def try_server_mean(data: Mapping[str, Any], bits: int, seed: int, scratch: Path) -> Lines:
     """The server's model as the mean of its later adapters: it cancels chance, and attackers can do the same."""
     trainer = make_trainer(data, scratch / "mean", seed, base_bits=bits, num_rounds=4, max_steps=STEPS // 4)
@@ -252,6 +269,7 @@ def main() -> None:
             ("4 bits", "server's mean"): try_server_mean(data, 4, seed, scratch),
             ("3 bits", "estimates"): try_estimates(data, other_rows, 3, seed, scratch),
             **{(f"{bits} bits", "compensation"): try_compensation(data, bits, seed, scratch) for bits in (4, 3)},
+            **{(f"{bits} bits", "steps"): try_steps(data, bits, seed, scratch) for bits in (4, 3)},
             **{(name, "mixed"): try_mixed_bits(data, name, seed, scratch) for name in MIXED},
         }
         for (base, part), found in parts.items():

@@ -220,6 +220,10 @@ class FederatedConfig(TrainingArguments):
     audit_clients: int = field(
         default=1, metadata={"help": "Clients that attack alone, those first that hold the most proxies and rows."}
     )
+    audit_coalitions: str = field(
+        default="half",
+        metadata={"help": "Coalitions that attack: half (of all clients), or all (the strongest 2, 3, … of them)."},
+    )
     hold_dequantized: bool = field(
         default=False,
         metadata={
@@ -290,6 +294,7 @@ class FederatedConfig(TrainingArguments):
             raise ValueError("client_timeout needs client_workers of 2 or more: this process can't end its own run.")
         if self.audit_threshold is not None and not self.audit:
             raise ValueError(f"audit_threshold={self.audit_threshold} without an audit; set audit=True.")
+        self._check_choice("audit_coalitions", ("half", "all"))
         self._check_choice("learning_rate_horizon", ("round", "federation"))
         if self.num_clients is None and self.partition in ("iid", "dirichlet"):
             self.num_clients = 8

@@ -38,7 +38,7 @@ TrainClients = Callable[[list[ClientTask]], Iterable[ClientUpdate | ClientFailur
 _FREE_TO_CHANGE = {
     "output_dir", "overwrite", "resume_from_checkpoint", "compare_full_precision", "merge", "full_model", "report_to",
     "disable_tqdm", "run_name", "hub_token", "hub_model_id", "push_to_hub", "log_level", "audit", "audit_threshold",
-    "audit_rows", "audit_steps", "audit_clients", "client_workers", "client_timeout", "round_timeout",
+    "audit_rows", "audit_steps", "audit_clients", "audit_coalitions", "client_workers", "client_timeout", "round_timeout",
     "hold_dequantized",
 }  # fmt: skip
 _SECRET = {"hub_token", "push_to_hub_token", "full_model"}

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from datasets import Dataset, concatenate_datasets
+from peft import LoraConfig
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorForSeq2Seq
 
-from fedlpp_hf import AuditReport, FederatedTrainer, audit_federation, load_base
+from fedlpp_hf import AuditReport, FederatedConfig, FederatedTrainer, audit_federation, load_base
 from fedlpp_hf.base import read_manifest
 from fedlpp_hf.cli import main
 from fedlpp_hf.messages import restore_tensors
@@ -27,7 +29,7 @@ from fedlpp_hf.privacy.measurement import choose_rows, measure_rows
 from fedlpp_hf.privacy.stolen_value import estimate_stolen_value
 from fedlpp_hf.quantization import dequantize, quantize
 
-from .conftest import make_rows
+from .conftest import SHARED, make_rows
 from .test_trainer import assert_equal, make_args, make_trainer
 
 
@@ -312,6 +314,47 @@ def test_full_precision_federation_gives_all_away(full_llama, lora, tmp_path):
     assert measure_rows(trainer, rows).loss.mean() == pytest.approx(report.server["loss"], rel=1e-5)
 
 
+def test_coalitions_of_every_size(full_llama, lora, tmp_path):
+    """Those of up to half of the clients count for the threshold, larger ones are shown."""
+    report, _ = audited(
+        full_llama, tmp_path, lora, num_rounds=1, max_steps=4, audit_steps=1, audit_coalitions="all",
+        train_dataset={name: make_rows(8, seed=index) for index, name in enumerate("abcd")},
+    )  # fmt: skip
+    assert [len(coalition.clients) for coalition in report.coalitions] == [1, 2, 3, 4]
+    assert len(report.worst_half.clients) == 2
+
+
+def test_cold_coarse_base_is_reported_as_such(tmp_path):
+    """The negative control on real weights and text: without a remedy, training on a 2-bit base that does not know the
+    task repairs the base, the clients' copy is the better model, and report and audit say so."""
+    source = SHARED / "models" / "stories260K"
+    if not source.is_dir():
+        pytest.skip("the shared data folder is not beside the checkout")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.pad_token = tokenizer.eos_token
+    rows = [json.loads(line) for line in (SHARED / "data" / "rnnlg" / "train.jsonl").read_text().splitlines()]
+    clients = {}
+    for domain in ("hotel", "laptop", "restaurant", "tv"):
+        texts = [f"{row['act']}\n{row['text']}" for row in rows if row["domain"] == domain][:128]
+        ids = tokenizer(texts, truncation=True, max_length=64)["input_ids"]
+        clients[domain] = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    held_out = concatenate_datasets([rows.select(range(120, 128)) for rows in clients.values()])
+    args = FederatedConfig(
+        str(tmp_path), num_rounds=3, max_steps=15, learning_rate=5e-3, base_bits=2, per_device_train_batch_size=8,
+        audit=True, audit_steps=4, audit_rows=32, merge=False, report_to=[], use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = FederatedTrainer(
+        str(source), args, train_dataset={name: rows.select(range(120)) for name, rows in clients.items()},
+        eval_dataset=held_out, processing_class=tokenizer, data_collator=DataCollatorForSeq2Seq(tokenizer),
+        peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )  # fmt: skip
+    trainer.train()
+    last = trainer.server.store.records()[-1]["metrics"]
+    assert last["proxy"]["eval_loss"] < last["server"]["eval_loss"]
+    assert "repair the quantized base" in (tmp_path / "report.md").read_text()
+    assert "The attacker's model is better than the server's" in (tmp_path / "audit.md").read_text()
+
+
 def test_what_is_never_broadcast_is_not_stolen(full_llama, lora, tmp_path):
     report, trainer = audited(
         full_llama, tmp_path, lora, broadcast="never", num_rounds=1, max_steps=8, audit_threshold=0.1,
@@ -367,8 +410,6 @@ def test_threshold_fails_the_run_after_everything_is_written(full_llama, lora, t
 
 
 def test_classifiers_are_compared_by_accuracy_too(full_bert, tmp_path):
-    from peft import LoraConfig
-
     data = make_rows(24)
     labels = [row["input_ids"][0] % 3 for row in data]
     data = data.remove_columns("labels").add_column("labels", labels)

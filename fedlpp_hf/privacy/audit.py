@@ -49,7 +49,8 @@ def audit_federation(trainer: Any, coalitions: Sequence[Sequence[str]] | None = 
     """Attack the federation that `trainer.train()` has run, with what its clients hold.
 
     `trainer` is a [`FederatedMixin`] trainer. `coalitions` are lists of clients that pool proxies and rows; by default
-    the `args.audit_clients` that hold the most, each alone, and the half of all clients that holds the most.
+    the `args.audit_clients` that hold the most, each alone, and the half of all clients that holds the most, or, as
+    `args.audit_coalitions` says, two of them, three, and so on to all.
 
     Raises:
         ValueError: if the federation can't be audited, or a client is unknown.
@@ -118,8 +119,9 @@ def _choose_coalitions(trainer: Any) -> list[list[str]]:
         )
 
     strongest = sorted(trainer.client_datasets, key=strength, reverse=True)
-    half = strongest[: len(strongest) // 2]
-    return [[client] for client in strongest[: server.args.audit_clients]] + ([half] if len(half) > 1 else [])
+    count = len(strongest)
+    sizes = range(2, count + 1) if server.args.audit_coalitions == "all" else [count // 2] * (count > 3)
+    return [[client] for client in strongest[: server.args.audit_clients]] + [strongest[:size] for size in sizes]
 
 
 class _Scale:
