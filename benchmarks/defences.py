@@ -30,6 +30,7 @@ from fedlpp_hf.corrections import update_norm
 from fedlpp_hf.messages import ClientTask, restore_tensors
 from fedlpp_hf.owner import Owner
 from fedlpp_hf.quantization import codebook, nf4_subset, restore_from_levels, round_to_levels
+from fedlpp_hf.repair import average_repairs
 
 
 Adapter = dict[str, torch.Tensor]
@@ -113,12 +114,15 @@ def try_estimates(
     for rows in ("the owner's rows", *other_rows):
         dataset = other_rows.get(rows, data["owner_dataset"])
         owner = Owner(dataclasses.replace(trainer._blueprint, owner_dataset=dataset))
-        repairs = [owner.estimate_repair(start, 1, [seed * RUNS + run]) for run in range(RUNS)]
+        repairs = [owner.estimate_repair(start, 1, [seed * RUNS + run])[0] for run in range(RUNS)]
         owner.close()
         for runs in (1, RUNS):
             for coefficient in (0.5, 1.0):
                 name = f"variate of {rows}, {runs} run{'s' * (runs > 1)}, coefficient {coefficient}"
                 yield name, evaluate(move(start, delta, mean_of(repairs[:runs]), coefficient))
+        repair, share = average_repairs(repairs)
+        yield f"variate of {rows}, {RUNS} runs: share that is no chance (no loss)", share
+        yield f"variate of {rows}, {RUNS} runs, coefficient by that share", evaluate(move(start, delta, repair))
     yield from try_error_aware_merge(data, trainer, delta, start, bits)
     trainer.owner.close()
 
@@ -210,7 +214,7 @@ def try_steps(data: Mapping[str, Any], bits: int, seed: int, scratch: Path) -> L
         trainer.train()
         start, _ = trainer.server.store.load(0)
         delta = {key: value - start[key] for key, value in trainer.server.adapter.items()}
-        repair = trainer.owner.estimate_repair(start, 1, [seed * RUNS + run for run in range(RUNS)])
+        repair, _ = trainer.owner.estimate_repair(start, 1, [seed * RUNS + run for run in range(RUNS)])
         yield f"{steps} steps: ‖repair‖/‖Δ̄‖ (no loss)", update_norm(repair) / update_norm(delta)
         yield f"{steps} steps: no variate", loss_of(trainer.owner.evaluate(move(start, delta)))
         yield f"{steps} steps: variate of {RUNS} runs", loss_of(trainer.owner.evaluate(move(start, delta, repair)))

@@ -185,8 +185,8 @@ class FederatedConfig(TrainingArguments):
     control_variate_runs: int = field(
         default=1,
         metadata={
-            "help": "Pairs of runs, with other batches and dropout, that the owner's estimate is the mean of. More of them "
-            "take the chance out of it, at the owner's cost alone; 4 is a good number where the base has 3 bits."
+            "help": "Pairs of runs, with other batches and dropout, that the owner's estimate is the mean of. Several take "
+            "the chance out of it, at the owner's cost alone, and what they do not agree on is left out; 4 is a good number."
         },
     )
     learning_rate_horizon: str = field(

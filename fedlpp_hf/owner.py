@@ -25,6 +25,7 @@ from .privacy.measurement import RowMeasures, choose_rows, measure_rows
 from .processes import Service
 from .products import join_residual
 from .quantization import FULL_PRECISION
+from .repair import average_repairs
 
 
 # The step sizes that the owner tries on its own data: a one-shot mean may need a longer or a shorter step.
@@ -83,15 +84,16 @@ class Owner:
 
     def estimate_repair(
         self, start: Mapping[str, torch.Tensor], round_number: int, seeds: Sequence[int]
-    ) -> dict[str, torch.Tensor]:
+    ) -> tuple[dict[str, torch.Tensor], float]:
         """What the quantizer makes of a local run's update from `start`, which is what the round's clients start from.
 
         The owner runs a client's task on its own rows twice, with the same batches and the same dropout: on the base, as
         a client does, and on W. What both updates have in common is the task; the difference, Δ(Q(W)) − Δ(W), is what
         repairs the base, and common random numbers leave little else in it. Each of `seeds` makes such a pair with other
-        batches; their mean is returned.
+        batches; [`average_repairs`] of them, and the share that is no chance, are returned.
         """
-        return self._ask("estimate_repair", start, round_number=round_number, seeds=list(seeds))[1]
+        answer, repair = self._ask("estimate_repair", start, round_number=round_number, seeds=list(seeds))
+        return repair, answer["share"]
 
     def merge(self, adapter_dir: str | os.PathLike, output_dir: str | os.PathLike) -> None:
         """Write the full model with the adapter merged into it."""
@@ -205,11 +207,12 @@ class _Desk:
             )
             return restore_tensors(trainer.train_client(task).delta)
 
-        pairs = [(train(self._base_trainer, seed), train(self.trainer, seed)) for seed in seeds]
-        keys = pairs[0][0]
-        return {}, {
-            key: torch.stack([on_base[key] - on_full[key] for on_base, on_full in pairs]).mean(0) for key in keys
-        }
+        repairs = []
+        for seed in seeds:
+            on_base, on_full = train(self._base_trainer, seed), train(self.trainer, seed)
+            repairs.append({key: on_base[key] - on_full[key] for key in on_base})
+        repair, share = average_repairs(repairs)
+        return {"share": share}, repair
 
     def merge(self, tensors, adapter_dir: str, output_dir: str):
         # The model of an earlier run stays until there is another to take its place.

@@ -221,12 +221,14 @@ class FederatedServer:
         start = self._anchor if proxy is None else restore_tensors(proxy)
         differ = self.args.client_ranks or self.args.keyed_rounding
         starts = [self._start_of(tasks[client]) for client in updates] if differ else start
-        repair = {}
+        repair: dict[str, torch.Tensor] = {}
         if self.args.control_variate and self.owner is not None:
             runs = range(self.args.control_variate_runs)
             seeds = [_seed(self.args.seed, number, f"owner {run}" if run else "owner") for run in runs]
-            repair = self.owner.estimate_repair(start, number, seeds)
+            repair, share = self.owner.estimate_repair(start, number, seeds)
         report = self._step(number, updates, starts, repair)
+        if repair:
+            report["repair_share"] = share  # of the mean of the owner's runs, that is no chance
         record = {
             "clients": {
                 client: update.metrics | {"num_examples": update.num_examples} for client, update in updates.items()

@@ -43,6 +43,7 @@ FLOORS = {
     "messages": 1,
     "optimizers": 1,
     "products": 1,
+    "repair": 1,
     "robust": 1,
     "shards": 1,
     "store": 1,

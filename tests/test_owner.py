@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from fedlpp_hf import FederatedTrainer
 from fedlpp_hf.adapters import read_adapter
 from fedlpp_hf.publishing import MERGED_DIR
+from fedlpp_hf.repair import average_repairs
 
 from .conftest import make_rows
 from .test_trainer import make_args
@@ -143,23 +144,25 @@ def test_control_variate_takes_the_repair_of_the_base_out_of_the_update(full_lla
     assert records[1]["repair_norm"] > 0.0 and records[1]["update_norm"] > 0.0
 
 
-def test_control_variate_of_several_runs_is_their_mean(full_llama, lora, tmp_path):
-    """More runs of other batches: the server asks for as many, and the mean of what each would say is what it gets."""
+def test_control_variate_of_several_runs(full_llama, lora, tmp_path):
+    """More runs of other batches: the server asks for as many, and gets what they agree on."""
     trainer = federate_alone(
         full_llama, lora, tmp_path, control_variate=1.0, control_variate_runs=3, num_rounds=1, max_steps=1
     )
     start, _ = trainer.server.store.load(0)
     alone = [trainer.owner.estimate_repair(start, 1, [seed]) for seed in (3, 4, 5)]
-    together = trainer.owner.estimate_repair(start, 1, [3, 4, 5])
+    assert {share for _, share in alone} == {1.0}
+    together, share = trainer.owner.estimate_repair(start, 1, [3, 4, 5])
+    expected, expected_share = average_repairs([repair for repair, _ in alone])
+    assert share == pytest.approx(expected_share, rel=1e-4) and 0 < share < 1
     for key, value in together.items():
-        torch.testing.assert_close(value, torch.stack([repair[key] for repair in alone]).mean(0))
-    moving = max(alone[0], key=lambda key: float(alone[0][key].norm()))
-    assert not torch.equal(alone[0][moving], alone[1][moving])
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-7)
     asked = []
-    trainer.server.owner.estimate_repair = lambda start, number, seeds: asked.append(seeds) or {}
+    trainer.server.owner.estimate_repair = lambda start, number, seeds: asked.append(seeds) or (together, share)
     trainer.args.overwrite = True
-    trainer.server.run(lambda tasks: map(trainer.train_client, tasks))
+    records = trainer.server.run(lambda tasks: map(trainer.train_client, tasks))
     assert len(asked) == 1 and len(set(asked[0])) == 3
+    assert records[1]["repair_share"] == share
 
 
 def test_control_variate_without_what_it_needs_is_refused(full_llama, llama_base, lora, tmp_path):

@@ -1,0 +1,29 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""What in an update repairs the base: the owner's estimates of it, put together. Pure tensor functions."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+
+def average_repairs(repairs: Sequence[Mapping[str, torch.Tensor]]) -> tuple[dict[str, torch.Tensor], float]:
+    """The mean of estimates of one repair, shrunk by how much of it is no chance; and that share.
+
+    Estimates r_i = R + noise_i of m independent runs: the mean of ⟨r_i, r_j⟩ over pairs is what ‖R‖² is expected to be, and
+    ‖r̄‖² is that and an m-th of the noise. Their quotient, in [0, 1], is the c for which c·r̄ is expected to be nearest to
+    R (the Wiener filter). Where the base needs no repair, runs agree on nothing, and nothing is left. One estimate alone
+    can't tell: it is returned as it is, with 1.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if not repairs:
+        raise ValueError("There are no estimates of the repair; expected at least one.")
+    mean = {key: torch.stack([repair[key].double() for repair in repairs]).mean(0) for key in repairs[0]}
+    count, share = len(repairs), 1.0
+    if count > 1:
+        norm = sum(float(tensor.square().sum()) for tensor in mean.values())
+        norms = sum(float(tensor.double().square().sum()) for repair in repairs for tensor in repair.values())
+        pairs = (count**2 * norm - norms) / (count * (count - 1))  # |Σ r|² has each pair twice, and the squares
+        share = max(pairs, 0.0) / norm if norm else 0.0
+    return {key: (share * tensor).float() for key, tensor in mean.items()}, share

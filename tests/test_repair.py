@@ -1,0 +1,49 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""The mean of the owner's estimates: what they agree on, and nothing where they agree on nothing."""
+
+import pytest
+import torch
+
+from fedlpp_hf.repair import average_repairs
+
+
+def estimates(count: int, signal: float, noise: float, size: int = 20_000) -> tuple[torch.Tensor, list[dict]]:
+    generator = torch.Generator().manual_seed(0)
+    truth = signal * torch.randn(size, generator=generator)
+    found = [truth + noise * torch.randn(size, generator=generator) for _ in range(count)]
+    return truth, [{"a": value[: size // 2], "b": value[size // 2 :].view(-1, 10)} for value in found]
+
+
+@pytest.mark.parametrize("count, signal, noise", [(2, 1.0, 1.0), (4, 1.0, 2.0), (8, 0.3, 1.0), (4, 1.0, 0.0)])
+def test_share_is_that_of_the_wiener_filter(count, signal, noise):
+    """‖R‖² / (‖R‖² + noise²/m), and no other coefficient brings the mean nearer to the truth."""
+    truth, repairs = estimates(count, signal, noise)
+    found, share = average_repairs(repairs)
+    assert share == pytest.approx(signal**2 / (signal**2 + noise**2 / count), abs=0.02)
+    mean = torch.cat([torch.stack([repair[key].flatten() for repair in repairs]).mean(0) for key in ("a", "b")])
+    shrunk = torch.cat([found[key].flatten() for key in ("a", "b")])
+    torch.testing.assert_close(shrunk, share * mean)
+    for other in (0.8 * share, 1.2 * share):
+        assert (shrunk - truth).norm() < (other * mean - truth).norm() or noise == 0
+
+
+def test_where_there_is_nothing_to_repair_nothing_is_left():
+    _, repairs = estimates(4, 0.0, 1.0)
+    found, share = average_repairs(repairs)
+    assert share < 0.05 and all(tensor.norm() < 0.05 * repairs[0][key].norm() for key, tensor in found.items())
+    zeros = {"a": torch.zeros(3)}
+    assert average_repairs([zeros, zeros])[1] == 0.0
+
+
+def test_estimates_that_contradict_each_other_are_dropped():
+    one = {"a": torch.ones(4)}
+    found, share = average_repairs([one, {"a": -0.5 * one["a"]}])
+    assert share == 0.0 and not found["a"].any()
+
+
+def test_one_estimate_is_taken_as_it_is():
+    repair = {"a": torch.tensor([1.5, -2.0])}
+    found, share = average_repairs([repair])
+    assert share == 1.0 and torch.equal(found["a"], repair["a"])
+    with pytest.raises(ValueError, match="at least one"):
+        average_repairs([])
