@@ -120,9 +120,12 @@ def try_estimates(
             for coefficient in (0.5, 1.0):
                 name = f"variate of {rows}, {runs} run{'s' * (runs > 1)}, coefficient {coefficient}"
                 yield name, evaluate(move(start, delta, mean_of(repairs[:runs]), coefficient))
-        repair, share = average_repairs(repairs)
+        share = average_repairs(repairs)[1]
         yield f"variate of {rows}, {RUNS} runs: share that is no chance (no loss)", share
-        yield f"variate of {rows}, {RUNS} runs, coefficient by that share", evaluate(move(start, delta, repair))
+        yield (
+            f"variate of {rows}, {RUNS} runs, coefficient by that share",
+            evaluate(move(start, delta, mean_of(repairs), share)),
+        )
     yield from try_error_aware_merge(data, trainer, delta, start, bits)
     trainer.owner.close()
 

@@ -186,7 +186,7 @@ class FederatedConfig(TrainingArguments):
         default=1,
         metadata={
             "help": "Pairs of runs, with other batches and dropout, that the owner's estimate is the mean of. Several take "
-            "the chance out of it, at the owner's cost alone, and what they do not agree on is left out; 4 is a good number."
+            "chance out of it, at the owner's cost alone; 4 is a good number."
         },
     )
     learning_rate_horizon: str = field(

@@ -7,12 +7,12 @@ import torch
 
 
 def average_repairs(repairs: Sequence[Mapping[str, torch.Tensor]]) -> tuple[dict[str, torch.Tensor], float]:
-    """The mean of estimates of one repair, shrunk by how much of it is no chance; and that share.
+    """The mean of estimates of one repair, and the share of it that is no chance.
 
     Estimates r_i = R + noise_i of m independent runs: the mean of ⟨r_i, r_j⟩ over pairs is what ‖R‖² is expected to be, and
-    ‖r̄‖² is that and an m-th of the noise. Their quotient, in [0, 1], is the c for which c·r̄ is expected to be nearest to
-    R (the Wiener filter). Where the base needs no repair, runs agree on nothing, and nothing is left. One estimate alone
-    can't tell: it is returned as it is, with 1.
+    ‖r̄‖² is that and an m-th of the noise. Their quotient, in [0, 1], is the share; where it is low, more runs help. (It is
+    also the coefficient for which r̄ is expected to be nearest to R, the Wiener filter. Server models were no better for
+    it: docs/threat-model.md.) One estimate alone can't tell, and has the share 1.
 
     Raises:
         ValueError: if there are none.
@@ -26,4 +26,4 @@ def average_repairs(repairs: Sequence[Mapping[str, torch.Tensor]]) -> tuple[dict
         norms = sum(float(tensor.double().square().sum()) for repair in repairs for tensor in repair.values())
         pairs = (count**2 * norm - norms) / (count * (count - 1))  # |Σ r|² has each pair twice, and the squares
         share = max(pairs, 0.0) / norm if norm else 0.0
-    return {key: (share * tensor).float() for key, tensor in mean.items()}, share
+    return {key: tensor.float() for key, tensor in mean.items()}, share

@@ -145,7 +145,7 @@ def test_control_variate_takes_the_repair_of_the_base_out_of_the_update(full_lla
 
 
 def test_control_variate_of_several_runs(full_llama, lora, tmp_path):
-    """More runs of other batches: the server asks for as many, and gets what they agree on."""
+    """More runs of other batches: the server asks for as many, and gets their mean."""
     trainer = federate_alone(
         full_llama, lora, tmp_path, control_variate=1.0, control_variate_runs=3, num_rounds=1, max_steps=1
     )
