@@ -20,7 +20,7 @@ from huggingface_hub.utils.sha import sha_fileobj
 from transformers.utils import logging
 
 from .adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from .merge.full_model import FullModel, refuse_interrupted
+from .merge.full_model import VIEW_MARK, FullModel, refuse_interrupted
 from .model_card import CARD, write_model_card
 from .store import FEDERATION_DIR
 
@@ -120,8 +120,11 @@ def _check_merged(directory: Path) -> None:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"`{directory / 'config.json'}` can't be read ({error}); expected a merged model.") from error
-    if config.get("quantization_config"):
-        raise ValueError(f"`{directory}` is a quantized model, a client's view. Push the merged full-precision one.")
+    if config.get("quantization_config") or config.get(VIEW_MARK):
+        raise ValueError(
+            f"`{directory}` is a quantized model, or one merged into its base: a client's view. Push the one that was merged "
+            "into the full-precision weights."
+        )
     FullModel(directory)  # every shard whole, and where the index says
 
 
