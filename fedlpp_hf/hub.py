@@ -14,6 +14,7 @@ from huggingface_hub import (
     CommitOperationCopy,
     CommitOperationDelete,
     HfApi,
+    ModelCard,
 )
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils.sha import sha_fileobj
@@ -142,6 +143,12 @@ def _push(
     api = HfApi(token=token)
     origin = None if source is None or Path(source).is_dir() else str(source)
     with _explain(repo_id):
+        try:
+            ModelCard.load(files[CARD], ignore_metadata_errors=True).validate()
+        except ValueError as error:  # known before gigabytes are sent
+            raise ValueError(
+                f"The Hub does not take the model card ({error}). Mend the full model's, whose metadata it keeps."
+            ) from error
         source_info = api.model_info(origin, files_metadata=True) if origin else None
         confidential = source_info is None or bool(source_info.private)
         if not private:

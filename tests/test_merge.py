@@ -500,8 +500,6 @@ def test_in_place_never_writes_through_a_link(tmp_path):
 
 def test_verify_finds_a_flipped_bit_anywhere(tmp_path, monkeypatch):
     full, adapter, _ = make_pair(tmp_path)
-    from fedlpp_hf import merge
-
     write_shard, offset = merge.write_shard, 0
 
     def write_and_damage(source, destination, *arguments):
