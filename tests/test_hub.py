@@ -134,6 +134,19 @@ def test_a_broken_download_leaves_nothing(hub, pair, tmp_path):
         merge_adapter("owner/absent", adapter, tmp_path / "merged")
 
 
+def test_peft_merges_what_is_on_the_hub_but_not_shard_by_shard(hub, pair, tmp_path):
+    full, _ = pair
+    put_on_hub(hub, "owner/full", full)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 5], task_type="CAUSAL_LM")
+    get_peft_model(LlamaForCausalLM.from_pretrained(full), lora).save_pretrained(tmp_path / "tokens")
+    with pytest.raises(ValueError, match="trainable_token_indices.*Leave out .*delete_source_shards"):
+        merge_adapter("owner/full", tmp_path / "tokens", tmp_path / "merged", delete_source_shards=True)
+    assert merge_adapter("owner/full", tmp_path / "tokens", tmp_path / "merged").through_peft
+    merge_adapter(full, tmp_path / "tokens", tmp_path / "local")
+    for path in (tmp_path / "local").glob("*.safetensors"):
+        assert (tmp_path / "merged" / path.name).read_bytes() == path.read_bytes()
+
+
 def test_only_changed_shards_are_sent(hub, pair, tmp_path):
     full, adapter = pair
     put_on_hub(hub, "owner/full", full)

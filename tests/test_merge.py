@@ -483,6 +483,16 @@ def test_in_place_takes_back_a_merge_that_fails_and_refuses_a_half_one(tmp_path,
     assert read_files(full) == before
 
 
+def test_in_place_leaves_read_only_files_alone(tmp_path, monkeypatch):
+    full, adapter, _ = make_pair(tmp_path)
+    before, access = read_files(full), os.access
+    # root, as whom tests often run, may write to any file; what it is told stands in for what others are.
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+    with pytest.raises(ValueError, match="is read-only"):
+        merge_adapter(full, adapter, in_place=True)
+    assert read_files(full) == before
+
+
 def test_in_place_never_writes_through_a_link(tmp_path):
     full, adapter, _ = make_pair(tmp_path)
     before = read_files(full)
