@@ -14,13 +14,14 @@ from huggingface_hub import (
     CommitOperationCopy,
     CommitOperationDelete,
     HfApi,
+    ModelCard,
 )
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils.sha import sha_fileobj
 from transformers.utils import logging
 
 from .adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from .merge.full_model import FullModel, refuse_interrupted
+from .merge.full_model import VIEW_MARK, FullModel, refuse_interrupted
 from .model_card import CARD, write_model_card
 from .store import FEDERATION_DIR
 
@@ -120,8 +121,11 @@ def _check_merged(directory: Path) -> None:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"`{directory / 'config.json'}` can't be read ({error}); expected a merged model.") from error
-    if config.get("quantization_config"):
-        raise ValueError(f"`{directory}` is a quantized model, a client's view. Push the merged full-precision one.")
+    if config.get("quantization_config") or config.get(VIEW_MARK):
+        raise ValueError(
+            f"`{directory}` is a quantized model, or one merged into its base: a client's view. Push the one that was merged "
+            "into the full-precision weights."
+        )
     FullModel(directory)  # every shard whole, and where the index says
 
 
@@ -139,6 +143,12 @@ def _push(
     api = HfApi(token=token)
     origin = None if source is None or Path(source).is_dir() else str(source)
     with _explain(repo_id):
+        try:
+            ModelCard.load(files[CARD], ignore_metadata_errors=True).validate()
+        except ValueError as error:  # known before gigabytes are sent
+            raise ValueError(
+                f"The Hub does not take the model card ({error}). Mend the full model's, whose metadata it keeps."
+            ) from error
         source_info = api.model_info(origin, files_metadata=True) if origin else None
         confidential = source_info is None or bool(source_info.private)
         if not private:

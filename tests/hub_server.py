@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 
 TOKENS = {"writer": True, "reader": False}  # a token, and whether it may write
 NAMESPACE = "owner"
@@ -54,7 +56,7 @@ class Repo:
 
 
 class Hub(ThreadingHTTPServer):
-    """The server. `requests`: (method, path, bytes received), `failures`: see [`fail`]."""
+    """The server. `requests`: (method, path, bytes received), `ranges`: (path, the range asked for), `failures`: see [`fail`]."""
 
     daemon_threads = True
 
@@ -62,6 +64,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repos: dict[str, Repo] = {}
         self.requests: list[tuple[str, str, int]] = []
+        self.ranges: list[tuple[str, str]] = []
         self.failures: list[list] = []
         self.lock = threading.RLock()
 
@@ -74,9 +77,12 @@ class Hub(ThreadingHTTPServer):
         repo.commit("main", {path: Blob(data, path.endswith(".safetensors")) for path, data in files.items()})
         return repo
 
-    def fail(self, method: str, pattern: str, how: int | str, times: int = 1) -> None:
-        """Answer the next requests that match with a status, or with "drop": a connection cut in the middle."""
-        self.failures.append([method, re.compile(pattern), how, times])
+    def fail(self, method: str, pattern: str, how: int | str, times: int = 1, after: int = 0) -> None:
+        """Answer the next requests that match, but for the first `after`, with a status, or with "drop".
+
+        That cuts the connection: of a GET in the middle of the answer, of others before anything is done.
+        """
+        self.failures.append([method, re.compile(pattern), how, times, after])
 
     def files(self, name: str, branch: str = "main") -> dict[str, Blob]:
         repo = self.repos[name]
@@ -95,6 +101,7 @@ class _Refused(Exception):
 class _Handler(BaseHTTPRequestHandler):
     server: Hub
     protocol_version = "HTTP/1.1"
+    _cut = False
     disable_nagle_algorithm = True  # or every answer waits 40 ms for an acknowledgement
 
     def log_message(self, *arguments) -> None:
@@ -114,10 +121,17 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.requests.append((self.command, path, len(body)))
             for failure in self.server.failures:
-                if failure[0] == self.command and failure[1].search(path) and failure[3] > 0:
-                    failure[3] -= 1
-                    self._break(failure[2])
-                    return
+                if failure[0] != self.command or not failure[1].search(path) or not failure[3]:
+                    continue
+                if failure[4]:
+                    failure[4] -= 1
+                    continue
+                failure[3] -= 1
+                if failure[2] != "drop":
+                    return self._send(int(failure[2]), json.dumps({"error": "as the test wants"}).encode())
+                self._cut = self.close_connection = True
+                if self.command != "GET":
+                    return None
             try:
                 self._route(path, parse_qs(parts.query), body)
             except _Refused as refused:
@@ -125,16 +139,6 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(refused.status, json.dumps({"error": str(refused)}).encode(), headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = _handle
-
-    def _break(self, how: int | str) -> None:
-        if how == "drop":
-            self.send_response(200)
-            self.send_header("Content-Length", "1000000")
-            self.end_headers()
-            self.wfile.write(b"the beginning")
-            self.close_connection = True
-            return
-        self._send(int(how), json.dumps({"error": "as the test wants"}).encode())
 
     def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -144,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            self.wfile.write(data[: len(data) // 2] if self._cut else data)
 
     def _json(self, value, status: int = 200) -> None:
         self._send(status, json.dumps(value).encode())
@@ -175,7 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._check_write()
             return self._json({"name": NAMESPACE, "type": "user", "orgs": []})
         if path == "/api/validate-yaml":
-            return self._json({"errors": [], "warnings": []})
+            return self._validate(json.loads(body)["content"])
         if path == "/api/repos/create":
             return self._create(json.loads(body))
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(\w[\w-]*)(?:/(.+))?", path):
@@ -192,6 +196,12 @@ class _Handler(BaseHTTPRequestHandler):
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self._resolve(self._repo(found[1]), found[2], found[3])
         raise _Refused(404, f"no such call: {self.command} {path}")
+
+    def _validate(self, card: str) -> None:
+        found = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+        licence = (yaml.safe_load(found[1]) if found else {}).get("license", "other")
+        errors = [] if re.fullmatch("[a-z0-9.-]+", licence) else [{"message": '"license" must be one of [...]'}]
+        self._json({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def _create(self, options: dict) -> None:
         self._check_write()
@@ -310,6 +320,8 @@ class _Handler(BaseHTTPRequestHandler):
         headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(blob.data))}
         headers["Content-Type"] = "application/octet-stream"
         data, status = blob.data, 200
+        if self.headers.get("Range"):
+            self.server.ranges.append((path, self.headers["Range"]))
         if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, stop = int(wanted[1]), int(wanted[2] or len(data) - 1) + 1
             headers["Content-Range"] = f"bytes {start}-{min(stop, len(data)) - 1}/{len(data)}"

@@ -11,8 +11,10 @@ from huggingface_hub.utils import _http
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fedlpp_hf.base import export_base
 from fedlpp_hf.hub import push_adapter, push_merged
 from fedlpp_hf.merge import merge_adapter
+from fedlpp_hf.merge.full_model import FullModel
 
 from .hub_server import Hub, run_hub
 
@@ -82,12 +84,21 @@ def test_round_trip(hub, pair, tmp_path):
     assert not sent_shards(hub) and not [path for _, path, _ in hub.requests if "/commit/" in path]
 
 
-def test_the_full_model_is_streamed_from_the_hub_and_its_shards_deleted(hub, pair, tmp_path):
+def test_the_full_model_is_streamed_from_the_hub_and_its_shards_deleted(hub, pair, tmp_path, monkeypatch):
     full, adapter = pair
     put_on_hub(hub, "owner/full", full)
     merge_adapter(full, adapter, tmp_path / "local")
-    report = merge_adapter("owner/full", adapter, tmp_path / "merged", delete_source_shards=True, verify=True)
-    assert report.verified
+    held, fetch = [], FullModel.fetch
+
+    def fetch_and_count(model, file):
+        path = fetch(model, file)
+        held.append(len(list(model.scratch.glob("*.safetensors"))))
+        return path
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FullModel, "fetch", fetch_and_count)
+        report = merge_adapter("owner/full", adapter, tmp_path / "merged", delete_source_shards=True, verify=True)
+    assert report.verified and max(held) <= 2 and len(held) > 3
     names = {path.name for path in (tmp_path / "local").iterdir()}
     assert {path.name for path in (tmp_path / "merged").iterdir()} == names
     assert all((tmp_path / "merged" / n).read_bytes() == (tmp_path / "local" / n).read_bytes() for n in names)
@@ -98,12 +109,18 @@ def test_the_full_model_is_streamed_from_the_hub_and_its_shards_deleted(hub, pai
 
 
 @pytest.mark.parametrize("how", ["drop", 500])
-def test_a_download_that_breaks_goes_on(hub, pair, tmp_path, how):
+@pytest.mark.parametrize("after", [0, 1, 2])  # its header takes two requests; the third is for all of it
+def test_a_download_that_breaks_goes_on(hub, pair, tmp_path, monkeypatch, how, after):
     full, adapter = pair
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 512)  # what has arrived of a chunk is lost
     put_on_hub(hub, "owner/full", full)
-    hub.fail("GET", "resolve/.*-00003-of", how)
+    hub.fail("GET", "resolve/.*-00003-of", how, after=after)
     merge_adapter("owner/full", adapter, tmp_path / "merged", delete_source_shards=True, verify=True)
     assert LlamaForCausalLM.from_pretrained(tmp_path / "merged")
+    if (how, after) == ("drop", 2):  # and it goes on where it was cut
+        (shard,) = full.glob("*-00003-of-*")
+        asked = [asked for path, asked in hub.ranges if path == shard.name]
+        assert asked[-1] == f"bytes={shard.stat().st_size // 2 // 512 * 512}-"
 
 
 def test_a_broken_download_leaves_nothing(hub, pair, tmp_path):
@@ -115,6 +132,19 @@ def test_a_broken_download_leaves_nothing(hub, pair, tmp_path):
     assert not (tmp_path / "merged").exists() and not (tmp_path / ".merged.merging").exists()
     with pytest.raises(ValueError, match="neither a directory nor a model"):
         merge_adapter("owner/absent", adapter, tmp_path / "merged")
+
+
+def test_peft_merges_what_is_on_the_hub_but_not_shard_by_shard(hub, pair, tmp_path):
+    full, _ = pair
+    put_on_hub(hub, "owner/full", full)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 5], task_type="CAUSAL_LM")
+    get_peft_model(LlamaForCausalLM.from_pretrained(full), lora).save_pretrained(tmp_path / "tokens")
+    with pytest.raises(ValueError, match="trainable_token_indices.*Leave out .*delete_source_shards"):
+        merge_adapter("owner/full", tmp_path / "tokens", tmp_path / "merged", delete_source_shards=True)
+    assert merge_adapter("owner/full", tmp_path / "tokens", tmp_path / "merged").through_peft
+    merge_adapter(full, tmp_path / "tokens", tmp_path / "local")
+    for path in (tmp_path / "local").glob("*.safetensors"):
+        assert (tmp_path / "merged" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_only_changed_shards_are_sent(hub, pair, tmp_path):
@@ -133,7 +163,8 @@ def test_only_changed_shards_are_sent(hub, pair, tmp_path):
         stored = hub.files(name, branch)
         for path in (tmp_path / "merged").glob("*.safetensors"):
             assert stored[path.name].data == path.read_bytes()
-        assert "base_model: owner/full" in stored["README.md"].data.decode()
+        card = stored["README.md"].data.decode()
+        assert "base_model: owner/full" in card and "license: mit" in card and "- stories" in card
 
 
 def test_a_hub_that_does_not_copy_is_sent_everything(hub, pair, tmp_path):
@@ -195,6 +226,15 @@ def test_refusals_say_what_to_do(hub, pair, tmp_path):
             push_merged(tmp_path / "merged", "owner/merged")
 
 
+def test_a_card_that_the_hub_does_not_take(hub, pair, tmp_path):
+    full, adapter = pair
+    (full / "README.md").write_text(SOURCE_CARD.replace("mit", "all rights reserved"))
+    merge_adapter(full, adapter, tmp_path / "merged")
+    with pytest.raises(ValueError, match="does not take the model card .*license"):
+        push_merged(tmp_path / "merged", "owner/merged", source=full)
+    assert "owner/merged" not in hub.repos
+
+
 def test_a_commit_in_between_is_a_conflict(hub, pair, tmp_path, monkeypatch):
     full, adapter = pair
     merge_adapter(full, adapter, tmp_path / "merged")
@@ -238,11 +278,20 @@ def _quantize(directory):
     (directory / "config.json").write_text(json.dumps(config | {"quantization_config": {"load_in_4bit": True}}))
 
 
+def _merge_into_base(directory):
+    full, adapter, base = (directory.with_name(name) for name in ("full", "adapter", "base"))
+    export_base(full, base)
+    shutil.rmtree(directory)
+    merge_adapter(full, adapter, directory, base_dir=base, target="base")
+    assert LlamaForCausalLM.from_pretrained(directory)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (_federation, "_federation"),
         (_quantize, "client's view"),
+        (_merge_into_base, "client's view"),
         (lambda d: (d / "base_manifest.json").write_text("{}"), "base_manifest"),
         (lambda d: (d / "training_args.bin").write_text(""), "training_args"),
         (lambda d: sorted(d.glob("*.safetensors"))[0].unlink(), "index names"),

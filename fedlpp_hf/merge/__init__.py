@@ -20,11 +20,11 @@ from transformers.utils import logging
 
 from .editor import Copy, Editor, Rewrite
 from .fallback import merge_with_peft
-from .full_model import FullModel
+from .full_model import VIEW_MARK, FullModel
 from .in_place import patch_model_, undo_merge_
 from .jobs import plan_jobs, plan_layouts, start_workers, verify_shard, write_shard
 from .plan import MergePlan, NeedsPeft, plan_merge
-from .shards import WEIGHTS_INDEX, Shard, sync_file
+from .shards import WEIGHTS_INDEX, Shard, shares_blocks, sync_file
 from .sources import BaseReader, open_adapters
 
 
@@ -98,7 +98,8 @@ def merge_adapter(
         adapter: a PEFT directory or a name on the Hub; or several, or a directory of clients' updates, of which the exact
             weighted mean of the products B·A is merged, in float64.
         weights: of the adapters, in proportion; equal by default, and numbers of examples for clients' updates.
-        target: "full" merges into W; "base" into the dequantized Q(W) of `base_dir`, which reproduces what clients see.
+        target: "full" merges into W; "base" into the dequantized Q(W) of `base_dir`, which reproduces what clients see and
+            is not pushed.
         base_dir: the quantized base. With it the report has ‖E‖/‖ΔW‖, E = W − Q(W), for each layer.
         in_place: patch `output_dir`, a copy of the full model (without `output_dir`: the full model itself), and keep
             what was there in `_merge_undo`, from which [`undo_merge_`] puts it back.
@@ -115,18 +116,7 @@ def merge_adapter(
         RuntimeError: if verification fails, or another merge is writing there.
     """
     began = time.perf_counter()
-    if target not in ("full", "base"):
-        raise ValueError(f"target={target!r}; expected 'full' (W) or 'base' (the dequantized Q(W)).")
-    if target == "base" and base_dir is None:
-        raise ValueError("target='base' needs `base_dir`, the quantized base to merge into.")
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads={threads}; expected at least one.")
-    if output_dir is None and not in_place:
-        raise ValueError("Give `output_dir`, or in_place=True to patch the full model itself.")
-    if in_place and delete_source_shards:
-        raise ValueError(
-            "in_place patches a copy that is there; delete_source_shards has nothing to do. Leave one out."
-        )
+    _check_arguments(target, base_dir, output_dir, in_place, delete_source_shards, threads, device)
     destination = Path(full_model if output_dir is None else output_dir)
     if not in_place:
         _check_destination(destination, full_model)
@@ -149,6 +139,8 @@ def merge_adapter(
                 if base_dir is not None
                 else None
             )
+            if target == "base":
+                plan.config_changes[VIEW_MARK] = True
             editor = Editor(plan, adapters, shares, base, target == "base", torch.device(device))
             layouts = plan_layouts(source, plan, editor)
             if in_place:
@@ -173,24 +165,26 @@ def _write_model(
     sync: bool,
 ) -> list[Copy | Rewrite]:
     """Write all shards, while the next one is downloaded."""
-    needed = sum(shard.size for shard in layouts.values())
+    files = list(layouts)
+    planned = {file: plan_jobs(source.shards[file], layouts[file], editor) for file in files}
+    shared = source.is_local and shares_blocks(source.fetch(files[0]), work)
+    needed = sum(
+        sum(job.rows * job.row_bytes for job in planned[file][1])
+        if shared and new is source.shards[file]
+        else new.size
+        for file, new in layouts.items()
+    )
     if source.scratch is not None:
         needed += 2 * max(shard.size for shard in source.shards.values())
-    free = shutil.disk_usage(work).free
-    if free < needed:
-        raise OSError(
-            errno.ENOSPC,
-            f"The merge needs {needed / 1e9:.2f} GB in `{work.parent}`, where {free / 1e9:.2f} GB are free.",
-        )
+    _check_room(work, needed)
     done: list[Copy | Rewrite] = []
-    files = list(layouts)
     with start_workers(threads) as pool, ThreadPoolExecutor(1) as downloads:
         coming = downloads.submit(source.fetch, files[0])
         for file, following in zip(files, [*files[1:], None], strict=True):
             path, new = coming.result(), layouts[file]
             if following is not None:
                 coming = downloads.submit(source.fetch, following)
-            copies, rewrites = plan_jobs(source.shards[file], new, editor)
+            copies, rewrites = planned[file]
             write_shard(path, work / file, source.shards[file], new, copies, rewrites, editor, pool)
             if sync:
                 sync_file(work / file)
@@ -201,12 +195,22 @@ def _write_model(
     return done
 
 
+def _check_room(work: Path, needed: int) -> None:
+    free = shutil.disk_usage(work).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"The merge needs {needed / 1e9:.2f} GB in `{work.parent}`, where {free / 1e9:.2f} GB are free.",
+        )
+
+
 def _hand_to_peft(reason, source, config, adapters, work, report, model_class, token, in_place, base_dir) -> None:
-    if len(adapters) > 1 or in_place or base_dir is not None:
+    if len(adapters) > 1 or in_place or base_dir is not None or source.scratch is not None:
         raise ValueError(
             f"The adapter needs PEFT's own merge ({reason}), which merges one adapter into W, in memory and to a new "
-            "directory. Leave out the other adapters, in_place and base_dir."
+            "directory. Leave out the other adapters, in_place, base_dir and delete_source_shards."
         )
+    _check_room(work, source.size)
     gigabytes = source.size / 1e9
     logger.warning(f"Merging through PEFT, because {reason}: the whole model, {gigabytes:.1f} GB, is held in memory.")
     merge_with_peft(source, config, adapters[0], work, model_class, token)
@@ -237,6 +241,31 @@ def _publish(work: Path, destination: Path, sync: bool) -> None:
     os.rename(work, destination)
     if sync:
         sync_file(destination.absolute().parent)
+
+
+def _check_arguments(target, base_dir, output_dir, in_place, delete_source_shards, threads, device) -> None:
+    if target not in ("full", "base"):
+        raise ValueError(f"target={target!r}; expected 'full' (W) or 'base' (the dequantized Q(W)).")
+    if target == "base" and base_dir is None:
+        raise ValueError("target='base' needs `base_dir`, the quantized base to merge into.")
+    if target == "base" and in_place:
+        raise ValueError(
+            "target='base' makes what clients see; in_place would make it of the full model. Merge to a new copy."
+        )
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads={threads}; expected at least one.")
+    if output_dir is None and not in_place:
+        raise ValueError("Give `output_dir`, or in_place=True to patch the full model itself.")
+    if in_place and delete_source_shards:
+        raise ValueError(
+            "in_place patches a copy that is there; delete_source_shards has nothing to do. Leave one out."
+        )
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
+        raise ValueError(
+            f"device={device!r} can't be used here ({error}). Give one that torch has, or 'cpu'."
+        ) from error
 
 
 def _check_destination(output_dir: Path, full_model: str | os.PathLike) -> None:

@@ -11,7 +11,7 @@ import torch
 from .locations import Edit
 from .plan import MergePlan
 from .shards import TensorRange, copy_range, find_difference, read_range, write_range
-from .sources import AdapterReader, BaseReader
+from .sources import AdapterReader, BaseReader, is_finite
 
 
 # Small enough that a chunk, its update and its result stay in a core's cache; large enough for the call overhead.
@@ -218,9 +218,7 @@ class Editor:
         return max(rows // ROW_MULTIPLE, 1) * ROW_MULTIPLE
 
     def _store(self, result: torch.Tensor, job: Rewrite, low: int, destination: int, verify: bool) -> None:
-        # A sum is the cheapest pass that any NaN or infinity shows in; when it overflows by itself, look closely.
-        exact = result.float() if result.dtype.itemsize == 1 else result
-        if not math.isfinite(exact.sum(dtype=torch.float32)) and not torch.isfinite(exact).all():
+        if not is_finite(result):
             raise ValueError(
                 f"`{job.tensor.name}` would have values that are NaN or beyond {result.dtype} after the merge. Look for "
                 "damage in the full model, or save it in a wider dtype."

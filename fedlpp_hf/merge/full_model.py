@@ -19,6 +19,8 @@ _LEFT_BEHIND_NAMES = ("adapter_config.json", "base_manifest.json", "training_arg
 _ATTEMPTS = 5
 UNDO_DIR = "_merge_undo"
 UNDO_STATE = "state.json"
+# Set in the `config.json` of a merge into Q(W), so that it is not taken, and pushed, for one into W.
+VIEW_MARK = "is_clients_view"
 
 
 def refuse_interrupted(directory: Path) -> None:

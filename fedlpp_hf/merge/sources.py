@@ -41,8 +41,7 @@ class AdapterReader:
         codes = {key + suffix for key in self._quantized for suffix in ("#codes", "#scales")}
         self.keys = sorted((stored - codes) | set(self._quantized))
         for key in self.keys:
-            tensor = self.read(key)
-            if not torch.isfinite(tensor).all():
+            if not is_finite(self.read(key)):
                 raise ValueError(f"`{key}` in `{file}` has values that are NaN or infinite; did its training diverge?")
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -77,6 +76,14 @@ class AdapterReader:
                 "of full rank?"
             )
         return tensor + start
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    exact = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # float8 has no sum
+    # The cheapest pass that any of them shows in; only where it overflows by itself must all values be looked at. Not in
+    # another dtype: that would be a copy first.
+    return math.isfinite(exact.sum()) or bool(torch.isfinite(exact).all())
 
 
 def open_adapters(
