@@ -28,10 +28,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.encoder import find_encoder
 from fedlpp_hf import FederatedConfig, export_base
 from fedlpp_hf.adapters import adapter_parameters
+from fedlpp_hf.arguments import read_yaml
 from fedlpp_hf.base import pack_base
 from fedlpp_hf.base.tensors import unpack_nibbles
 from fedlpp_hf.compression import compress_update
-from fedlpp_hf.arguments import read_yaml
 from fedlpp_hf.messages import ClientTask, ClientUpdate
 from fedlpp_hf.quantization import pack_codes, quantize_tensors
 

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from fedlpp_hf.adapters import lora_factors, read_adapter, write_adapter
-from fedlpp_hf.aggregation import TensorFile, aggregate, average_updates, normalize_weights
+from fedlpp_hf.aggregation import aggregate, average_updates, normalize_weights
 from fedlpp_hf.corrections import (
     add_control_gradient_,
     add_proximal_gradient_,
@@ -33,6 +33,7 @@ from fedlpp_hf.robust import (
     trimmed_mean,
 )
 from fedlpp_hf.rules import RULES, check_rule, trainable_keys
+from fedlpp_hf.tensor_files import TensorFile
 
 
 Q = "base_model.model.q.{}.weight"

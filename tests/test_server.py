@@ -2,6 +2,7 @@
 """The round loop on adapters alone: sampling, windows of broadcasts, and what is not accepted from a client."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -159,19 +160,20 @@ def test_order_of_arrival_does_not_matter(tmp_path):
         assert torch.equal(value, backward.adapter[key])
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
 def test_updates_leave_nothing_behind(tmp_path):
-    """Neither files, nor maps of deleted ones, which would hold their room on the disk."""
-    mapped = []
+    """Neither files, nor what is open or mapped of deleted ones, which would hold their room on the disk."""
 
-    def look(record):
-        mapped.append(str(tmp_path) in Path("/proc/self/maps").read_text())
+    def is_open(_=None):
+        held = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
+        return any(str(tmp_path) in text for text in (*held, Path("/proc/self/maps").read_text()))
 
+    opened = []
     server = make_server(tmp_path, num_rounds=2)
-    server.on_round = look
+    server.on_round = lambda record: opened.append(is_open())
     server.run(answer_all)
-    assert mapped == [False, True, True]  # while a round is committed, its updates are there
-    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert opened == [False, True, True]  # while a round is committed, its updates are there
+    assert not is_open()
     assert not server.store.updates_dir.exists()
 
 
