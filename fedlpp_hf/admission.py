@@ -1,6 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Which updates a round takes. Nothing from a client is trusted: each is checked, or refused by its client's name."""
 
+import math
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,13 +11,13 @@ import torch
 from peft import PeftConfig
 from safetensors.torch import save_file
 
-from .aggregation import TensorFile, close_files
 from .compression import decompress_update
 from .config import FederatedConfig
 from .corrections import check_norm
 from .messages import ClientFailure, ClientTask, ClientUpdate
 from .products import lower_rank, pad_update, truncate_adapter
 from .rules import trainable_keys
+from .tensor_files import TensorFile, close_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,7 @@ class Admission:
         for name in ("loss", "steps"):
             if name not in update.metrics:
                 raise ValueError(f"its metrics lack `{name}`")
-        if not update.metrics["steps"] >= 1:
+        if not 1 <= update.metrics["steps"] < math.inf:
             raise ValueError(f"it claims {update.metrics['steps']} steps")
         shapes = self.shapes
         config = lower_rank(shapes, self.peft_config, task.options.rank) if task.options.rank else None

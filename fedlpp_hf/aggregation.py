@@ -2,16 +2,13 @@
 """From clients' updates to the server's mean update: the mean itself, and one entry for every rule."""
 
 import math
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import islice
 from typing import Any
 
 import torch
 from peft import PeftConfig
-from safetensors import safe_open
 
 from .adapters import check_keys, lora_factors
 from .products import mean_of_products, stack_products, truncate_product
@@ -24,43 +21,16 @@ from .robust import (
     trimmed_mean,
 )
 from .rules import trainable_keys
+from .tensor_files import Read, find_values
 
 
 # Updates that are read side by side: the sum in double precision goes through memory once for all of them.
 _GROUP = 32
-_CHUNK = 2**15  # values that are summed at a time
+_CHUNK = (
+    2**15
+)  # values that are summed at a time: with 20 bytes for each, all arithmetic is in the processor's second cache
 
 Update = Mapping[str, torch.Tensor]
-
-
-@lru_cache(maxsize=1024)
-def _open(path: str, stamp: tuple[int, int]) -> Any:
-    # Parsing a header takes milliseconds and 80 kB; it is worth keeping, but not for any number of clients. Open files are
-    # memory maps: they hold no file handles.
-    return safe_open(path, "pt")
-
-
-class TensorFile(Mapping[str, torch.Tensor]):
-    """An adapter or an update in a safetensors file, of which a tensor is read when it is asked for."""
-
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = os.fspath(path)
-        stat = os.stat(path)
-        self._stamp = (stat.st_mtime_ns, stat.st_size)
-
-    def __getitem__(self, key: str) -> torch.Tensor:
-        return _open(self.path, self._stamp).get_tensor(key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(_open(self.path, self._stamp).keys())
-
-    def __len__(self) -> int:
-        return len(_open(self.path, self._stamp).keys())
-
-
-def close_files() -> None:
-    """Let go of all files that [`TensorFile`]s have mapped: as long as one is, a deleted file takes its room on the disk."""
-    _open.cache_clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,63 +74,70 @@ def average_updates(updates: Iterable[Update], weights: Sequence[float]) -> dict
     Raises:
         ValueError: if updates differ in keys or shapes, or the weights fit neither their number nor [`normalize_weights`].
     """
-    return _sum_updates(updates, normalize_weights(weights))
+    return sum_updates(updates, normalize_weights(weights))
 
 
-@torch.no_grad()
-def _sum_updates(
-    updates: Iterable[Update], shares: Sequence[float], keys: Sequence[str] | None = None
+def sum_updates(
+    updates: Iterable[Update], factors: Sequence[float], keys: Sequence[str] | None = None
 ) -> dict[str, torch.Tensor]:
+    """Σ f_i Δ_i, tensor by tensor, float32, of all tensors or of those named by `keys`; the rest is as in [`average_updates`].
+
+    Raises:
+        ValueError: if updates differ in keys or shapes, or are not as many as `factors`.
+    """
     iterator, done = iter(updates), 0
     shapes: dict[str, torch.Size] = {}
     sums: dict[str, torch.Tensor] = {}  # flat
+    memory = memoryview(bytearray(8 * _CHUNK))
+    buffers = torch.empty(2, _CHUNK, dtype=torch.float64)  # once: new memory costs a fault for every page
     while group := list(islice(iterator, _GROUP)):
-        if not shapes:
-            shapes = {key: group[0][key].shape for key in keys or group[0]}
+        names = list(keys or shapes or group[0])
         for place, update in enumerate(group, done):
             if keys is None:
-                check_keys(update, shapes, f"update of client {place}")
-        group_shares = shares[done : done + len(group)]
-        done += len(group)
-        if done > len(shares):
+                check_keys(update, names, f"update of client {place}")
+        group_factors = factors[done : done + len(group)]
+        first, done = done, done + len(group)
+        if done > len(factors):
             break
-        for key, shape in shapes.items():
-            tensors = [update[key] for update in group]
-            for place, tensor in enumerate(tensors, done - len(group)):
-                _check_shape(key, tensor, shape, place)
-            dtype = torch.float32 if done == len(shares) else torch.float64
-            sums[key] = _add_weighted(sums.get(key), tensors, group_shares, dtype)
-    if done != len(shares):
-        raise ValueError(f"{len(shares)} weights, but {'more' if done > len(shares) else done} updates.")
+        for key in names:
+            terms = []
+            for place, (factor, update) in enumerate(zip(group_factors, group, strict=True), first):
+                shape, read = find_values(update, key, memory)
+                _check_shape(key, shape, shapes.setdefault(key, shape), place)
+                terms.append((factor, read))
+            # The last group's sum is the result; the others' takes the place of the one before it, since new tensors for
+            # each group leave the heap in pieces that the next ones don't fit, 150 MB of them each time.
+            total, last = sums.get(key), done == len(factors)
+            if last or total is None:
+                result = torch.empty(shapes[key].numel(), dtype=torch.float32 if last else torch.float64)
+            else:
+                result = total
+            _add_weighted_(result, total, terms, buffers)
+            sums[key] = result
+    if done != len(factors):
+        raise ValueError(f"{len(factors)} weights, but {'more' if done > len(factors) else done} updates.")
     return {key: sums[key].view(shape) for key, shape in shapes.items()}
 
 
-def _add_weighted(
-    total: torch.Tensor | None, tensors: Sequence[torch.Tensor], shares: Sequence[float], dtype: torch.dtype
-) -> torch.Tensor:
-    """`total` `(n,)`, float64, or 0, + Σ p_i·tensor_i in double precision, rounded to `dtype` once.
-
-    A result in float64 takes `total`'s place in memory: new tensors for each group would leave the heap in pieces.
-    """
-    result = total if total is not None and total.dtype == dtype else torch.empty(tensors[0].numel(), dtype=dtype)
-    terms = [(share, tensor.reshape(-1)) for share, tensor in zip(shares, tensors, strict=True)]
-    # Pieces in double precision, so that all arithmetic is in the processor's second cache. Adding float32 to float64
-    # would make a new tensor each time, and take twice as long.
-    buffers = torch.empty(2, min(_CHUNK, len(result)), dtype=torch.float64)
+@torch.no_grad()
+def _add_weighted_(
+    result: torch.Tensor, total: torch.Tensor | None, terms: Sequence[tuple[float, Read]], buffers: torch.Tensor
+) -> None:
+    """Set `result` `(n,)` to `total`, which it may be itself, or 0, + Σ f_i·tensor_i in double precision, rounded once."""
     for start in range(0, len(result), _CHUNK):
         end = min(start + _CHUNK, len(result))
         piece, values = buffers[:, : end - start]
         piece.zero_() if total is None else piece.copy_(total[start:end])
-        for share, tensor in terms:
-            piece.add_(values.copy_(tensor[start:end]), alpha=share)
+        for factor, read in terms:
+            # To add float32 to float64 at once would make a new tensor each time, and take twice as long.
+            piece.add_(values.copy_(read(start, end)), alpha=factor)
         result[start:end] = piece
-    return result
 
 
-def _check_shape(key: str, tensor: torch.Tensor, shape: torch.Size, place: int) -> None:
-    if tensor.shape != shape:
+def _check_shape(key: str, shape: torch.Size, expected: torch.Size, place: int) -> None:
+    if shape != expected:
         raise ValueError(
-            f"`{key}` of client {place} has shape {tuple(tensor.shape)}; expected {tuple(shape)}. Bring updates of another "
+            f"`{key}` of client {place} has shape {tuple(shape)}; expected {tuple(expected)}. Bring updates of another "
             "rank to the server's shapes with `pad_update`."
         )
 
@@ -206,7 +183,7 @@ def aggregate(
         shares = _judge(updates, shares, robust, num_attackers)
         report["client_weights"] = shares
     if rule in ("fedavg", "freeze_a", "alternate"):
-        return AggregationResult(_sum_updates(updates, shares), {}, report)
+        return AggregationResult(sum_updates(updates, shares), {}, report)
     proxies = [proxy] * len(updates) if isinstance(proxy, Mapping) else proxy
     return _aggregate_products(
         rule, updates, shares, report, adapter, proxies, peft_config, residual or {}, residual_rank, mixed_ranks
@@ -257,7 +234,7 @@ def _aggregate_products(
         for name, norm in norms.items():
             squares[name] += (target.scale * norm) ** 2
     if others:
-        delta |= _sum_updates(updates, shares, sorted(others))
+        delta |= sum_updates(updates, shares, sorted(others))
     if rule == "exact":
         report |= {f"{name}_norm": math.sqrt(square) for name, square in squares.items()}
     return AggregationResult(delta, left_over, report)

@@ -216,7 +216,7 @@ def pad_update(
             expected = tuple(rank if place == dim else size for place, size in enumerate(whole.shape))
             if tuple(small.shape) != expected or rank > whole.shape[dim]:
                 raise ValueError(f"`{key}` has shape {tuple(small.shape)}; a client of rank {rank} has {expected}.")
-            whole.narrow(dim, 0, rank).copy_(small * factor)
+            whole.narrow(dim, 0, rank).copy_(small).mul_(factor)  # in float32, whatever the client's dtype
             padded[key] = whole
     return padded
 

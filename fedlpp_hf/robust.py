@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from .tensor_files import find_values
+
 
 _CHUNK_VALUES = 2**22  # of all updates together: 32 MiB in double precision
 
@@ -19,18 +21,13 @@ Updates = Sequence[Mapping[str, torch.Tensor]]
 
 def _chunks(updates: Updates, key: str) -> Iterator[torch.Tensor]:
     """`(clients, n)` float64 pieces of one tensor of all updates, in memory order."""
-    shape = updates[0][key].shape
-    step = max(_CHUNK_VALUES // len(updates), 1)
-    for start in range(0, shape.numel(), step):
-        rows = []
-        for place, update in enumerate(updates):
-            tensor = update[key]
-            if tensor.shape != shape:
-                raise ValueError(
-                    f"`{key}` of client {place} has shape {tuple(tensor.shape)}; expected {tuple(shape)}."
-                )
-            rows.append(tensor.reshape(-1)[start : start + step].double())
-        yield torch.stack(rows)
+    shapes, readers = zip(*(find_values(update, key) for update in updates), strict=True)
+    for place, shape in enumerate(shapes):
+        if shape != shapes[0]:
+            raise ValueError(f"`{key}` of client {place} has shape {tuple(shape)}; expected {tuple(shapes[0])}.")
+    count, step = shapes[0].numel(), max(_CHUNK_VALUES // len(updates), 1)
+    for start in range(0, count, step):
+        yield torch.stack([read(start, min(start + step, count)).double() for read in readers])
 
 
 def gram_matrix(updates: Updates) -> torch.Tensor:
@@ -122,7 +119,7 @@ def trimmed_mean(updates: Updates, num_attackers: int) -> dict[str, torch.Tensor
             rows.sort(0).values[num_attackers : count - num_attackers].mean(0).float()
             for rows in _chunks(updates, key)
         ]
-        means[key] = torch.cat(pieces).view(updates[0][key].shape)
+        means[key] = torch.cat(pieces).view(find_values(updates[0], key)[0])
     return means
 
 

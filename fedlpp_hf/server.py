@@ -1,6 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """The server: the only round loop. It touches adapters only; no parameter of it could take a model."""
 
+import functools
 import json
 import math
 import secrets
@@ -17,7 +18,7 @@ from peft import PeftConfig
 
 from .adapters import check_tensors
 from .admission import AcceptedUpdate, Admission
-from .aggregation import aggregate, average_updates
+from .aggregation import aggregate, sum_updates
 from .config import FederatedConfig
 from .corrections import update_norm, update_server_control
 from .messages import ClientFailure, ClientTask, ClientUpdate, LocalOptions, Payload, restore_tensors
@@ -198,13 +199,18 @@ class FederatedServer:
         interval = self.args.broadcast_interval
         if interval is not None and (number - 1) % interval == 0:
             self._start_window()
-        proxy = None if interval is None else self.make_proxy(self._anchor)
+        # One for all clients of a rank, so that memory does not grow with their number; keyed rounding makes them differ.
+        keyed = self.args.keyed_rounding
+        proxy_of = functools.cache(
+            lambda rank, client: None if interval is None else self.make_proxy(self._anchor, rank, client)
+        )
+        start_of = functools.cache(lambda rank, client: self._find_start(proxy_of(rank, client), rank))
         control = self.make_proxy(self._control)
         rejected: dict[str, str] = {}
         asked: set[str] = set()
         for attempt in range(self.args.round_attempts):
             tasks = {
-                client: self._make_task(number, client, proxy, control)
+                client: self._make_task(number, client, proxy_of, control)
                 for client in self.sample_clients(number, attempt)
             }
             asked |= tasks.keys()
@@ -218,14 +224,12 @@ class FederatedServer:
                 f"Round {number} has {len(updates)} acceptable updates; min_clients={self.args.min_clients}. {reasons}. "
                 f"Rounds up to {number - 1} are committed: mend the cause and resume."
             )
-        start = self._anchor if proxy is None else restore_tensors(proxy)
-        differ = self.args.client_ranks or self.args.keyed_rounding
-        starts = [self._start_of(tasks[client]) for client in updates] if differ else start
+        starts = [start_of(tasks[client].options.rank, client * keyed) for client in updates]
         repair: dict[str, torch.Tensor] = {}
         if self.args.control_variate and self.owner is not None:
             runs = range(self.args.control_variate_runs)
             seeds = [_seed(self.args.seed, number, f"owner {run}" if run else "owner") for run in runs]
-            repair, share = self.owner.estimate_repair(start, number, seeds)
+            repair, share = self.owner.estimate_repair(start_of(0, ""), number, seeds)
         report = self._step(number, updates, starts, repair)
         if repair:
             report["repair_share"] = share  # of the mean of the owner's runs, that is no chance
@@ -243,20 +247,19 @@ class FederatedServer:
         self._commit(number, record)
         self.admission.forget()
 
-    def _start_of(self, task: ClientTask) -> Mapping[str, torch.Tensor]:
-        """What a client's update is taken at, in the server's shapes."""
-        if task.proxy is None:
+    def _find_start(self, proxy: Payload | None, rank: int) -> Mapping[str, torch.Tensor]:
+        """What the update of a client of this rank is taken at, in the server's shapes."""
+        if proxy is None:
             return self._anchor
-        start = restore_tensors(task.proxy)
-        if not task.options.rank:
+        start = restore_tensors(proxy)
+        if not rank:
             return start
-        config = lower_rank(self.adapter, self.peft_config, task.options.rank)
-        return pad_update(start, self.adapter, self.peft_config, config)
+        return pad_update(start, self.adapter, self.peft_config, lower_rank(self.adapter, self.peft_config, rank))
 
-    def _make_task(self, number: int, client: str, proxy: Payload | None, control: Payload) -> ClientTask:
+    def _make_task(
+        self, number: int, client: str, proxy_of: Callable[[int, str], Payload | None], control: Payload
+    ) -> ClientTask:
         args, rank = self.args, self.rank_of(client, number)
-        if proxy is not None and (rank or args.keyed_rounding):
-            proxy = self.make_proxy(self._anchor, rank, client)
         return ClientTask(
             federation_id=self.federation_id,
             round=number,
@@ -264,7 +267,7 @@ class FederatedServer:
             client_id=client,
             seed=_seed(args.seed, number, client),
             base_fingerprint=self.base_fingerprint,
-            proxy=proxy,
+            proxy=proxy_of(rank, client * args.keyed_rounding),
             options=LocalOptions(
                 rule=args.aggregation,
                 rank=rank,
@@ -283,12 +286,12 @@ class FederatedServer:
         self,
         number: int,
         updates: Mapping[str, AcceptedUpdate],
-        start: Mapping[str, torch.Tensor] | list[Mapping[str, torch.Tensor]],
+        starts: list[Mapping[str, torch.Tensor]],
         repair: Mapping[str, torch.Tensor],
     ) -> dict[str, Any]:
         """Aggregate a round's updates and move the server's adapter; returns what to record.
 
-        `start` is what the updates were taken at, one for each where ranks differ; `repair` is the owner's estimate of
+        `starts` are what the updates were taken at; `repair` is the owner's estimate of
         what in them repairs the base, if it makes one.
         """
         args = self.args
@@ -297,7 +300,7 @@ class FederatedServer:
             [update.delta for update in updates.values()],
             [update.num_examples if args.weighting == "examples" else 1.0 for update in updates.values()],
             adapter=self._anchor,
-            proxy=start,
+            proxy=starts,
             peft_config=self.peft_config,
             round_number=number,
             residual=self.residual,
@@ -309,8 +312,8 @@ class FederatedServer:
         self.residual = result.residual
         if args.scaffold:
             # Clients differ in their steps, and so Δ_i/steps_i is averaged: the mean of one step each.
-            each = ({k: v / update.metrics["steps"] for k, v in update.delta.items()} for update in updates.values())
-            mean_step = average_updates(each, [1.0] * len(updates))
+            factors = [1 / (len(updates) * update.metrics["steps"]) for update in updates.values()]
+            mean_step = sum_updates([update.delta for update in updates.values()], factors)
             share = len(updates) / len(self.num_examples)
             self._control = update_server_control(self._control, mean_step, 1, args.learning_rate, share)
         # Every Δ of a window is taken at the same proxy, so its rounds are averaged, not summed.

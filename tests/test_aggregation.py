@@ -12,7 +12,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from fedlpp_hf.adapters import lora_factors, read_adapter, write_adapter
-from fedlpp_hf.aggregation import TensorFile, aggregate, average_updates, normalize_weights
+from fedlpp_hf.aggregation import aggregate, average_updates, normalize_weights
 from fedlpp_hf.corrections import (
     add_control_gradient_,
     add_proximal_gradient_,
@@ -33,6 +33,7 @@ from fedlpp_hf.robust import (
     trimmed_mean,
 )
 from fedlpp_hf.rules import RULES, check_rule, trainable_keys
+from fedlpp_hf.tensor_files import TensorFile
 
 
 Q = "base_model.model.q.{}.weight"
@@ -404,6 +405,70 @@ def test_freeze_a_and_alternate_send_and_move_one_factor():
         assert_same(dense(add(server, result.delta), config), mean)
         with pytest.raises(ValueError, match="unknown"):
             aggregate(rule, [server], [1.0], adapter=server, proxy=server, peft_config=config, round_number=number)
+
+
+# Every rule at once
+
+clients_of_a_round = st.lists(
+    st.tuples(st.floats(0.01, 1e6), st.integers(1, 4), st.integers(1, 64), st.booleans()), min_size=1, max_size=5
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(RULES),
+    clients_of_a_round,
+    st.integers(1, 2),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.randoms(use_true_random=False),
+)
+def test_every_rule_is_the_dense_mean_of_its_kind(rule, clients, number, rslora, dtype, chance):
+    """Clients of any rank, α and kind of scale, in any dtype; permuted, with weights of another scale, and repeated."""
+    config = make_config(4, 16, rslora)
+    server = make_adapter(0, 4, 0.5)
+    proxies, updates, dense_steps = [], [], []
+    keys = trainable_keys(rule, number, server)
+    for seed, (_, rank, alpha, their_rslora) in enumerate(clients, 1):
+        client = make_config(rank, alpha, their_rslora)
+        start = truncate_adapter(server, config, client)
+        delta = {key: make_adapter(seed, rank, 0.3)[key].to(dtype) for key in keys}
+        before, after = dense(start, client), dense(add(start, delta), client)
+        dense_steps.append({key: after[key] - before[key] for key in before})
+        proxies.append(pad_update(start, server, config, client))
+        updates.append(pad_update(delta, server, config, client))
+    weights = [weight for weight, *_ in clients]
+
+    def run(places, factor=1.0):
+        return aggregate(
+            rule,
+            [updates[place] for place in places],
+            [factor * weights[place] for place in places],
+            adapter=server,
+            proxy=[proxies[place] for place in places],
+            peft_config=config,
+            round_number=number,
+        )
+
+    def stands_for(result):
+        return total(add(server, result.delta), result.residual, config)
+
+    places = list(range(len(clients)))
+    result = run(places)
+    shares = normalize_weights(weights)
+    if rule == "fedavg":  # the factors' mean, which is not the products'
+        for key in keys:
+            mean = sum(p * update[key].double() for p, update in zip(shares, updates, strict=True))
+            torch.testing.assert_close(result.delta[key].double(), mean, rtol=1e-5, atol=1e-6)
+    elif rule in ("exact", "stack") or all(rank == 4 for _, rank, *_ in clients):
+        old = dense(server, config)
+        expected = {
+            key: old[key] + sum(p * step[key] for p, step in zip(shares, dense_steps, strict=True)) for key in old
+        }
+        assert_same(stands_for(result), expected, 2e-3)
+    chance.shuffle(places)
+    for other in (run(places), run(places, 3e-4), run(places * 2)):
+        assert_same(stands_for(other), stands_for(result), 2e-3)
 
 
 # Robust rules: a cloud of honest clients, and as many attackers as each rule withstands

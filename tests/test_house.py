@@ -30,6 +30,7 @@ FLOORS = {
     "quantization": 0,
     "rounding": 0,
     "rules": 0,
+    "tensor_files": 0,
     # What is made of them: messages, rules of aggregation, files.
     "aggregation": 1,
     "base": 1,

@@ -2,6 +2,10 @@
 """The round loop on adapters alone: sampling, windows of broadcasts, and what is not accepted from a client."""
 
 import dataclasses
+import json
+import math
+import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -97,12 +101,17 @@ def test_rounds_at_one_proxy_are_averaged(tmp_path, broadcast, expected):
         ({"num_examples": 0}, "claims 0 examples"),
         ({"num_examples": -3}, "claims -3 examples"),
         ({"num_examples": 10**12}, "expected 1 to 10"),
+        ({"metrics": {"loss": 1.0, "steps": 0}}, "claims 0 steps"),
+        ({"metrics": {"loss": 1.0, "steps": math.nan}}, "claims nan steps"),
+        ({"metrics": {"loss": 1.0, "steps": math.inf}}, "claims inf steps"),
         ({"delta": {KEY_A: torch.ones(2, 4)}}, "missing"),
         (
             {"delta": {KEY_A: torch.ones(2, 4), KEY_B: torch.ones(4, 2), "input_ids": torch.ones(2)}},
             "unknown: input_ids",
         ),
         ({"delta": {KEY_A: torch.ones(2, 5), KEY_B: torch.ones(4, 2)}}, "shape"),
+        ({"delta": {KEY_A: torch.ones(2, 4).byte(), KEY_B: torch.ones(4, 2)}}, "torch.uint8; expected a floating"),
+        ({"delta": {KEY_A: torch.full((2, 4), 99.0), KEY_B: torch.ones(4, 2)}}, "its norm is 280; at most 50"),
         ({"delta": {KEY_A: torch.full((2, 4), torch.nan), KEY_B: torch.ones(4, 2)}}, "NaN"),
         ({"delta": {KEY_A: torch.ones(2, 4), KEY_B: torch.full((4, 2), torch.inf)}}, "infinite"),
     ],
@@ -112,11 +121,46 @@ def test_what_is_wrong_is_rejected_by_name_and_the_round_goes_on(tmp_path, chang
     def run(tasks):
         return [answer(task, **(change if task.client_id == "a" else {})) for task in tasks]
 
-    server = make_server(tmp_path, num_rounds=1)
-    (_, record) = server.run(run)
+    server = make_server(tmp_path, num_rounds=1, max_update_norm=50.0)
+    server.run(run)
+    record = read_record(server, 1)
     assert reason in record["rejected"]["a"]
     assert list(record["clients"]) == ["b", "c"]
     assert torch.equal(server.adapter[KEY_B], torch.ones(4, 2))
+
+
+def read_record(server, number):
+    return json.loads((server.store.round_dir(number) / "round.json").read_text())
+
+
+DAMAGE = {
+    "truncated": (lambda data: data[:-1], "no message"),
+    "nothing": (lambda data: b"", "0 bytes is truncated"),
+    "trailing bytes": (lambda data: data + b"\0", "no message"),
+    "a header of terabytes": (lambda data: struct.pack("<Q", 2**42) + data[8:], "claims more than there is"),
+    "a changed value": (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "checksum is wrong"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_message_is_rejected_by_name_and_the_round_goes_on(tmp_path, damage):
+    change, reason = DAMAGE[damage]
+
+    def run(tasks):
+        """What a transport does with bytes."""
+        for task in tasks:
+            data = answer(task).to_bytes()
+            try:
+                yield ClientUpdate.from_bytes(change(data) if task.client_id == "a" else data)
+            except ValueError as error:
+                yield ClientFailure(task.client_id, str(error))
+
+    server = make_server(tmp_path / "goes on", num_rounds=1)
+    server.run(run)
+    record = read_record(server, 1)
+    assert reason in record["rejected"]["a"] and list(record["clients"]) == ["b", "c"]
+    with pytest.raises(RuntimeError, match="2 acceptable updates; min_clients=3. a: .*are committed"):
+        make_server(tmp_path / "fails", min_clients=3).run(run)
 
 
 def test_strangers_doubles_failures_and_silence(tmp_path):
@@ -159,19 +203,20 @@ def test_order_of_arrival_does_not_matter(tmp_path):
         assert torch.equal(value, backward.adapter[key])
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
 def test_updates_leave_nothing_behind(tmp_path):
-    """Neither files, nor maps of deleted ones, which would hold their room on the disk."""
-    mapped = []
+    """Neither files, nor what is open or mapped of deleted ones, which would hold their room on the disk."""
 
-    def look(record):
-        mapped.append(str(tmp_path) in Path("/proc/self/maps").read_text())
+    def is_open(_=None):
+        held = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
+        return any(str(tmp_path) in text for text in (*held, Path("/proc/self/maps").read_text()))
 
+    opened = []
     server = make_server(tmp_path, num_rounds=2)
-    server.on_round = look
+    server.on_round = lambda record: opened.append(is_open())
     server.run(answer_all)
-    assert mapped == [False, True, True]  # while a round is committed, its updates are there
-    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert opened == [False, True, True]  # while a round is committed, its updates are there
+    assert not is_open()
     assert not server.store.updates_dir.exists()
 
 
@@ -222,6 +267,21 @@ def test_a_clients_rank_may_change_between_rounds(tmp_path):
     assert [ranks for client, *ranks in seen if client == "a"] == [[1, 1], [2, 2]]
     # In round 1 the client of rank 1 did not move the second row and column.
     torch.testing.assert_close(server.adapter[KEY_B], torch.tensor([[2.0, 1 + 2 / 3]]).expand(4, 2))
+
+
+def test_clients_of_one_rank_share_a_proxy(tmp_path):
+    """Ten thousand clients of two ranks take the memory of two proxies."""
+    server = make_server(tmp_path, num_rounds=1, aggregation="exact", client_ranks={"a": 1, "b": 1})
+    seen = {}
+
+    def run(tasks):
+        seen.update({task.client_id: task.proxy for task in tasks})
+        for task in tasks:
+            rank = task.options.rank or 2
+            yield answer(task, delta={KEY_A: torch.ones(rank, 4), KEY_B: torch.ones(4, rank)})
+
+    server.run(run)
+    assert seen["a"] is seen["b"] is not seen["c"]
 
 
 @pytest.mark.parametrize("name", ["adam", "yogi", "adagrad"])

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..tensor_files import TensorRange, read_range
 from .locations import Edit
 from .plan import MergePlan
-from .shards import TensorRange, copy_range, find_difference, read_range, write_range
+from .shards import copy_range, find_difference, write_range
 from .sources import AdapterReader, BaseReader, is_finite
 
 

@@ -10,18 +10,12 @@ from pathlib import Path
 
 import torch
 
+from ..tensor_files import TensorRange
 from .editor import BLOCK_BYTES, ROW_MULTIPLE, Copy, Editor, Rewrite, split_rows
 from .full_model import FullModel
 from .locations import Edit, Piece, whole_pieces
 from .plan import MergePlan
-from .shards import (
-    Shard,
-    TensorRange,
-    change_layout,
-    clone_file,
-    read_shard,
-    write_range,
-)
+from .shards import Shard, change_layout, clone_file, read_shard, write_range
 
 
 _DTYPE_NAMES = ("F32", "BF16", "F16", "F64")

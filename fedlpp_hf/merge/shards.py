@@ -11,47 +11,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from ..tensor_files import DTYPES, TensorRange, parse_header, read_header
 
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_MAX_HEADER = 100_000_000  # safetensors' own limit
 _FICLONE = 0x40049409
 # What a file system says that can't copy or clone inside the kernel.
 _UNSUPPORTED = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.ENOTTY, errno.EPERM}
 _COPY_BLOCK = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class TensorRange:
-    """A tensor in a file: bytes `start` to `stop`, counted from the beginning of the file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"`{self.name}` is of {self.dtype}; a merge can write {', '.join(DTYPES)}.")
-        return DTYPES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,34 +38,11 @@ def parse_shard(file: str, size: int, read: Callable[[int, int], bytes]) -> Shar
     Raises:
         ValueError: if the header is damaged, or its tensors don't fill the file exactly: a truncated download.
     """
-    if size < 8 or (length := struct.unpack("<Q", read(0, 8))[0]) > min(size - 8, _MAX_HEADER):
-        raise ValueError(f"`{file}` ({size} bytes) is truncated or no safetensors file. Download it again.")
-    header = read(0, 8 + length)
     try:
-        entries = json.loads(header[8:])
-        entries.pop("__metadata__", None)
-        tensors = [
-            TensorRange(name, entry["dtype"], tuple(entry["shape"]), *(8 + length + o for o in entry["data_offsets"]))
-            for name, entry in entries.items()
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"The header of `{file}` can't be read ({error}). Download it again.") from error
-    tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
-    position = 8 + length
-    for tensor in tensors:
-        count = 1
-        for dimension in tensor.shape:
-            count *= dimension
-        expected = count * tensor.torch_dtype.itemsize if tensor.dtype in DTYPES else tensor.stop - tensor.start
-        if tensor.start != position or tensor.stop - tensor.start != expected:
-            raise ValueError(f"The header of `{file}` gives `{tensor.name}` the wrong bytes. Download it again.")
-        position = tensor.stop
-    if position != size:
-        raise ValueError(
-            f"`{file}` has {size} bytes, but its header describes {position}. It is truncated or was written to; "
-            "download it again."
-        )
-    return Shard(file, header, {tensor.name: tensor for tensor in tensors}, size)
+        header = read_header(size, read)
+        return Shard(file, header, parse_header(header, size), size)
+    except ValueError as error:
+        raise ValueError(f"`{file}` {error}. Download it again.") from error
 
 
 def read_shard(path: Path) -> Shard:
@@ -200,16 +145,6 @@ def copy_range(source: int, destination: int, start: int, length: int, to: int) 
         if not count:
             raise OSError(errno.EIO, "the source ended while it was copied; is someone writing to it?")
         start, to, length = start + count, to + count, length - count
-
-
-def read_range(descriptor: int, buffer: memoryview, start: int) -> None:
-    """Fill `buffer` from offset `start`."""
-    done = 0
-    while done < len(buffer):
-        count = os.preadv(descriptor, [buffer[done:]], start + done)
-        if not count:
-            raise OSError(errno.EIO, "the file ended while it was read; is someone writing to it?")
-        done += count
 
 
 def write_range(descriptor: int, data: bytes | memoryview, start: int) -> None:

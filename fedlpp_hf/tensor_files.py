@@ -1,0 +1,185 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""Safetensors files as ranges of bytes: what a header says, strictly, and tensors that are read part by part."""
+
+import errno
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import torch
+
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_MAX_HEADER = 100_000_000  # safetensors' own limit
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRange:
+    """A tensor in a file: bytes `start` to `stop`, counted from the beginning of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"`{self.name}` is of {self.dtype}; expected one of {', '.join(DTYPES)}.")
+        return DTYPES[self.dtype]
+
+
+def read_header(size: int, read: Callable[[int, int], bytes]) -> bytes:
+    """The header of a safetensors file of `size` bytes, its length before it, through `read(offset, length)`.
+
+    Raises:
+        ValueError: if it claims more than there is; the message begins with what the file does.
+    """
+    if size < 8 or (length := struct.unpack("<Q", read(0, 8))[0]) > min(size - 8, _MAX_HEADER):
+        raise ValueError(f"has {size} bytes: it is truncated or no safetensors file")
+    return read(0, 8 + length)
+
+
+def parse_header(header: bytes, size: int) -> dict[str, TensorRange]:
+    """The tensors in the order of their bytes, by the header (see [`read_header`]) of a file of `size` bytes.
+
+    Raises:
+        ValueError: if the header is damaged, or its tensors don't fill the file exactly: a truncated download.
+    """
+    try:
+        entries = json.loads(header[8:])
+        entries.pop("__metadata__", None)
+        tensors = [
+            TensorRange(name, entry["dtype"], tuple(entry["shape"]), *(len(header) + o for o in entry["data_offsets"]))
+            for name, entry in entries.items()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"has a header that can't be read ({error})") from error
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
+    position = len(header)
+    for tensor in tensors:
+        length = tensor.stop - tensor.start
+        known = tensor.dtype in DTYPES
+        if tensor.start != position or (known and length != math.prod(tensor.shape) * tensor.torch_dtype.itemsize):
+            raise ValueError(f"has a header that gives `{tensor.name}` the wrong bytes")
+        position = tensor.stop
+    if position != size:
+        raise ValueError(f"has {size} bytes, but its header describes {position}: it is truncated or was written to")
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def read_range(descriptor: int, buffer: memoryview, start: int) -> None:
+    """Fill `buffer` from offset `start`."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(descriptor, [buffer[done:]], start + done)
+        if not count:
+            raise OSError(errno.EIO, "the file ended while it was read; is someone writing to it?")
+        done += count
+
+
+class TensorFile(Mapping[str, torch.Tensor]):
+    """An adapter or an update in a safetensors file, of which a tensor, or a part of one, is read when it is asked for.
+
+    It is read and not mapped: a map costs a fault for every few pages, which takes longer than to copy them. It costs
+    the memory of its name: an open file is kept for the 128 used last, and what a header says once for all that say the same.
+
+    Raises:
+        ValueError: when it is read from, if it is damaged or truncated.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = os.fspath(path)
+        stat = os.stat(path)
+        self._stamp = (stat.st_mtime_ns, stat.st_size)
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        shape = self.shape_of(key)
+        return self.read_values(key, 0, shape.numel()).view(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._open().tensors)
+
+    def __len__(self) -> int:
+        return len(self._open().tensors)
+
+    def shape_of(self, key: str) -> torch.Size:
+        """A tensor's shape, of which nothing is read."""
+        return torch.Size(self._open().tensors[key].shape)
+
+    def read_values(self, key: str, start: int, end: int, memory: memoryview | None = None) -> torch.Tensor:
+        """Values `start` to `end` of a tensor in memory order; in `memory`, if there is one, until that is used again."""
+        file = self._open()
+        tensor = file.tensors[key]
+        size = tensor.torch_dtype.itemsize
+        if memory is None:
+            memory = torch.empty((end - start) * size, dtype=torch.uint8).numpy().data
+        part = memory[: (end - start) * size]
+        read_range(file.descriptor, part, tensor.start + start * size)
+        return torch.frombuffer(part, dtype=tensor.torch_dtype) if part else torch.empty(0, dtype=tensor.torch_dtype)
+
+    def _open(self) -> "_OpenFile":
+        return _open_file(self.path, self._stamp)
+
+
+Read = Callable[[int, int], torch.Tensor]
+
+
+def find_values(
+    tensors: Mapping[str, torch.Tensor], key: str, memory: memoryview | None = None
+) -> tuple[torch.Size, Read]:
+    """A tensor's shape, and what reads its values from one place to another in memory order, as `(n,)`.
+
+    Of a [`TensorFile`] no more than these are read, into `memory` (see [`TensorFile.read_values`]).
+    """
+    if isinstance(tensors, TensorFile):
+        return tensors.shape_of(key), partial(tensors.read_values, key, memory=memory)
+    tensor = tensors[key]
+    values = tensor.reshape(-1)
+    return tensor.shape, lambda start, end: values[start:end]
+
+
+class _OpenFile:
+    def __init__(self, path: str, descriptor: int):
+        self.descriptor = descriptor
+        size = os.fstat(descriptor).st_size
+        try:
+            header = read_header(size, lambda start, length: os.pread(descriptor, length, start))
+            self.tensors = _parse_header(header, size)
+        except ValueError as error:
+            raise ValueError(f"`{path}` {error}.") from error
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+@lru_cache(maxsize=128)
+def _open_file(path: str, stamp: tuple[int, int]) -> _OpenFile:
+    return _OpenFile(path, os.open(path, os.O_RDONLY))
+
+
+# The updates of a round have the same header; that of a large adapter takes milliseconds to parse, and 200 kB.
+_parse_header = lru_cache(maxsize=8)(parse_header)
+
+
+def close_files() -> None:
+    """Close what [`TensorFile`]s have open: as long as a file is, its room on the disk stays taken when it is deleted."""
+    _open_file.cache_clear()
