@@ -15,6 +15,8 @@ from flwr.superlink import extensions
 from flwr.superlink.cli import flower_superlink
 from starlette.middleware import Middleware
 
+from .flower_version import check_flower
+
 
 FLEET_PREFIX = "/v1/fleet/"
 
@@ -39,6 +41,7 @@ def _is_local(client: Any) -> bool:
 
 def main() -> None:
     """Run `flower-superlink` with the gate in front of everything else."""
+    check_flower()
     extensions.get_middleware = lambda: (Middleware(FleetOnly),)
     flower_superlink()
 

@@ -63,6 +63,7 @@ FLOORS = {
     "client": 4,
     "deployment": 4,
     "flower": 4,
+    "flower_version": 4,
     "inspection": 4,
     "local_socket": 4,
     "remote": 4,
