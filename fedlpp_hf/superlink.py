@@ -1,7 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Flower's SuperLink with a gate: other machines reach the Fleet API alone.
 
-Flower 1.41 serves three APIs on one port. The Fleet API asks for node keys; the Control API (`flwr run`, register a node)
+Flower serves three APIs on one port. The Fleet API asks for node keys; the Control API (`flwr run`, register a node)
 and the Runtime API (hand me the ServerApp's task) ask for nothing, so that whoever reaches the port could run code beside
 the owner's full model. They are for this machine only.
 

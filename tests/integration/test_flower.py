@@ -27,9 +27,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fedlpp_hf import RoundStore
 from fedlpp_hf.adapters import read_adapter
-from fedlpp_hf.base_transfer import PackedBase
-from fedlpp_hf.client import ClientSettings, make_client_trainer
-from fedlpp_hf.messages import ClientFailure
+from fedlpp_hf.base_transfer import PackedBase, read_fingerprint
+from fedlpp_hf.client import ClientSettings, ask_trainer, make_client_trainer, stop_trainer
+from fedlpp_hf.messages import ClientFailure, ClientTask, ClientUpdate
 from fedlpp_hf.remote import RemoteConfig, load_rows, load_trainer
 
 from ..conftest import make_rows
@@ -470,6 +470,41 @@ class TestDeployment:
         assert ast.dump(ast.parse(_APP["fedlpp_app.py"]).body[0]) in ast.dump(
             ast.parse((RECIPE / "fedlpp_app.py").read_text())
         )
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="processes are found in /proc")
+def test_trainer_of_two_processes(tmp_path, write_config, rows, llama_base, monkeypatch):
+    """`fedlpp-hf client --processes 2`, but by torchrun, as `accelerate launch` without GPUs runs one process."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    config, data, state = str(write_config()), str(rows / "site-1.jsonl"), str(tmp_path / "state")
+    settings = ClientSettings(
+        config, data, "site-1", state, str(tmp_path / "cache"), launch=launch, parent=os.getpid()
+    )
+
+    def find_processes():
+        found = 0
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):  # gone meanwhile
+                command = path.read_text(errors="replace")
+                found += "fedlpp_hf.client" in command and str(tmp_path) in command
+        return found
+
+    task = ClientTask("federation", 1, 3, "site-1", 0, read_fingerprint(llama_base), proxy=None)
+    updates = []
+    try:
+        for _ in range(2):
+            updates.append(ask_trainer(settings, llama_base, "train", task.to_bytes(), 200.0)[1])
+        assert find_processes() == 3  # the launcher and two
+    finally:
+        stop_trainer(settings)
+    assert updates[0] == updates[1] and ClientUpdate.from_bytes(updates[0]).num_examples == 9
+    deadline = time.monotonic() + 60
+    while find_processes():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 class Wire:
