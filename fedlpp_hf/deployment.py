@@ -29,11 +29,8 @@ from .flower_version import check_flower
 
 SERVER_FILE = "FEDLPP_HF_SERVER"  # as in flower.py, whose import needs Flower
 SUPERLINK_PID, SUPERNODE_PID = "superlink.pid", "supernode.pid"
-_FLOWERS = (
-    "flower-super",
-    "flwr-",
-    "fedlpp_hf.superlink",
-)  # in the commands of all that a SuperLink or SuperNode starts
+# In the commands of all that a SuperLink or SuperNode starts.
+_FLOWERS = ("flower-super", "flwr-", "fedlpp_hf.super")
 _START_SECONDS, _END_SECONDS = 180.0, 15.0  # of a machine under load; idle, it takes 3 s
 _CONNECTION = "fedlpp"
 _APP = {
@@ -154,7 +151,8 @@ def run_client(
     with socket.socket() as probe:  # the ClientApp's way to the SuperNode, on loopback
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = ["flower-supernode", "--superlink", server, "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "fedlpp_hf.supernode", "--superlink", server]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--node-config", f'settings="{settings.write()}"']
     if insecure:
         command += ["--insecure"]

@@ -68,6 +68,7 @@ FLOORS = {
     "local_socket": 4,
     "remote": 4,
     "superlink": 4,
+    "supernode": 4,
 }
 MAX_LINES = 400
 PICKLES = {"torch", "pickle", "cloudpickle", "dill", "joblib", "shelve"}
