@@ -19,7 +19,9 @@ def check_flower() -> None:
     try:
         installed = version("flwr")
     except PackageNotFoundError:
-        raise ValueError(f"This needs Flower (flwr{expected}): pip install 'fedlpp_hf[flower]'.") from None
+        raise ValueError(
+            f"This needs Flower (flwr{expected}, on Python 3.11 or newer): pip install 'fedlpp_hf[flower]'."
+        ) from None
     if not expected.contains(installed, prereleases=True):
         raise ValueError(
             f"flwr {installed} is installed; this version of fedlpp_hf was tested with flwr{expected} only. Run "
