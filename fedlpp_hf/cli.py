@@ -365,12 +365,11 @@ def run_client(**options: Any) -> None:
 
 
 def _import_deployment() -> Any:
-    try:
-        import flwr  # noqa: F401
+    from .flower_version import check_flower
 
-        from . import deployment
-    except ModuleNotFoundError as error:
-        raise ValueError(f"This needs Flower ({error}): pip install 'fedlpp_hf[flower]'.") from error
+    check_flower()  # first, because the other imports what only Flower brings
+    from . import deployment
+
     return deployment
 
 

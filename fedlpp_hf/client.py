@@ -34,6 +34,8 @@ from .local_socket import CALL_TIMEOUT
 
 logger = logging.getLogger(__name__)
 
+TRAINER = "fedlpp_hf.client"  # the module that a trainer's process runs
+
 
 @dataclass(frozen=True, slots=True)
 class ClientSettings:
@@ -231,18 +233,16 @@ def ensure_trainer(settings: ClientSettings, base_dir: str | os.PathLike) -> dic
     fingerprint = read_fingerprint(base_dir)
     with _locked(Path(settings.state_dir) / "trainer.lock"):
         status = _status(settings)
-        if status is not None:
-            if status["base"] == fingerprint:
-                return status
-            stop_trainer(settings)
-        end_process(settings.pid_file, "fedlpp_hf.client", signal.SIGKILL)  # one that is there but does not answer
+        if status is not None and status["base"] == fingerprint:
+            return status
+        stop_trainer(settings)  # one with another base, or that is there but does not answer
         local_socket.make_key(settings.key_file)
         with open(settings.log_file, "ab") as log:
             process = subprocess.Popen(
                 [
                     *(settings.launch or [sys.executable]),
                     "-m",
-                    "fedlpp_hf.client",
+                    TRAINER,
                     str(settings.write()),
                     str(base_dir),
                 ],
@@ -264,17 +264,12 @@ def ensure_trainer(settings: ClientSettings, base_dir: str | os.PathLike) -> dic
 
 def stop_trainer(settings: ClientSettings) -> None:
     """End the running trainer, if there is one; by its process id where it does not end by itself."""
-    status = _status(settings)
-    if status is None:
-        return
     with contextlib.suppress(OSError, EOFError):
-        _call(settings, "stop", b"", CALL_TIMEOUT)
-    deadline = time.monotonic() + CALL_TIMEOUT
-    while _is_alive(status["pid"]) and settings.socket_file.exists():
-        if time.monotonic() > deadline:
-            os.kill(status["pid"], signal.SIGKILL)
-            settings.socket_file.unlink(missing_ok=True)
-        time.sleep(0.05)
+        pid = _call(settings, "stop", b"", CALL_TIMEOUT)[0]["pid"]
+        deadline = time.monotonic() + CALL_TIMEOUT
+        while _is_alive(pid) and settings.socket_file.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    end_process(settings.pid_file, TRAINER, signal.SIGKILL)  # one that hangs, or that still trains
 
 
 def _call(settings: ClientSettings, command: str, payload: bytes, timeout: float) -> tuple[dict[str, Any], bytes]:
@@ -321,7 +316,7 @@ def end_process(pid_file: Path, name: str, how: signal.Signals = signal.SIGTERM)
 
 
 def _runs(pid: str, name: str) -> bool:
-    ps = ["ps", "-o", "stat=", "-o", "command=", "-p", pid]
+    ps = ["ps", "-ww", "-o", "stat=", "-o", "command=", "-p", pid]
     found = subprocess.run(ps, stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout
     return name in found and not found.startswith("Z")  # a dead process stays listed until its parent asks for it
 

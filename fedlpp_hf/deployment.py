@@ -2,6 +2,7 @@
 """`fedlpp-hf server` and `fedlpp-hf client`: start what a federation over Flower needs, and end all of it again."""
 
 import contextlib
+import fcntl
 import ipaddress
 import json
 import os
@@ -22,11 +23,15 @@ from .certificates import (
     make_certificates,
     make_node_key,
 )
-from .client import ClientSettings, end_process, stop_trainer
+from .client import ClientSettings, stop_trainer
+from .flower_version import check_flower
 
 
 SERVER_FILE = "FEDLPP_HF_SERVER"  # as in flower.py, whose import needs Flower
-SERVER_PID, SUPERLINK_PID = "server.pid", "superlink.pid"
+SUPERLINK_PID, SUPERNODE_PID = "superlink.pid", "supernode.pid"
+# In the commands of all that a SuperLink or SuperNode starts.
+_FLOWERS = ("flower-super", "flwr-", "fedlpp_hf.super")
+_START_SECONDS, _END_SECONDS = 180.0, 15.0  # of a machine under load; idle, it takes 3 s
 _CONNECTION = "fedlpp"
 _APP = {
     "pyproject.toml": """\
@@ -75,6 +80,7 @@ def run_server(
         ValueError: for arguments that don't fit together.
         RuntimeError: if the SuperLink or the run can't be started.
     """
+    check_flower()
     state = Path(state_dir).resolve()
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     _check_insecure(insecure, listen)
@@ -93,18 +99,11 @@ def run_server(
     _write_app(state, connection, config, flags)
     environment = _environment(state)
     _end_with_signal()
-    end_process(state / SERVER_PID, "flwr-serverapp")  # left by a server that was killed
-    end_process(state / SUPERLINK_PID, "fedlpp_hf.superlink")
-    with _running(command, environment, state / "superlink.log") as superlink:
-        (state / SUPERLINK_PID).write_text(str(superlink.pid))
+    with _running(command, environment, state / "superlink.log", state / SUPERLINK_PID) as superlink:
         _wait_for_port(port, superlink, state / "superlink.log")
-        try:
-            _register_clients(state, client_keys, environment)
-            print(_what_clients_type(config, state, hosts, port, insecure), flush=True)
-            return _run_app(state, environment)
-        finally:
-            end_process(state / SERVER_PID, "flwr-serverapp")  # it can outlive its SuperLink
-            (state / SUPERLINK_PID).unlink()
+        _register_clients(state, client_keys, environment)
+        print(_what_clients_type(config, state, hosts, port, insecure), flush=True)
+        return _run_app(state, environment)
 
 
 def run_client(
@@ -130,6 +129,7 @@ def run_client(
     Raises:
         ValueError: for arguments that don't fit together.
     """
+    check_flower()
     client_id = client_id or Path(data).stem
     state = Path(state_dir or f"flower-{client_id}").resolve()
     _check_insecure(insecure, server.rsplit(":", 1)[0])
@@ -151,7 +151,8 @@ def run_client(
     with socket.socket() as probe:  # the ClientApp's way to the SuperNode, on loopback
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = ["flower-supernode", "--superlink", server, "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "fedlpp_hf.supernode", "--superlink", server]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--node-config", f'settings="{settings.write()}"']
     if insecure:
         command += ["--insecure"]
@@ -171,7 +172,7 @@ def run_client(
     _end_with_signal()
     try:
         while True:
-            with _running(command, environment, state / "supernode.log") as node:
+            with _running(command, environment, state / "supernode.log", state / SUPERNODE_PID) as node:
                 code = node.wait()
             print(
                 f"The SuperNode ended with code {code} and starts again in 5 s. Is the server up, and does it know this "
@@ -222,22 +223,62 @@ def _write_app(state: Path, connection: dict[str, Any], config: str, flags: Sequ
 
 
 @contextlib.contextmanager
-def _running(command: Sequence[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen]:
-    with open(log, "ab") as file:
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
-    try:
-        yield process
-    finally:
-        process.terminate()
+def _running(
+    command: Sequence[str], environment: dict[str, str], log: Path, pid_file: Path
+) -> Iterator[subprocess.Popen]:
+    """A process in a group of its own, which is ended as a whole: a ServerApp can outlive its SuperLink, and a ClientApp
+    that waits for its trainer its SuperNode. The group of one that was killed before it could do so is ended first."""
+    with open(pid_file.with_suffix(".lock"), "w") as lock:
         try:
-            process.wait(timeout=15)
-        except subprocess.TimeoutExpired:
-            process.kill()
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"`{pid_file.parent}` is in use: a server or client that runs has it as its --state_dir. End that one, or "
+                "give this one a directory of its own."
+            ) from None
+        _end_group(pid_file)
+        with open(log, "ab") as file:
+            process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+            )
+        pid_file.write_text(str(process.pid))
+        try:
+            yield process
+        finally:
+            _end_group(pid_file)
             process.wait()
 
 
+def _end_group(pid_file: Path) -> None:
+    """End Flower's processes in the group whose id a file holds; whatever else has that id by now is spared."""
+    if not pid_file.exists():
+        return
+    group, asked = pid_file.read_text(), set[int]()
+    deadline = time.monotonic() + _END_SECONDS
+    while members := _find_members(group):
+        late = time.monotonic() > deadline
+        for pid in members if late else members - asked:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
+        asked |= members
+        time.sleep(0.1)
+    pid_file.unlink()
+
+
+def _find_members(group: str) -> set[int]:
+    ps = ["ps", "-A", "-ww", "-o", "pgid=", "-o", "pid=", "-o", "stat=", "-o", "command="]
+    listed = subprocess.run(ps, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True).stdout
+    found = set()
+    for line in listed.splitlines():
+        pgid, pid, state, command = [*line.split(None, 3), ""][:4]
+        # The dead stay listed until their parent asks for them.
+        if pgid == group and state[0] != "Z" and any(word in command for word in _FLOWERS):
+            found.add(int(pid))
+    return found
+
+
 def _wait_for_port(port: int, process: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
             return

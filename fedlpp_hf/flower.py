@@ -23,6 +23,7 @@ from flwr.serverapp import Grid, ServerApp
 from . import __version__
 from .base_transfer import PackedBase, count_received, find_base, receive_piece
 from .client import ClientSettings, ask_trainer, describe_trainer, make_client_trainer, train_task
+from .flower_version import check_flower
 
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def make_server_app() -> ServerApp:
         logger.setLevel(logging.INFO)
         logger.addHandler(logging.StreamHandler())
         logger.propagate = False
+        check_flower()
         if SERVER_FILE not in os.environ:
             raise ValueError(f"{SERVER_FILE} is not set in the SuperLink's environment; `fedlpp-hf server` sets it.")
         path = Path(os.environ[SERVER_FILE])
@@ -97,6 +99,7 @@ class FlowerClients:
         self.round_timeout = _ROUND_SECONDS if round_timeout is None else round_timeout
         self.num_examples: dict[str, int] = {}
         self._nodes: dict[str, int] = {}  # by client id
+        self._known: dict[str, int] = {}  # the same, with those that are away
         self._described: dict[int, str] = {}  # by node: since when it has been connected
         self._refused: dict[int, str] = {}
 
@@ -134,7 +137,8 @@ class FlowerClients:
         for _ in range(1 + self.remote.task_retries):
             self._welcome(self.remote.lost_timeout)
             for client in left.keys() - self._nodes.keys():
-                reasons[client] = "it is not connected"
+                refusal = self._refused.get(self._known.get(client, -1))
+                reasons[client] = "it is not connected" if refusal is None else f"it is refused: {refusal}"
             requests = (
                 (
                     client,
@@ -165,10 +169,10 @@ class FlowerClients:
     def _welcome(self, timeout: float) -> None:
         """Learn who has connected, or connected anew, and send the base to those who lack it."""
         present = self._present()
-        for client, node in list(self._nodes.items()):
-            if node not in present:
-                del self._nodes[client]
         strangers = [node for node, since in present.items() if self._described.get(node) != since]
+        for client, node in list(self._nodes.items()):
+            if node not in present or node in strangers:  # what connects anew may be another version, on another base
+                del self._nodes[client]
         request = {"base": self.base.fingerprint, "version": __version__}
         requests: Iterable[tuple[int, int, dict[str, Any]]] = ((node, node, request) for node in strangers)
         received: dict[int, int] = {}
@@ -197,7 +201,7 @@ class FlowerClients:
         self._described[node] = since
         self._refused.pop(node, None)
         for client, count in rows.items():
-            self._nodes[client] = node
+            self._nodes[client] = self._known[client] = node
             self.num_examples[client] = count
 
     def _refuse(self, node: int, answer: Mapping[str, Any] | str, since: str) -> None:
@@ -228,8 +232,9 @@ class FlowerClients:
             # Asked for an answer of a node that is offline, Flower would make up an error and drop the answer for good.
             online = [identity for identity, (_, node) in waiting.items() if node in present]
             for message in self.grid.pull_messages(online) if online else ():
-                name, _ = waiting.pop(message.metadata.reply_to_message_id)
-                yield name, _read(message)
+                if message.metadata.reply_to_message_id in waiting:  # else it is there twice
+                    name, _ = waiting.pop(message.metadata.reply_to_message_id)
+                    yield name, _read(message)
             now = time.monotonic()
             for identity, (name, node) in list(waiting.items()):
                 since = missed.setdefault(identity, now) if node not in present else missed.pop(identity, now)

@@ -1,7 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Flower's SuperLink with a gate: other machines reach the Fleet API alone.
 
-Flower 1.41 serves three APIs on one port. The Fleet API asks for node keys; the Control API (`flwr run`, register a node)
+Flower serves three APIs on one port. The Fleet API asks for node keys; the Control API (`flwr run`, register a node)
 and the Runtime API (hand me the ServerApp's task) ask for nothing, so that whoever reaches the port could run code beside
 the owner's full model. They are for this machine only.
 
@@ -14,6 +14,8 @@ from typing import Any
 from flwr.superlink import extensions
 from flwr.superlink.cli import flower_superlink
 from starlette.middleware import Middleware
+
+from .flower_version import check_flower
 
 
 FLEET_PREFIX = "/v1/fleet/"
@@ -39,6 +41,7 @@ def _is_local(client: Any) -> bool:
 
 def main() -> None:
     """Run `flower-superlink` with the gate in front of everything else."""
+    check_flower()
     extensions.get_middleware = lambda: (Middleware(FleetOnly),)
     flower_superlink()
 

@@ -12,19 +12,21 @@ import tempfile
 import threading
 import time
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from transformers import AutoModelForCausalLM
 
-from fedlpp_hf import client
+from fedlpp_hf import cli, client, flower_version
 from fedlpp_hf.base import export_base
 from fedlpp_hf.base_transfer import PackedBase, count_received, find_base, read_fingerprint, receive_piece
 from fedlpp_hf.client import ClientSettings, TrainerService, ask_trainer
 from fedlpp_hf.remote import load_function, load_rows, load_trainer
 
 from .conftest import make_rows
+from .test_hub import hub  # noqa: F401
 
 
 FINGERPRINT = "a" * 64
@@ -156,6 +158,114 @@ class TestTrainerService:
             ask_trainer(settings, base_dir, "status")
 
 
+class TestTrainerProcess:
+    """The same as a process, which nobody but `ask_trainer` starts; what it holds is a stub, so that it starts at once."""
+
+    SCRIPT = """
+import sys, time
+from types import SimpleNamespace
+from fedlpp_hf import client
+
+def train(trainer, task):
+    time.sleep(60 if task == b"long" else 0)
+    return task
+
+_, _, module, settings, base = sys.argv
+client.train_task = train
+fingerprint = client.read_fingerprint(base)
+trainer = SimpleNamespace(
+    client_datasets={"site": range(7)}, guard=SimpleNamespace(fingerprint=fingerprint), _share=lambda *args: None
+)
+client.TrainerService(client.ClientSettings.read(settings), trainer).serve()
+"""
+
+    @pytest.fixture
+    def parent(self):
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        yield process
+        process.kill()
+        process.wait()
+
+    @pytest.fixture
+    def settings(self, settings, parent, tmp_path, monkeypatch):
+        (tmp_path / "trainer.py").write_text(self.SCRIPT)
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+        settings = replace(settings, launch=[sys.executable, str(tmp_path / "trainer.py")], parent=parent.pid)
+        settings.key_file.unlink()  # made at the first start
+        yield settings
+        client.stop_trainer(settings)
+
+    def ask_pid(self, settings, base_dir):
+        return ask_trainer(settings, base_dir, "status")[0]["pid"]
+
+    def assert_ends(self, pid):
+        deadline = time.monotonic() + 60
+        while client._runs(str(pid), "fedlpp_hf.client"):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    def test_starts_on_demand_and_stays(self, settings, base_dir):
+        assert not settings.socket_file.exists()
+        pid = self.ask_pid(settings, base_dir)
+        assert pid != os.getpid() and self.ask_pid(settings, base_dir) == pid
+        assert ask_trainer(settings, base_dir, "train", b"task")[1] == b"task"
+        assert stat.S_IMODE(settings.key_file.stat().st_mode) == 0o600
+        client.stop_trainer(settings)
+        self.assert_ends(pid)
+        assert not settings.socket_file.exists() and not settings.pid_file.exists()
+
+    def test_starts_again_after_a_crash(self, settings, base_dir):
+        pid = self.ask_pid(settings, base_dir)
+        os.kill(pid, signal.SIGKILL)
+        self.assert_ends(pid)
+        assert self.ask_pid(settings, base_dir) != pid
+
+    def test_one_that_does_not_answer_is_replaced(self, settings, base_dir, monkeypatch):
+        pid = self.ask_pid(settings, base_dir)
+        os.kill(pid, signal.SIGSTOP)
+        status = client._status
+        # In earnest it is given half a minute.
+        monkeypatch.setattr(client.local_socket, "CALL_TIMEOUT", 2.0)
+        monkeypatch.setattr(client, "CALL_TIMEOUT", 2.0)
+        assert status(settings) is None
+        assert self.ask_pid(settings, base_dir) != pid
+        self.assert_ends(pid)
+
+    def test_another_base_is_another_trainer(self, settings, base_dir, tmp_path):
+        pid = self.ask_pid(settings, base_dir)
+        other = tmp_path / "other"
+        other.mkdir()
+        (other / "base_manifest.json").write_text(json.dumps({"fingerprint": "b" * 64}))
+        status, _ = ask_trainer(settings, other, "status")
+        assert status["pid"] != pid and status["base"] == "b" * 64
+        self.assert_ends(pid)
+
+    def test_stops_in_the_middle_of_a_task(self, settings, base_dir, monkeypatch):
+        monkeypatch.setattr(client, "CALL_TIMEOUT", 1.0)
+        pid = self.ask_pid(settings, base_dir)
+        errors = []
+
+        def ask():
+            try:
+                client._call(settings, "train", b"long", 60)
+            except (OSError, EOFError) as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        time.sleep(0.5)
+        client.stop_trainer(settings)
+        thread.join(timeout=30)
+        assert errors
+        self.assert_ends(pid)
+
+    def test_ends_with_its_parent(self, settings, base_dir, parent):
+        pid = self.ask_pid(settings, base_dir)
+        parent.kill()
+        parent.wait()
+        self.assert_ends(pid)
+
+
 class TestEndProcess:
     @pytest.fixture
     def sleeper(self, tmp_path):
@@ -224,6 +334,42 @@ class TestBaseInPieces:
         with pytest.raises(ValueError, match="no fingerprint"):
             receive_piece(tmp_path, "../" + "a" * 61, offset=0, size=1, sha256="", data=b"")
 
+    def test_damaged_base_is_not_trained_on(self, packed, settings, tmp_path):
+        self.receive_all(packed, tmp_path / "cache")
+        base = find_base(tmp_path / "cache", packed.fingerprint)
+        weights = base / "model.safetensors"
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+        (tmp_path / "rows.jsonl").write_text('{"input_ids": [1, 2], "labels": [1, 2]}\n')
+        config = tmp_path / "federation.yaml"
+        config.write_text(f"trainer: {Path(__file__).parent / 'integration' / 'flower_task.py'}:make_trainer\n")
+        settings = replace(settings, config=str(config), data=str(tmp_path / "rows.jsonl"))
+        with pytest.raises(ValueError, match=r"model\.safetensors` is not the exported file"):
+            client.make_client_trainer(settings, base)
+
+    def test_base_that_changed_in_memory_is_not_trained_on(self):
+        def prove_base_unmoved():
+            raise RuntimeError("The base differs")
+
+        trainer = SimpleNamespace(guard=SimpleNamespace(prove_base_unmoved=prove_base_unmoved))
+        with pytest.raises(RuntimeError, match="The base differs"):
+            client.train_task(trainer, b"task")
+
+    def test_own_base_from_a_private_repository(self, llama_base, tmp_path, hub, monkeypatch):  # noqa: F811
+        files = {file.name: file.read_bytes() for file in Path(llama_base).iterdir()}
+        hub.add_repo("owner/base", files)
+        fingerprint = read_fingerprint(llama_base)
+        monkeypatch.setenv("HF_TOKEN", "reader")  # the client's own: it can't write
+        path = find_base(tmp_path / "bases", fingerprint, "owner/base")
+        assert {file.name: file.read_bytes() for file in path.iterdir() if file.name in files} == files
+        with pytest.raises(ValueError, match="the federation's is aaaaaaaaaaaa"):
+            find_base(tmp_path / "bases", FINGERPRINT, "owner/base")
+        monkeypatch.setenv("HF_TOKEN", "nobody")
+        hub.add_repo("owner/other", files)
+        with pytest.raises(OSError, match="owner/other"):
+            find_base(tmp_path / "bases", fingerprint, "owner/other")
+
     def test_own_base_must_be_the_federations(self, llama_base, tmp_path):
         fingerprint = read_fingerprint(llama_base)
         assert find_base(tmp_path, fingerprint, str(llama_base)) == Path(llama_base)
@@ -260,6 +406,43 @@ class TestRemoteConfig:
         export_base(full_llama, tmp_path / "base-32", embedding_bits=32, model_class=AutoModelForCausalLM)
         with pytest.raises(ValueError, match=r"1 linear layers in full precision \(lm_head\.weight\)"):
             client.make_client_trainer(settings, tmp_path / "base-32")
+
+
+class TestFlowerVersion:
+    @pytest.fixture
+    def run(self, monkeypatch, capsys):
+        def run(installed):
+            def version(package):
+                if installed is None:
+                    raise PackageNotFoundError(package)
+                return installed
+
+            monkeypatch.setattr(flower_version, "version", version)
+            monkeypatch.setattr(
+                flower_version, "requires", lambda package: ["torch>=2", "flwr<1.42,>=1.41; extra == 'flower'"]
+            )
+            with pytest.raises(SystemExit) as exit:
+                cli.main(["client", "--config", "nothing.yaml", "--data", "nothing.jsonl"])
+            assert exit.value.code == 2
+            return capsys.readouterr().err
+
+        return run
+
+    @pytest.mark.parametrize("installed", ["1.40.0", "1.42.0", "1.42.0rc1", "2.0"])
+    def test_another_one_is_refused_in_one_line(self, installed, run):
+        line = f"fedlpp-hf: error: flwr {installed} is installed; this version of fedlpp_hf was tested with flwr<1.42,>=1.41"
+        told = run(installed)
+        assert told.startswith(line) and told.count("\n") == 1
+
+    def test_none_is_asked_for(self, run):
+        assert run(None) == (
+            "fedlpp-hf: error: This needs Flower (flwr<1.42,>=1.41, on Python 3.11 or newer): pip install 'fedlpp_hf[flower]'.\n"
+        )
+
+    def test_one_within_the_range_passes(self, monkeypatch):
+        monkeypatch.setattr(flower_version, "version", lambda package: "1.41.3")
+        monkeypatch.setattr(flower_version, "requires", lambda package: ["flwr<1.42,>=1.41; extra == 'flower'"])
+        flower_version.check_flower()
 
 
 def test_certificates(tmp_path):

@@ -67,10 +67,12 @@ FLOORS = {
     "client": 4,
     "deployment": 4,
     "flower": 4,
+    "flower_version": 4,
     "inspection": 4,
     "local_socket": 4,
     "remote": 4,
     "superlink": 4,
+    "supernode": 4,
 }
 MAX_LINES = 400
 PICKLES = {"torch", "pickle", "cloudpickle", "dill", "joblib", "shelve"}
