@@ -26,6 +26,7 @@ FLOORS = {
     "partition": 0,
     "ranks": 0,
     "schedules": 0,
+    "walks": 0,
     "quantization": 0,
     "rules": 0,
     # What is made of them: messages, rules of aggregation, files.
