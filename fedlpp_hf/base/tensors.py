@@ -38,7 +38,7 @@ def quantize_base_tensor(
 
     `kind` is `linear4bit` or `linear8bit` for bitsandbytes weights, `codebook` for floats that have at most `2**bits`
     values per block, and `full_precision`. `information_bytes` is what is left when codes are packed and scales have the
-    dtype of the source; it is what [`pack_base`] writes.
+    dtype of the source; [`pack_base`] writes at most that.
 
     Raises:
         ValueError: if a value is not finite, or the dtype is none that bitsandbytes quantizes.
