@@ -6,8 +6,8 @@
 The adapter is LoRA of rank 8 on all linear layers of a Llama of the size of Llama 3.2 1B, of normal random values (how many
 bytes the positions of a sparse update take depends on where its largest values are). Ratios are to federated averaging of
 the same adapter in float32, and in bfloat16, which sends all of it both ways. The base is that of the 22 M encoder of the
-demo; with each its share of the float32 model, and what an entropy coder could save: the entropy of single codes, and what
-zlib and lzma make of the packed ones.
+demo; with each its share of the float32 model, and its bits per code: packed, as `pack_base` sends them (Huffman-coded
+where that pays), the entropy of single codes, and what zlib and lzma make of the packed ones.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.encoder import find_encoder
@@ -30,10 +31,11 @@ from fedlpp_hf import FederatedConfig, export_base
 from fedlpp_hf.adapters import adapter_parameters
 from fedlpp_hf.arguments import read_yaml
 from fedlpp_hf.base import pack_base
+from fedlpp_hf.base.entropy import shrink_codes
 from fedlpp_hf.base.tensors import unpack_nibbles
 from fedlpp_hf.compression import compress_update
 from fedlpp_hf.messages import ClientTask, ClientUpdate
-from fedlpp_hf.quantization import pack_codes, quantize_tensors
+from fedlpp_hf.quantization import codebook, pack_codes, packed_size, quantize_tensors, round_to_levels
 
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
@@ -116,27 +118,40 @@ def measure_base(folder: str) -> list[dict[str, Any]]:
             manifest = export_base(encoder, base, bits=bits, double_quant=double_quant)
             size = pack_base(base, base.with_suffix(".packed"))
             linears = [entry for entry in manifest["tensors"] if entry["kind"] == "linear4bit"]
-            count = sum(math.prod(entry["shape"]) for entry in linears)
             row = {
                 "bits": bits,
                 "double_quant": double_quant,
                 "bytes": size,
                 "of_float32": size / whole,
-                "bits_per_linear_weight": sum(entry["information_bytes"] for entry in linears) * 8 / count,
+                **measure_linears(base.with_suffix(".packed"), linears),
             }
             rows.append(row | ({} if double_quant else measure_entropy(base, linears, bits)))
     return rows
 
 
+def measure_linears(packed: Path, linears: list[dict[str, Any]]) -> dict[str, float]:
+    """Bits that the packed file has for each weight of the Linears: in all, and for its code alone."""
+    tensors = load_file(packed)
+    count = sum(math.prod(entry["shape"]) for entry in linears)
+    names = {entry["name"] for entry in linears}
+    # Scales, nested scales and their state lie under the weight's name.
+    sizes = {
+        key: value.numel()
+        for key, value in tensors.items()
+        if {key, key.rpartition(".weight.")[0] + ".weight"} & names
+    }
+    codes = sum(sizes[name] for name in names)
+    return {"bits_per_linear_weight": sum(sizes.values()) * 8 / count, "bits_per_code": codes * 8 / count}
+
+
 def measure_entropy(base: Path, linears: list[dict[str, Any]], bits: int) -> dict[str, float]:
-    """Bits per code of the Linears' weights: as packed, and as an entropy coder, zlib and lzma would have them."""
+    """Bits per code of the Linears' weights before they are shrunk, their entropy, and what zlib and lzma make of them."""
     with safe_open(base / "model.safetensors", "pt") as shard:
         nibbles = torch.cat([unpack_nibbles(shard.get_tensor(e["name"]), e["shape"]) for e in linears])
-    used, codes, counts = nibbles.unique(return_inverse=True, return_counts=True)
+    _, codes, counts = nibbles.unique(return_inverse=True, return_counts=True)
     shares = counts / counts.sum()
     data = pack_codes(codes.to(torch.uint8), bits).numpy().tobytes()
     return {
-        "levels": len(used),
         "packed": len(data) * 8 / len(codes),
         "entropy": float(-(shares * shares.log2()).sum()),
         "zlib": len(zlib.compress(data)) * 8 / len(codes),
@@ -144,14 +159,28 @@ def measure_entropy(base: Path, linears: list[dict[str, Any]], bits: int) -> dic
     }
 
 
+def measure_proxies() -> list[dict[str, Any]]:
+    """What the base's entropy coder would make of a proxy's codes: LoRA's A is uniform at the start, and B becomes normal."""
+    generator = torch.Generator().manual_seed(0)
+    factors = {"A": torch.rand(2**20, generator=generator) - 0.5, "B": torch.randn(2**20, generator=generator)}
+    rows = []
+    for bits in (4, 3, 2):
+        row: dict[str, Any] = {"bits": bits}
+        for name, values in factors.items():
+            codes = round_to_levels(values, codebook(bits), 256)[0]
+            row[name] = len(shrink_codes(codes, bits)) / packed_size(bits, len(codes))
+        rows.append(row)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print results as JSON lines")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="wire-bytes-") as folder:
-        rounds, bases = measure_rounds(folder), measure_base(folder)
+        rounds, bases, proxies = measure_rounds(folder), measure_base(folder), measure_proxies()
     if options.json:
-        for row in rounds + bases:
+        for row in rounds + bases + proxies:
             print(json.dumps(row))
         return
     print("| per client and round | MB down | MB up | of float32 | of bfloat16 |\n|---|---|---|---|---|")
@@ -165,13 +194,13 @@ def main() -> None:
         print(
             f"| {plain['bits']} bits | {sizes[0]} | {plain['of_float32']:.1%} | {weights[0]} | {sizes[1]} MB, {weights[1]} |"
         )
-    print("\n| bits per code | packed | entropy | zlib | lzma |\n|---|---|---|---|---|")
+    print("\n| bits per code | packed | as sent | entropy | zlib | lzma |\n|---|---|---|---|---|---|")
     for row in bases[::2]:
-        print(
-            f"| {row['bits']} bits | "
-            + " | ".join(f"{row[k]:.2f}" for k in ("packed", "entropy", "zlib", "lzma"))
-            + " |"
-        )
+        cells = " | ".join(f"{row[key]:.2f}" for key in ("packed", "bits_per_code", "entropy", "zlib", "lzma"))
+        print(f"| {row['bits']} bits | {cells} |")
+    print("\n| a proxy's codes, if they were Huffman-coded | A | B |\n|---|---|---|")
+    for row in proxies:
+        print(f"| {row['bits']} bits | {row['A']:.1%} | {row['B']:.1%} |")
 
 
 if __name__ == "__main__":

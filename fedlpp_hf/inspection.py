@@ -85,8 +85,8 @@ def describe_base(base_dir: str | os.PathLike, tensors: bool = False, verify: bo
     files = sum(file["bytes"] for file in manifest["files"].values())
     lines += [
         "",
-        f"Each client is sent {format_bytes(totals['information_bytes'])} once (packed; {format_bytes(files)} of files on "
-        "disk).",
+        f"Each client is sent at most {format_bytes(totals['information_bytes'])} once (packed; {format_bytes(files)} of "
+        "files on disk).",
     ]
     exact = sorted((e for e in entries if e["kind"] == "full_precision"), key=lambda e: -e["bytes"])
     names = [f"{e['name']} ({format_bytes(e['bytes'])})" for e in exact]

@@ -34,6 +34,7 @@ from .report import RoundReporter
 from .schedules import start_schedule_at_
 from .server import FederatedServer, TrainClients
 from .store import FEDERATION_DIR, RoundStore
+from .walks import remember_walks_
 from .workers import ClientWorkers, late_reason
 
 
@@ -127,6 +128,7 @@ class FederatedMixin(PublishingMixin):
         )
         if self.owner is None and args.full_model and self.is_world_process_zero():
             self.owner = Owner(blueprint)
+        self._adapter = torch.nn.ParameterList(self.guard.parameters.values())
         self._horizon = (0, 1)
         self._decay_names: list[str] | None = None
         self._trimmed: set[str] = set()  # clients whose rows have only the columns that the model takes
@@ -194,7 +196,8 @@ class FederatedMixin(PublishingMixin):
         self.guard.accept(task)
         federation = self.args.learning_rate_horizon == "federation"
         self._horizon = (task.round - 1, task.num_rounds) if federation else (0, 1)
-        with hold_dequantized_(self.model) if self.args.hold_dequantized else nullcontext():
+        held = hold_dequantized_(self.model) if self.args.hold_dequantized else nullcontext()
+        with remember_walks_(self.model), held:
             super().train()
         if self.guard.update is None:
             raise RuntimeError("The local run ended without an update; was QuantizedBaseCallback removed?")
@@ -223,6 +226,10 @@ class FederatedMixin(PublishingMixin):
         if self._decay_names is None:
             self._decay_names = super().get_decay_parameter_names(model)
         return self._decay_names
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        """The parent's, of the adapter alone: nothing else has gradients, but it would ask every parameter for its own."""
+        return super()._clip_grad_norm(model if self.is_fsdp_enabled else self._adapter)
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Not counted: the parent counts all parameters anew in every step, longer than a small model's step takes."""

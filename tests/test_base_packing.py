@@ -53,7 +53,7 @@ def test_unpacked_base_is_the_base(name, settings, full_models, tmp_path):
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_packed_tensors_have_the_size_that_the_manifest_promises(bits, full_models, tmp_path):
+def test_packed_tensors_take_at_most_what_the_manifest_promises(bits, full_models, tmp_path):
     manifest = export_base(full_models / "llama", tmp_path / "base", bits=bits)
     pack_base(tmp_path / "base", tmp_path / "packed")
     packed = load_file(tmp_path / "packed")
@@ -64,12 +64,14 @@ def test_packed_tensors_have_the_size_that_the_manifest_promises(bits, full_mode
             if entry["name"] + part in packed
         ]
         tail = entry["name"] == "model.layers.0.mlp.up_proj.weight"  # its last scale, 1e-38, is no bfloat16
-        assert sum(parts) == entry["information_bytes"] or tail, entry["name"]
-    weights = sum(entry["information_bytes"] for entry in manifest["tensors"] if entry["kind"] == "linear4bit")
-    count = sum(
-        entry["shape"][0] * entry["shape"][1] for entry in manifest["tensors"] if entry["kind"] == "linear4bit"
-    )
-    assert weights * 8 / count == pytest.approx((1.6 if bits == 1 else bits) + 16 / 64, rel=0.01)
+        assert sum(parts) <= entry["information_bytes"] or tail, entry["name"]
+    linears = [entry for entry in manifest["tensors"] if entry["kind"] == "linear4bit"]
+    count = sum(entry["shape"][0] * entry["shape"][1] for entry in linears)
+    promised = sum(entry["information_bytes"] for entry in linears)
+    assert promised * 8 / count == pytest.approx((1.6 if bits == 1 else bits) + 16 / 64, rel=0.01)
+    taken = sum(packed[entry["name"]].numel() for entry in linears) * 8 / count
+    # These matrices are small, and each brings its table of code lengths.
+    assert taken <= {1: 1.1, 2: 1.7, 3: 2.85, 4: 4.0}[bits]
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ FLOORS = {
     "partition": 0,
     "ranks": 0,
     "schedules": 0,
+    "walks": 0,
     "quantization": 0,
     "rounding": 0,
     "rules": 0,

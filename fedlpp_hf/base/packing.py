@@ -2,6 +2,7 @@
 """A base as one file of the size of its information, for sending: unpacked, it is the same base to the bit."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..quantization import QuantizedTensor, dequantize, look_up, nf4_subset, pack_codes, quantize, unpack_codes
+from ..quantization import codebook, look_up, nf4_subset, restore_from_levels, round_to_levels
+from .entropy import restore_codes, shrink_codes
 from .files import BASE_MANIFEST, check_base, new_base_directory, write_json
 from .tensors import pack_nibbles, unpack_nibbles
 from .threads import map_in_order, tensor_threads
@@ -20,9 +22,9 @@ from .threads import map_in_order, tensor_threads
 def pack_base(base_dir: str | os.PathLike, file: str | os.PathLike) -> int:
     """Write a base into one safetensors file and return its bytes.
 
-    Codes take the bits that the base was exported with (ternary 1.6), scales the dtype of the full model; every tensor is
-    bytes, because what they stand for is in the manifest, which the file carries too. A few tensors are in memory at a
-    time, as at export.
+    Codes take the bits that the base was exported with (ternary 1.6) or fewer ([`shrink_codes`]), scales the dtype of the
+    full model; every tensor is bytes, because what they stand for is in the manifest, which the file carries too. A few
+    tensors are in memory at a time, as at export.
 
     Raises:
         ValueError: if the base is not what its manifest says.
@@ -78,7 +80,7 @@ def unpack_base(file: str | os.PathLike, base_dir: str | os.PathLike, *, overwri
                         stream.write(data)
             write_json(directory / BASE_MANIFEST, manifest)
             return check_base(directory)
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (SafetensorError, KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
         raise ValueError(f"`{file}` is no packed base, or it is damaged ({error!r}). Send it again.") from error
 
 
@@ -118,12 +120,13 @@ def _pack_tensor(key: str, tensor: torch.Tensor, entries: dict[str, Any]) -> dic
         places = torch.zeros(16, dtype=torch.uint8)
         places[list(nf4_subset(entry["bits"]))] = torch.arange(len(nf4_subset(entry["bits"])), dtype=torch.uint8)
         codes = look_up(places, unpack_nibbles(tensor, entry["shape"]))
-        return {key: _to_bytes(pack_codes(codes, entry["bits"]))}
+        return {key: shrink_codes(codes, entry["bits"])}
+    if entry is not None and entry["kind"] == "linear8bit":
+        return {key: shrink_codes(tensor.view(torch.uint8).reshape(-1), 8)}
     if entry is not None and entry["kind"] == "codebook":
         # The largest magnitude of a block is one of its values, so quantizing again finds the same scale and codes.
-        quantized = quantize(tensor, entry["bits"], entry["block_size"], name=key)
-        scales = quantized.scales.to(tensor.dtype)
-        return {key: _to_bytes(quantized.codes), f"{key}.scales": _to_bytes(scales)}
+        codes, scales = round_to_levels(tensor, codebook(entry["bits"]), entry["block_size"], name=key)
+        return {key: shrink_codes(codes, entry["bits"]), f"{key}.scales": _to_bytes(scales.to(tensor.dtype))}
     if weight is not None and weight["kind"] == "linear4bit" and tensor.dtype == torch.float32:
         narrow = tensor.to(getattr(torch, weight["source_dtype"]))
         return {key: _to_bytes(narrow if torch.equal(narrow.float(), tensor) else tensor)}
@@ -133,27 +136,34 @@ def _pack_tensor(key: str, tensor: torch.Tensor, entries: dict[str, Any]) -> dic
 def _unpack_tensor(key: str, packed: Any, entries: dict[str, Any]) -> bytes:
     """The bytes of a shard's tensor; `packed` is a mapping of bytes or an open safetensors file."""
 
-    def read(name: str, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
-        data = packed[name] if isinstance(packed, dict) else _to_bytes(packed.get_tensor(name))
-        return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+    def read(name: str) -> bytes:
+        return packed[name] if isinstance(packed, dict) else _to_bytes(packed.get_tensor(name))
 
     entry = entries.get(key)
     weight = entries.get(key.removesuffix(".absmax"))
     if entry is not None and entry["kind"] == "linear4bit" and entry["bits"] < 4:
-        count = entry["shape"][0] * entry["shape"][1]
         subset = torch.tensor(nf4_subset(entry["bits"]), dtype=torch.uint8)
-        return _to_bytes(pack_nibbles(look_up(subset, unpack_codes(read(key), entry["bits"], count))))
+        codes = restore_codes(read(key), entry["bits"], math.prod(entry["shape"]))
+        return _to_bytes(pack_nibbles(look_up(subset, codes)))
+    if entry is not None and entry["kind"] == "linear8bit":
+        return _to_bytes(restore_codes(read(key), 8, math.prod(entry["shape"])))
     if entry is not None and entry["kind"] == "codebook":
         dtype = getattr(torch, entry["dtype"])
-        scales = read(f"{key}.scales", dtype).float()
-        quantized = QuantizedTensor(read(key), scales, tuple(entry["shape"]), entry["bits"], entry["block_size"])
-        return _to_bytes(dequantize(quantized, dtype))
+        codes = restore_codes(read(key), entry["bits"], math.prod(entry["shape"]))
+        scales = _to_tensor(read(f"{key}.scales"), dtype)
+        if len(scales) != -(-len(codes) // entry["block_size"]):
+            raise ValueError(f"`{key}` has {len(scales)} scales for {len(codes)} values; send the file again.")
+        return _to_bytes(restore_from_levels(codes, scales, codebook(entry["bits"]), entry["block_size"], dtype))
     if weight is not None and weight["kind"] == "linear4bit" and key != weight["name"]:
         blocks = -(-weight["shape"][0] * weight["shape"][1] // weight["block_size"])
         narrow = getattr(torch, weight["source_dtype"])
-        if read(key).numel() == blocks * narrow.itemsize:  # else they are float32, or the bytes of nested scales
-            return _to_bytes(read(key, narrow).float())
-    return _to_bytes(read(key))
+        if len(read(key)) == blocks * narrow.itemsize:  # else they are float32, or the bytes of nested scales
+            return _to_bytes(_to_tensor(read(key), narrow).float())
+    return read(key)
+
+
+def _to_tensor(data: bytes, dtype: torch.dtype) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 
 def _to_bytes(tensor: torch.Tensor) -> bytes:

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from bitsandbytes.functional import QuantState, get_4bit_type, int8_vectorwise_quant, quantize_blockwise
 
-from ..quantization import FULL_PRECISION, dequantize, look_up, nf4_subset, packed_size, quantize, round_to_levels
+from ..quantization import (
+    FULL_PRECISION,
+    codebook,
+    look_up,
+    nf4_subset,
+    packed_size,
+    restore_from_levels,
+    round_to_levels,
+)
 
 
 _NESTED_BLOCK_SIZE = 256
@@ -38,7 +46,7 @@ def quantize_base_tensor(
 
     `kind` is `linear4bit` or `linear8bit` for bitsandbytes weights, `codebook` for floats that have at most `2**bits`
     values per block, and `full_precision`. `information_bytes` is what is left when codes are packed and scales have the
-    dtype of the source; it is what [`pack_base`] writes.
+    dtype of the source; [`pack_base`] writes at most that.
 
     Raises:
         ValueError: if a value is not finite, or the dtype is none that bitsandbytes quantizes.
@@ -55,14 +63,16 @@ def quantize_base_tensor(
             information = tensors[name].nbytes + tensors[f"{module}.SCB"].nbytes
         else:
             tensors = quantize_nf4(name, weight, bits, block_size, settings.double_quant)
-            scales = [tensors[key] for key in (f"{name}.absmax", f"{name}.nested_absmax") if key in tensors]
-            scale_bytes = sum(s.nbytes for s in scales) if settings.double_quant else len(scales[0]) * source.itemsize
+            kept = [tensors[key] for key in (f"{name}.absmax", f"{name}.nested_absmax") if key in tensors]
+            scale_bytes = sum(t.nbytes for t in kept) if settings.double_quant else len(kept[0]) * source.itemsize
             information = packed_size(bits, weight.numel()) + scale_bytes
     elif tensor.is_floating_point() and tensor.dim() > 1 and settings.embedding_bits != FULL_PRECISION:
         bits = bits if name in settings.bulk else settings.embedding_bits
-        quantized = quantize(tensor, bits, block_size, name=name)
-        kind, tensors = "codebook", {name: dequantize(quantized, source)}
-        information = quantized.codes.nbytes + quantized.scales.numel() * source.itemsize
+        levels = codebook(bits)
+        codes, scales = round_to_levels(tensor, levels, block_size, name=name)
+        values = restore_from_levels(codes, scales, levels, block_size, source).view(tensor.shape)
+        kind, tensors = "codebook", {name: values}
+        information = packed_size(bits, len(codes)) + len(scales) * source.itemsize
     else:
         if not torch.isfinite(tensor).all():
             raise ValueError(f"`{name}` has values that are NaN or infinite. Is the checkpoint damaged?")
