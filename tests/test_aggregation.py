@@ -3,6 +3,9 @@
 
 import itertools
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,6 +154,29 @@ def test_files_are_read_as_what_they_hold(tmp_path):
             for source in (files[:9], [updates[k % 3] for k in range(9)])
         )
         assert all(torch.equal(lazily[key], plainly[key]) for key in plainly)
+
+
+MEMORY = """
+from pathlib import Path
+import sys, torch
+from benchmarks.aggregation import MemoryPeak, adapter_shapes, average_ours, link_files, write_updates
+
+directory, count = Path(sys.argv[1]), int(sys.argv[2])
+files = write_updates(directory, 3, 1, torch.float32)
+average_ours(files)
+with MemoryPeak() as memory:
+    average_ours(link_files(files, count))
+print("adapters", (memory.peak - memory.start) / sum(4 * a * b for a, b in adapter_shapes(1).values()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_memory_is_that_of_three_adapters_however_many_clients(tmp_path):
+    """In a process of its own: what others left on its heap could hide what this leaves there."""
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path), "320"], capture_output=True, text=True, check=True, timeout=280
+    )
+    assert 0.5 < float(run.stdout.split("adapters")[-1]) < 3.5  # an adapter of 5 MB: half a one for all the rest
 
 
 @pytest.mark.parametrize("weights", [[], [0.0, 0.0], [1.0, -1.0], [1.0, float("nan")], [float("inf"), 1.0]])
