@@ -152,8 +152,8 @@ class TrainerService:
 
     def serve(self) -> None:
         """Serve until `stop`, or until the parent process is gone."""
+        self.settings.pid_file.write_text(str(os.getpid()))
         with local_socket.listen(self.settings.socket_file) as listener:
-            self.settings.pid_file.write_text(str(os.getpid()))
             threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
             try:
                 while _is_alive(self.settings.parent):
@@ -263,13 +263,23 @@ def ensure_trainer(settings: ClientSettings, base_dir: str | os.PathLike) -> dic
 
 
 def stop_trainer(settings: ClientSettings) -> None:
-    """End the running trainer, if there is one; by its process id where it does not end by itself."""
-    with contextlib.suppress(OSError, EOFError):
-        pid = _call(settings, "stop", b"", CALL_TIMEOUT)[0]["pid"]
-        deadline = time.monotonic() + CALL_TIMEOUT
-        while _is_alive(pid) and settings.socket_file.exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-    end_process(settings.pid_file, TRAINER, signal.SIGKILL)  # one that hangs, or that still trains
+    """End the running trainer, if there is one: it is asked to, and killed if it does not listen or still trains."""
+    try:
+        pid = settings.pid_file.read_text()
+    except FileNotFoundError:
+        return
+    patience = CALL_TIMEOUT
+    try:
+        _call(settings, "stop", b"", CALL_TIMEOUT)
+    except (OSError, EOFError):
+        patience = 0.0
+    deadline = time.monotonic() + patience
+    while _runs(pid, TRAINER):  # the id may be another's by now; until its memory is free
+        if time.monotonic() > deadline:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        time.sleep(0.1)
+    settings.pid_file.unlink(missing_ok=True)
 
 
 def _call(settings: ClientSettings, command: str, payload: bytes, timeout: float) -> tuple[dict[str, Any], bytes]:
@@ -302,17 +312,6 @@ def _is_alive(pid: int | None) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def end_process(pid_file: Path, name: str, how: signal.Signals = signal.SIGTERM) -> None:
-    """End the process whose id a file holds, if its command still contains `name`: the id may be another's by now."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        pid = pid_file.read_text()
-        pid_file.unlink()
-        deadline = time.monotonic() + CALL_TIMEOUT
-        while _runs(pid, name):  # until its port and its memory are free
-            os.kill(int(pid), how if time.monotonic() < deadline else signal.SIGKILL)
-            time.sleep(0.2)
 
 
 def _runs(pid: str, name: str) -> bool:

@@ -38,6 +38,7 @@ SERVER_FILE = "FEDLPP_HF_SERVER"
 RECORD = "fedlpp_hf"
 DESCRIBE, BASE, TRAIN = "query.describe", "query.base", "train"
 _ROUND_SECONDS = 3600.0  # that clients have for a task, transport included, unless `round_timeout` says otherwise
+_SOON_SECONDS = 10.0  # until a node that has missed its heartbeat counts as offline; it sends one every 30 s, for 60 s
 _POLL_SECONDS = 0.2  # Flower's own `send_and_receive` looks every 3 s
 
 
@@ -229,7 +230,8 @@ class FlowerClients:
                 yield name, "it could not be reached"
         while waiting:
             present = self._present()
-            # Asked for an answer of a node that is offline, Flower would make up an error and drop the answer for good.
+            # Asked for an answer of a node that is offline by then, Flower would make up an error and drop the answer for
+            # good.
             online = [identity for identity, (_, node) in waiting.items() if node in present]
             for message in self.grid.pull_messages(online) if online else ():
                 if message.metadata.reply_to_message_id in waiting:  # else it is there twice
@@ -250,8 +252,9 @@ class FlowerClients:
                 time.sleep(_POLL_SECONDS)
 
     def _present(self) -> dict[int, str]:
-        """The nodes that are online, with the time since when."""
-        return {node.node_id: node.last_activated_at for node in self.grid.get_nodes()}
+        """The nodes that are online, and will be for some seconds without another heartbeat, with the time since when."""
+        soon = time.time() + _SOON_SECONDS  # the SuperLink's clock is this machine's
+        return {node.node_id: node.last_activated_at for node in self.grid.get_nodes() if node.online_until > soon}
 
 
 def _read(message: Message) -> Mapping[str, Any] | str:

@@ -266,22 +266,29 @@ client.TrainerService(client.ClientSettings.read(settings), trainer).serve()
         self.assert_ends(pid)
 
 
-class TestEndProcess:
+class TestStopTrainer:
     @pytest.fixture
-    def sleeper(self, tmp_path):
-        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-        (tmp_path / "pid").write_text(str(process.pid))
-        yield process
-        process.kill()
-        process.wait()
+    def start(self, settings):
+        processes = []
 
-    def test_ends_it_though_nobody_reaps_it(self, sleeper, tmp_path):
-        client.end_process(tmp_path / "pid", "time.sleep(60)")
-        assert sleeper.wait(timeout=0) == -signal.SIGTERM and not (tmp_path / "pid").exists()
+        def start(*words):
+            processes.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", *words]))
+            settings.pid_file.write_text(str(processes[0].pid))
+            return processes[0]
 
-    def test_spares_another_that_got_the_id(self, sleeper, tmp_path):
-        client.end_process(tmp_path / "pid", "fedlpp_hf.client")
-        assert sleeper.poll() is None and not (tmp_path / "pid").exists()
+        yield start
+        processes[0].kill()
+        processes[0].wait()
+
+    def test_kills_one_that_does_not_listen(self, start, settings):
+        trainer = start(client.TRAINER)
+        client.stop_trainer(settings)  # though nobody has asked for its exit code yet
+        assert trainer.wait(timeout=0) == -signal.SIGKILL and not settings.pid_file.exists()
+
+    def test_spares_another_that_got_the_id(self, start, settings):
+        other = start()
+        client.stop_trainer(settings)
+        assert other.poll() is None and not settings.pid_file.exists()
 
 
 class TestSettings:
