@@ -69,10 +69,10 @@ def quantize_base_tensor(
     elif tensor.is_floating_point() and tensor.dim() > 1 and settings.embedding_bits != FULL_PRECISION:
         bits = bits if name in settings.bulk else settings.embedding_bits
         levels = codebook(bits)
-        codes, scales = round_to_levels(tensor, levels, block_size, name=name)
-        values = restore_from_levels(codes, scales, levels, block_size, source).view(tensor.shape)
+        codes, block_scales = round_to_levels(tensor, levels, block_size, name=name)
+        values = restore_from_levels(codes, block_scales, levels, block_size, source).view(tensor.shape)
         kind, tensors = "codebook", {name: values}
-        information = packed_size(bits, len(codes)) + len(scales) * source.itemsize
+        information = packed_size(bits, len(codes)) + len(block_scales) * source.itemsize
     else:
         if not torch.isfinite(tensor).all():
             raise ValueError(f"`{name}` has values that are NaN or infinite. Is the checkpoint damaged?")
