@@ -22,7 +22,7 @@ def test_gradient_checkpointing_computes_again_what_it_drops(llama_base, lora, t
     updates, calls = [], []
     for on in (False, True):
         model = load_base(llama_base)
-        model.model.layers[0].mlp.register_forward_hook(lambda *_, on=on: calls.append(on))
+        model.model.layers[0].self_attn.register_forward_hook(lambda *_, on=on: calls.append(on))
         updates.append(train(model, tmp_path / str(on), lora, gradient_checkpointing=on)[0])
     assert (calls.count(False), calls.count(True)) == (2, 4)  # two steps
     assert_equal(*updates)
