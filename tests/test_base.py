@@ -666,3 +666,16 @@ def test_real_encoder(tmp_path):
     with torch.no_grad():
         similarity = torch.cosine_similarity(exact(ids).last_hidden_state, loaded(ids).last_hidden_state, dim=-1)
     assert similarity.mean() > 0.9  # random words; 0.97 on text
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+def test_weights_are_mapped_from_the_file(base):
+    """Processes that hold the same base share its memory, as long as nobody copies a weight."""
+    directory = base("llama", bits=4)
+    model = load_base(directory)
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    ranges = [line.split()[0].split("-") for line in lines if line.endswith(str(directory / "model.safetensors"))]
+    for name, parameter in model.named_parameters():
+        if parameter.dtype == torch.uint8:
+            place = parameter.data_ptr()
+            assert any(int(start, 16) <= place < int(end, 16) for start, end in ranges), name
