@@ -93,8 +93,7 @@ BENCHMARKS = (
     Benchmark(
         "flower",
         "Over Flower",
-        "On this machine's loopback, over TLS with node keys; aim: training and at most 8 s a round. flwr needs an environment "
-        "of its own, so the page may have no figures here.",
+        "On this machine's loopback, over TLS with node keys; aim: training and at most 8 s a round.",
     ),
     Benchmark(
         "peers",
