@@ -286,12 +286,14 @@ def draw(lines: list[dict[str, str]], path: Path) -> None:
             stolen = [number(line, "half: stolen") for line in group]
             if not group or any(value != value for value in stolen):
                 continue
-            bits, variate = re.search(r"(\d) bits", name).group(1), "variate" in name
+            bits, fill = re.search(r"(\d) bits", name).group(1), "none"
+            if "variate" in name:
+                fill = "#0b6e4f" if "four" in name else "#9ccdb5"
             axes.scatter(
                 [100 * value for value in stolen],
                 [100 * (float(line["server: loss"]) / full - 1) for line in group],
                 marker={"4": "o", "3": "s", "2": "^"}[bits],
-                facecolors=("#0b6e4f" if variate else "none"),
+                facecolors=fill,
                 edgecolors="#c8553d" if name.startswith("every") else "#0b6e4f",
                 label=name,
             )
