@@ -140,6 +140,7 @@ def run_benchmark(benchmark: Benchmark, full: bool) -> dict[str, object]:
         "command": " ".join(["python", *command]),
         "seconds": round(time.perf_counter() - began),
         "date": time.strftime("%Y-%m-%d"),
+        "processor": describe_machine()["processor"],
         "load": round(os.getloadavg()[0], 1),
         "failed": bool(done.returncode),
         "output": output,
@@ -167,7 +168,8 @@ def write_document(path: Path, results: dict) -> None:
             "",
             benchmark.text,
             "",
-            f"`{found['command']}`, {found['date']}, {found['seconds']} s:",
+            # What `--only` left out may be of another machine with as many cores.
+            f"`{found['command']}`, {found['date']}, {found['processor']}, {found['seconds']} s:",
             "",
             *fence,
             found["output"],
