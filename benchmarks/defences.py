@@ -25,7 +25,7 @@ from benchmarks.convergence import SHARED
 from benchmarks.privacy_frontier import STEPS, STORIES, prepare_stories, read_lines, warm_up, write_lines
 from fedlpp_hf import FederatedConfig, FederatedTrainer, export_base
 from fedlpp_hf.adapters import lora_factors
-from fedlpp_hf.aggregation import aggregate
+from fedlpp_hf.aggregation import aggregate, average_updates
 from fedlpp_hf.corrections import update_norm
 from fedlpp_hf.messages import ClientTask, restore_tensors
 from fedlpp_hf.owner import Owner
@@ -66,10 +66,6 @@ def move(start: Adapter, delta: Adapter, repair: Adapter | None = None, coeffici
         key: value + delta[key] - (coefficient * repair[key] if repair is not None else 0.0)
         for key, value in start.items()
     }
-
-
-def mean_of(adapters: Sequence[Adapter]) -> Adapter:
-    return {key: torch.stack([adapter[key] for adapter in adapters]).mean(0) for key in adapters[0]}
 
 
 def coarsen(weight: torch.Tensor, bits: int) -> torch.Tensor:
@@ -119,12 +115,12 @@ def try_estimates(
         for runs in (1, RUNS):
             for coefficient in (0.5, 1.0):
                 name = f"variate of {rows}, {runs} run{'s' * (runs > 1)}, coefficient {coefficient}"
-                yield name, evaluate(move(start, delta, mean_of(repairs[:runs]), coefficient))
-        share = average_repairs(repairs)[1]
+                yield name, evaluate(move(start, delta, average_updates(repairs[:runs], [1.0] * runs), coefficient))
+        mean, share = average_repairs(repairs)
         yield f"variate of {rows}, {RUNS} runs: share that is no chance (no loss)", share
         yield (
             f"variate of {rows}, {RUNS} runs, coefficient by that share",
-            evaluate(move(start, delta, mean_of(repairs), share)),
+            evaluate(move(start, delta, mean, share)),
         )
     yield from try_error_aware_merge(data, trainer, delta, start, bits)
     trainer.owner.close()
@@ -232,7 +228,7 @@ def try_server_mean(data: Mapping[str, Any], bits: int, seed: int, scratch: Path
     yield "broadcast every round: server", loss_of(trainer.owner.evaluate(adapters[-1]))
     yield (
         "broadcast every round: mean of the server's last two",
-        loss_of(trainer.owner.evaluate(mean_of(adapters[2:]))),
+        loss_of(trainer.owner.evaluate(average_updates(adapters[2:], [1.0, 1.0]))),
     )
     trainer.owner.close()
 

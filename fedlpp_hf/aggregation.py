@@ -26,9 +26,8 @@ from .tensor_files import Read, find_values
 
 # Updates that are read side by side: the sum in double precision goes through memory once for all of them.
 _GROUP = 32
-_CHUNK = (
-    2**15
-)  # values that are summed at a time: with 20 bytes for each, all arithmetic is in the processor's second cache
+# Values that are summed at a time: with 20 bytes for each, all arithmetic is in the processor's second cache.
+_CHUNK = 2**15
 
 Update = Mapping[str, torch.Tensor]
 

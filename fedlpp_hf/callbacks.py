@@ -64,7 +64,7 @@ class QuantizedBaseCallback(TrainerCallback):
         self.parameters: dict[str, torch.nn.Parameter] = {}
         self.initial: dict[str, torch.Tensor] = {}
         self.fingerprint = ""
-        self._frozen: list[tuple[str, torch.Tensor]] = []
+        self.frozen: list[tuple[str, torch.Tensor]] = []
         self._versions: list[int] = []
         self._digest = ""
         self._start: dict[str, torch.Tensor] = {}
@@ -79,7 +79,7 @@ class QuantizedBaseCallback(TrainerCallback):
         self.parameters = adapter_parameters(model)
         self.initial = copy_adapter(self.parameters)
         adapter = {id(parameter) for parameter in self.parameters.values()}
-        self._frozen = [(name, p) for name, p in model.named_parameters() if id(p) not in adapter]
+        self.frozen = [(name, p) for name, p in model.named_parameters() if id(p) not in adapter]
         keep_layout_(model)
         self._digest = self.digest_base()
         # A model that was quantized on the fly has no manifest; then its bits as loaded identify it.
@@ -114,7 +114,7 @@ class QuantizedBaseCallback(TrainerCallback):
         load_adapter_(self.parameters, start)
         # Read back, since an adapter that trains in bfloat16 starts at the rounded proxy.
         self._start = copy_adapter(self.parameters)
-        self._versions = [parameter._version for _, parameter in self._frozen]
+        self._versions = [parameter._version for _, parameter in self.frozen]
         self._memory = self._recall() if self._remembers else {}
         self._control = restore_tensors(self.current_task.control)
 
@@ -126,7 +126,7 @@ class QuantizedBaseCallback(TrainerCallback):
             add_control_gradient_(self.parameters, self._control, split_tensors(self._memory, CONTROL))
 
     def on_train_end(self, args, state, control, *, model: torch.nn.Module, train_dataloader: Any, **kwargs):
-        for (name, parameter), version in zip(self._frozen, self._versions, strict=True):
+        for (name, parameter), version in zip(self.frozen, self._versions, strict=True):
             if parameter._version != version:
                 raise RuntimeError(f"`{name}` of the base was written to during training; the base must stay frozen.")
         options, end = self.current_task.options, copy_adapter(self.parameters)
@@ -222,7 +222,7 @@ class QuantizedBaseCallback(TrainerCallback):
     def digest_base(self) -> str:
         """SHA-256 of every frozen parameter, as it is in memory now."""
         digest = hashlib.sha256()
-        for name, parameter in self._frozen:
+        for name, parameter in self.frozen:
             digest.update(name.encode())
             # numpy has no bfloat16, so the bytes are taken as such; a 0-d parameter needs a dimension first.
             digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

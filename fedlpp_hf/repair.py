@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from .aggregation import average_updates
+from .corrections import update_norm
+
 
 def average_repairs(repairs: Sequence[Mapping[str, torch.Tensor]]) -> tuple[dict[str, torch.Tensor], float]:
     """The mean of estimates of one repair, and the share of it that is no chance.
@@ -19,11 +22,10 @@ def average_repairs(repairs: Sequence[Mapping[str, torch.Tensor]]) -> tuple[dict
     """
     if not repairs:
         raise ValueError("There are no estimates of the repair; expected at least one.")
-    mean = {key: torch.stack([repair[key].double() for repair in repairs]).mean(0) for key in repairs[0]}
     count, share = len(repairs), 1.0
+    mean = average_updates(repairs, [1.0] * count)
     if count > 1:
-        norm = sum(float(tensor.square().sum()) for tensor in mean.values())
-        norms = sum(float(tensor.double().square().sum()) for repair in repairs for tensor in repair.values())
+        norm, norms = update_norm(mean) ** 2, sum(update_norm(repair) ** 2 for repair in repairs)
         pairs = (count**2 * norm - norms) / (count * (count - 1))  # |Σ r|² has each pair twice, and the squares
         share = max(pairs, 0.0) / norm if norm else 0.0
-    return {key: tensor.float() for key, tensor in mean.items()}, share
+    return mean, share

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from .quantization import QuantizedTensor, check_bits, codebook, pack_codes
+from .quantization import QuantizedTensor, check_bits, codebook, pack_codes, round_to_levels
 
 
 _STEPS = 1 << 16  # chances are multiples of this, two bytes each
@@ -36,16 +36,10 @@ def round_by_chance(
         ValueError: for bits without a codebook, a block size below 1, or values that are not finite.
     """
     bits = check_bits(bits)
-    if block_size < 1:
-        raise ValueError(f"block_size={block_size}; expected a positive number of values.")
-    flat = tensor.detach().reshape(-1).float()
-    if not flat.isfinite().all():
-        raise ValueError(f"`{name}` has values that are NaN or infinite; a quantized tensor must be finite.")
-    levels = codebook(bits)
-    whole = torch.nn.functional.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)
-    scales = whole.abs().amax(dim=1)
-    scaled = (whole / scales.clamp(min=1e-38)[:, None]).view(-1)[: flat.numel()]
-    above = torch.bucketize(scaled, levels).clamp(1, len(levels) - 1)
+    levels, flat = codebook(bits), tensor.detach().reshape(-1).float()
+    nearest, scales = round_to_levels(flat, levels, block_size, name=name)
+    scaled = flat / scales.clamp(min=1e-38).repeat_interleave(block_size)[: flat.numel()]
+    above = (nearest.long() + (scaled > levels[nearest.long()])).clamp(1, len(levels) - 1)
     low, high = levels[above - 1], levels[above]
     codes = (above - (chances >= (scaled - low) / (high - low)).long()).to(torch.uint8)
     return QuantizedTensor(pack_codes(codes, bits), scales, tuple(tensor.shape), bits, block_size)

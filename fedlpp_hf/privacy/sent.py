@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from ..adapters import PREFIX
 from ..base import read_manifest
 from ..quantization import QuantizedTensor
 
@@ -41,19 +42,15 @@ def list_sent(trainer: Any) -> list[SentTensor]:
             for e in entries
         ]
     else:
-        frozen = trainer.model.get_base_model().named_parameters()
-        adapter = {id(parameter) for parameter in trainer.guard.parameters.values()}
         sent = [
-            SentTensor("base", name, "full_precision", p.numel(), p.nbytes)
-            for name, p in frozen
-            if id(p) not in adapter
+            SentTensor("base", name.removeprefix(PREFIX), "full_precision", p.numel(), p.nbytes)
+            for name, p in trainer.guard.frozen
         ]
     if trainer.args.broadcast_interval is None:
         return sent
     for name, tensor in trainer.server.make_proxy(trainer.server.adapter).items():
         kind = "quantized" if isinstance(tensor, QuantizedTensor) else "full_precision"
-        values = math.prod(tensor.shape)
-        sent.append(SentTensor("proxy", name, kind, values, tensor.nbytes))
+        sent.append(SentTensor("proxy", name, kind, math.prod(tensor.shape), tensor.nbytes))
     return sent
 
 
