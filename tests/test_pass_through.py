@@ -1,16 +1,14 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """The Trainer's own ways to save memory and time count on clients: what they leave unchanged stays equal to the bit."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from transformers.utils import is_flash_attn_2_available
 
-from fedlpp_hf import FederatedConfig, FederatedMixin, FederatedTrainer, load_base
+from fedlpp_hf import FederatedTrainer, load_base
 
 from .conftest import make_rows
-from .test_trainer import assert_equal, make_args, make_tokenizer, make_trainer, task_of
+from .test_trainer import assert_equal, make_args, make_sft_classes, make_tokenizer, make_trainer, task_of
 
 
 def train(base, output_dir, lora, **options):
@@ -47,15 +45,7 @@ def test_optimizers_are_the_users_choice(llama_base, lora, tmp_path, optim):
 
 
 def test_packing_of_trl(llama_base, lora, tmp_path):
-    trl = pytest.importorskip("trl", reason="needs the extra [trl]")
-
-    @dataclass
-    class FederatedSFTConfig(trl.SFTConfig, FederatedConfig):
-        pass
-
-    class FederatedSFTTrainer(FederatedMixin, trl.SFTTrainer):
-        pass
-
+    FederatedSFTConfig, FederatedSFTTrainer = make_sft_classes()
     rows = make_rows(length=6).remove_columns(["attention_mask", "labels"])
     args = make_args(
         tmp_path, FederatedSFTConfig, bf16=False, max_length=24, packing=True, per_device_train_batch_size=1
@@ -63,9 +53,8 @@ def test_packing_of_trl(llama_base, lora, tmp_path):
     trainer = FederatedSFTTrainer(
         load_base(llama_base), args, train_dataset=rows, processing_class=make_tokenizer(), peft_config=lora
     )
-    assert {len(data) for data in trainer.client_datasets.values()} == {
-        2
-    }  # eight rows of six tokens each, in two of 24
+    # Eight rows of six tokens each, in two of 24.
+    assert {len(data) for data in trainer.client_datasets.values()} == {2}
     trainer.train()
     assert all(client["steps"] == 2 for client in trainer.server.store.records()[2]["clients"].values())
 

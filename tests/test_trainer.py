@@ -55,6 +55,20 @@ def make_trainer(model, output_dir, lora, cls=FederatedTrainer, train_dataset=No
     )
 
 
+def make_sft_classes():
+    """TRL's configuration and trainer, federated as the README says; a test that asks for them skips without TRL."""
+    trl = pytest.importorskip("trl", reason="needs the extra [trl]")
+
+    @dataclass
+    class FederatedSFTConfig(trl.SFTConfig, FederatedConfig):
+        pass
+
+    class FederatedSFTTrainer(FederatedMixin, trl.SFTTrainer):
+        pass
+
+    return FederatedSFTConfig, FederatedSFTTrainer
+
+
 def assert_equal(left, right):
     assert left.keys() == right.keys()
     for key in left:
@@ -340,15 +354,7 @@ class TestUsersOwnTrainers:
         assert all(client["steps"] == 2 for client in records[2]["clients"].values())
 
     def test_sft_trainer(self, full_llama, llama_base, lora, tmp_path):
-        trl = pytest.importorskip("trl", reason="needs the extra [trl]")
-
-        @dataclass
-        class FederatedSFTConfig(trl.SFTConfig, FederatedConfig):
-            pass
-
-        class FederatedSFTTrainer(FederatedMixin, trl.SFTTrainer):
-            pass
-
+        FederatedSFTConfig, FederatedSFTTrainer = make_sft_classes()
         rows = make_rows().remove_columns(["attention_mask"])
         trainer = FederatedSFTTrainer(
             load_base(llama_base), make_args(tmp_path, FederatedSFTConfig, bf16=False, max_length=12), train_dataset=rows,
