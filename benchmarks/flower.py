@@ -24,7 +24,7 @@ import yaml
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedlpp_hf.certificates import make_certificates, make_node_key
+from fedlpp_hf.deployment.certificates import make_certificates, make_node_key
 from fedlpp_hf.remote import load_rows, load_trainer
 
 

@@ -29,9 +29,9 @@ from safetensors.torch import load
 
 from fedlpp_hf import FederatedConfig
 from fedlpp_hf.admission import Admission
+from fedlpp_hf.aggregation.products import lower_rank, truncate_adapter
 from fedlpp_hf.compression import GAPS, VALUES, compress_update
 from fedlpp_hf.messages import ClientTask, ClientUpdate, LocalOptions, _digest, restore_tensors
-from fedlpp_hf.products import lower_rank, truncate_adapter
 from fedlpp_hf.quantization import QuantizedTensor, quantize
 
 

@@ -11,11 +11,11 @@ import torch
 from peft import PeftConfig
 from safetensors.torch import save_file
 
+from .aggregation.products import lower_rank, pad_update, truncate_adapter
 from .compression import decompress_update
 from .config import FederatedConfig
 from .corrections import check_norm
 from .messages import ClientFailure, ClientTask, ClientUpdate
-from .products import lower_rank, pad_update, truncate_adapter
 from .rules import trainable_keys
 from .tensor_files import TensorFile, close_files
 

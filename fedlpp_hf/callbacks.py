@@ -13,11 +13,11 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from .adapters import adapter_parameters, copy_adapter, load_adapter_, split_tensors
+from .aggregation.products import lower_rank, pad_update, truncate_adapter
 from .base import BASE_MANIFEST, base_fingerprint, keep_layout_, read_manifest
 from .compression import compress_update
 from .corrections import add_control_gradient_, add_proximal_gradient_, clip_update, update_client_control
 from .messages import ClientTask, ClientUpdate, Payload, restore_tensors
-from .products import lower_rank, pad_update, truncate_adapter
 from .quantization import FULL_PRECISION
 from .rules import trainable_keys
 from .store import write_atomically

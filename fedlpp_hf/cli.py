@@ -365,7 +365,7 @@ def run_client(**options: Any) -> None:
 
 
 def _import_deployment() -> Any:
-    from .flower_version import check_flower
+    from .deployment.flower_version import check_flower
 
     check_flower()  # first, because the other imports what only Flower brings
     from . import deployment

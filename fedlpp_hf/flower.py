@@ -23,7 +23,7 @@ from flwr.serverapp import Grid, ServerApp
 from . import __version__
 from .base_transfer import PackedBase, count_received, find_base, receive_piece
 from .client import ClientSettings, ask_trainer, describe_trainer, make_client_trainer, train_task
-from .flower_version import check_flower
+from .deployment.flower_version import check_flower
 
 
 if TYPE_CHECKING:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from .adapters import load_adapter_, split_tensors
+from .aggregation.products import join_residual
+from .aggregation.repair import average_repairs
 from .base import export_base
 from .blueprint import TrainerBlueprint
 from .hub import push_merged
@@ -23,9 +25,7 @@ from .merge import merge_adapter
 from .messages import ClientTask, LocalOptions, restore_tensors
 from .privacy.measurement import RowMeasures, choose_rows, measure_rows
 from .processes import Service
-from .products import join_residual
 from .quantization import FULL_PRECISION
-from .repair import average_repairs
 
 
 # The step sizes that the owner tries on its own data: a one-shot mean may need a longer or a shorter step.

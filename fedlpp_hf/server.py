@@ -19,11 +19,11 @@ from peft import PeftConfig
 from .adapters import check_tensors
 from .admission import AcceptedUpdate, Admission
 from .aggregation import aggregate, sum_updates
+from .aggregation.optimizers import ServerOptimizer
+from .aggregation.products import join_residual, lower_rank, pad_update, truncate_adapter
 from .config import FederatedConfig
 from .corrections import update_norm, update_server_control
 from .messages import ClientFailure, ClientTask, ClientUpdate, LocalOptions, Payload, restore_tensors
-from .optimizers import ServerOptimizer
-from .products import join_residual, lower_rank, pad_update, truncate_adapter
 from .quantization import FULL_PRECISION, quantize_tensors
 from .rounding import round_tensors
 from .rules import check_rule, trainable_keys

@@ -16,6 +16,21 @@ from safetensors.torch import save_file
 
 from fedlpp_hf.adapters import lora_factors, read_adapter, write_adapter
 from fedlpp_hf.aggregation import aggregate, average_updates, normalize_weights
+from fedlpp_hf.aggregation.products import (
+    decompose_product,
+    join_residual,
+    pad_update,
+    stack_products,
+    truncate_adapter,
+)
+from fedlpp_hf.aggregation.robust import (
+    coordinate_median,
+    geometric_median_weights,
+    gram_matrix,
+    krum_weights,
+    norm_clipping_scales,
+    trimmed_mean,
+)
 from fedlpp_hf.corrections import (
     add_control_gradient_,
     add_proximal_gradient_,
@@ -25,16 +40,7 @@ from fedlpp_hf.corrections import (
     update_norm,
     update_server_control,
 )
-from fedlpp_hf.products import decompose_product, join_residual, pad_update, stack_products, truncate_adapter
 from fedlpp_hf.quantization import dequantize, quantize
-from fedlpp_hf.robust import (
-    coordinate_median,
-    geometric_median_weights,
-    gram_matrix,
-    krum_weights,
-    norm_clipping_scales,
-    trimmed_mean,
-)
 from fedlpp_hf.rules import RULES, check_rule, trainable_keys
 from fedlpp_hf.tensor_files import TensorFile
 
@@ -607,7 +613,7 @@ def test_coordinate_rules_are_the_dense_ones(count, seed):
 def test_pieces_of_a_tensor_are_put_together(monkeypatch):
     updates = [make_adapter(k, 2) for k in range(5)]
     whole, gram = coordinate_median(updates), gram_matrix(updates)
-    monkeypatch.setattr("fedlpp_hf.robust._CHUNK_VALUES", 35)
+    monkeypatch.setattr("fedlpp_hf.aggregation.robust._CHUNK_VALUES", 35)
     monkeypatch.setattr("fedlpp_hf.aggregation._CHUNK", 7)
     assert all(torch.equal(tensor, whole[key]) for key, tensor in coordinate_median(updates).items())
     torch.testing.assert_close(gram_matrix(updates), gram)

@@ -19,10 +19,11 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoModelForCausalLM
 
-from fedlpp_hf import cli, client, flower_version
+from fedlpp_hf import cli, client
 from fedlpp_hf.base import export_base
 from fedlpp_hf.base_transfer import PackedBase, count_received, find_base, read_fingerprint, receive_piece
 from fedlpp_hf.client import ClientSettings, TrainerService, ask_trainer
+from fedlpp_hf.deployment import flower_version
 from fedlpp_hf.remote import load_function, load_rows, load_trainer
 
 from .conftest import make_rows
@@ -454,7 +455,7 @@ class TestFlowerVersion:
 
 def test_certificates(tmp_path):
     pytest.importorskip("cryptography")
-    from fedlpp_hf.certificates import make_certificates, make_node_key
+    from fedlpp_hf.deployment.certificates import make_certificates, make_node_key
 
     make_certificates(tmp_path, ["127.0.0.1", "localhost"])
     first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlpp_hf.optimizers import OPTIMIZERS, ServerOptimizer
+from fedlpp_hf.aggregation.optimizers import OPTIMIZERS, ServerOptimizer
 
 
 def random_tensors(seed: int, rounds: int = 1) -> list[dict[str, torch.Tensor]]:

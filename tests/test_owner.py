@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fedlpp_hf import FederatedTrainer
 from fedlpp_hf.adapters import read_adapter
+from fedlpp_hf.aggregation.repair import average_repairs
 from fedlpp_hf.publishing import MERGED_DIR
-from fedlpp_hf.repair import average_repairs
 
 from .conftest import make_rows
 from .test_trainer import make_args

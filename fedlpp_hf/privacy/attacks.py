@@ -15,8 +15,8 @@ from torch.utils.data import ConcatDataset
 from transformers import TrainerCallback
 
 from ..adapters import copy_adapter
+from ..aggregation.products import lower_rank, pad_update
 from ..messages import ClientTask, restore_tensors
-from ..products import lower_rank, pad_update
 
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from fedlpp_hf.certificates import make_certificates, make_node_key
+from fedlpp_hf.deployment.certificates import make_certificates, make_node_key
 
 
 HERE = Path(__file__).parent.resolve()

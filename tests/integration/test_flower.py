@@ -44,10 +44,10 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode import fleet_http_connection
 
 from fedlpp_hf import supernode
-from fedlpp_hf.certificates import make_certificates, make_node_key
 from fedlpp_hf.deployment import _APP, _environment, _running, _wait_for_port, run_client, run_server
+from fedlpp_hf.deployment.certificates import make_certificates, make_node_key
+from fedlpp_hf.deployment.supernode import make_patient_invoker
 from fedlpp_hf.flower import DESCRIBE, TRAIN, FlowerClients, make_client_app
-from fedlpp_hf.supernode import make_patient_invoker
 
 
 pytestmark = pytest.mark.integration
@@ -386,7 +386,7 @@ def test_client_app_is_light():
 
 
 def test_other_machines_reach_the_fleet_api_alone():
-    from fedlpp_hf.superlink import FleetOnly
+    from fedlpp_hf.deployment.superlink import FleetOnly
 
     def ask(path, host):
         sent = []
@@ -425,7 +425,16 @@ def test_gate_stands_in_front_of_a_real_superlink(tmp_path):
             connection.request("POST", path)
             return connection.getresponse().status
 
-    command = [sys.executable, "-m", "fedlpp_hf.superlink", "--insecure", "--host", "0.0.0.0", "--port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "fedlpp_hf.deployment.superlink",
+        "--insecure",
+        "--host",
+        "0.0.0.0",
+        "--port",
+        str(port),
+    ]
     command += ["--database", str(tmp_path / "superlink.db")]
     with _running(command, _environment(tmp_path), tmp_path / "log", tmp_path / "superlink.pid") as superlink:
         _wait_for_port(port, superlink, tmp_path / "log")
@@ -469,7 +478,7 @@ class TestSupernode:
     def test_what_ends_it_ends_the_process(self):
         """Flower's own server, a thread, would keep it."""
         code = (
-            "import threading, time\nimport fedlpp_hf.supernode as node\n"
+            "import threading, time\nimport fedlpp_hf.deployment.supernode as node\n"
             "def run():\n    threading.Thread(target=time.sleep, args=(600,)).start()\n    raise OSError('gone')\n"
             "node.flower_supernode = run\nnode.main()"
         )
@@ -771,7 +780,12 @@ def test_machines_that_die(machines, tmp_path):
 
     running = machines.find_processes()
     commands = [" ".join(command) for command, _ in running.values()]
-    for name in ("fedlpp_hf.superlink", "flwr-serverapp", "fedlpp_hf.supernode", "fedlpp_hf.client"):
+    for name in (
+        "fedlpp_hf.deployment.superlink",
+        "flwr-serverapp",
+        "fedlpp_hf.deployment.supernode",
+        "fedlpp_hf.client",
+    ):
         assert any(name in command for command in commands), name
     assert {environment["FLWR_TELEMETRY_ENABLED"] for _, environment in running.values()} == {"0"}
     assert {environment["FLWR_DISABLE_UPDATE_CHECK"] for _, environment in running.values()} == {"1"}

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from peft import PeftConfig
 
-from .adapters import check_keys, lora_factors
+from ..adapters import check_keys, lora_factors
+from ..rules import trainable_keys
+from ..tensor_files import Read, find_values
 from .products import mean_of_products, stack_products, truncate_product
 from .robust import (
     coordinate_median,
@@ -20,8 +22,6 @@ from .robust import (
     norm_clipping_scales,
     trimmed_mean,
 )
-from .rules import trainable_keys
-from .tensor_files import Read, find_values
 
 
 # Updates that are read side by side: the sum in double precision goes through memory once for all of them.

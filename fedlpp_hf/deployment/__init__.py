@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..client import ClientSettings, stop_trainer
 from .certificates import (
     CA_CERTIFICATE,
     NODE_PUBLIC_KEY,
@@ -23,14 +24,13 @@ from .certificates import (
     make_certificates,
     make_node_key,
 )
-from .client import ClientSettings, stop_trainer
 from .flower_version import check_flower
 
 
 SERVER_FILE = "FEDLPP_HF_SERVER"  # as in flower.py, whose import needs Flower
 SUPERLINK_PID, SUPERNODE_PID = "superlink.pid", "supernode.pid"
 # In the commands of all that a SuperLink or SuperNode starts.
-_FLOWERS = ("flower-super", "flwr-", "fedlpp_hf.super")
+_FLOWERS = ("flower-super", "flwr-", "fedlpp_hf.deployment.super")
 _START_SECONDS, _END_SECONDS = 180.0, 15.0  # of a machine under load; idle, it takes 3 s
 _CONNECTION = "fedlpp"
 _APP = {
@@ -85,7 +85,7 @@ def run_server(
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     _check_insecure(insecure, listen)
     address = f"127.0.0.1:{port}"
-    command = [sys.executable, "-m", "fedlpp_hf.superlink", "--host", listen, "--port", str(port)]
+    command = [sys.executable, "-m", "fedlpp_hf.deployment.superlink", "--host", listen, "--port", str(port)]
     command += ["--database", str(state / "superlink.db"), "--disable-runtime-dependency-installation"]
     connection = {"address": address, "insecure": insecure}
     if insecure:
@@ -151,7 +151,7 @@ def run_client(
     with socket.socket() as probe:  # the ClientApp's way to the SuperNode, on loopback
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "fedlpp_hf.supernode", "--superlink", server]
+    command = [sys.executable, "-m", "fedlpp_hf.deployment.supernode", "--superlink", server]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--node-config", f'settings="{settings.write()}"']
     if insecure:

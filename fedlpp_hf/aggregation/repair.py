@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from .aggregation import average_updates
-from .corrections import update_norm
+from ..corrections import update_norm
+from . import average_updates
 
 
 def average_repairs(repairs: Sequence[Mapping[str, torch.Tensor]]) -> tuple[dict[str, torch.Tensor], float]:

@@ -5,7 +5,7 @@ Flower serves three APIs on one port. The Fleet API asks for node keys; the Cont
 and the Runtime API (hand me the ServerApp's task) ask for nothing, so that whoever reaches the port could run code beside
 the owner's full model. They are for this machine only.
 
-    python -m fedlpp_hf.superlink [arguments of flower-superlink]
+    python -m fedlpp_hf.deployment.superlink [arguments of flower-superlink]
 """
 
 import ipaddress

@@ -5,7 +5,7 @@ Flower takes every TLS handshake that fails for a wrong certificate, and gives u
 the network was away for a minute. What it leaves is a process without its main thread, which takes no messages and does not
 end, because its local server runs on.
 
-    python -m fedlpp_hf.supernode [arguments of flower-supernode]
+    python -m fedlpp_hf.deployment.supernode [arguments of flower-supernode]
 """
 
 import os
