@@ -37,6 +37,7 @@ from transformers import (
 from benchmarks.convergence import SHARED, compute_accuracy, read_rows
 from benchmarks.encoder import find_encoder
 from fedlpp_hf import AuditReport, FederatedConfig, FederatedTrainer
+from fedlpp_hf.config import FULL_PRECISION
 
 
 STEPS, ROUNDS = 40, 4  # of each client, 8 rows each: 4 × 10, or one run of 40 where nothing is broadcast
@@ -58,12 +59,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "every round, 3 bits": {**EVERY, "base_bits": 3},
     "every round, 3 bits, one variate": {**EVERY, **VARIATE, "base_bits": 3},
     "every round, 3 bits, four variates": {**EVERY, **FOUR, "base_bits": 3},
+    "nothing, full precision": {**NEVER, "base_bits": FULL_PRECISION, "adapter_bits": FULL_PRECISION},
     "nothing, 4 bits, fitted step": {**FITTED, "base_bits": 4},
     "nothing, 4 bits, one variate, fitted step": {**FITTED, **VARIATE, "base_bits": 4},
     "nothing, 4 bits, four variates": {**NEVER, **FOUR, "base_bits": 4},
+    "nothing, 4 bits, four variates, fitted step": {**FITTED, **FOUR, "base_bits": 4},
     "nothing, 3 bits, fitted step": {**FITTED, "base_bits": 3},
     "nothing, 3 bits, one variate, fitted step": {**FITTED, **VARIATE, "base_bits": 3},
     "nothing, 3 bits, four variates": {**NEVER, **FOUR, "base_bits": 3},
+    "nothing, 3 bits, four variates, fitted step": {**FITTED, **FOUR, "base_bits": 3},
     "nothing, 2 bits, one variate, fitted step": {**FITTED, **VARIATE, "base_bits": 2},
     "nothing, 2 bits, four variates": {**NEVER, **FOUR, "base_bits": 2},
 }  # fmt: skip
@@ -286,13 +290,13 @@ def draw(lines: list[dict[str, str]], path: Path) -> None:
             stolen = [number(line, "half: stolen") for line in group]
             if not group or any(value != value for value in stolen):
                 continue
-            bits, fill = re.search(r"(\d) bits", name).group(1), "none"
+            bits, fill = re.search(r"\d(?= bits)|full", name).group(), "none"
             if "variate" in name:
                 fill = "#0b6e4f" if "four" in name else "#9ccdb5"
             axes.scatter(
                 [100 * value for value in stolen],
                 [100 * (float(line["server: loss"]) / full - 1) for line in group],
-                marker={"4": "o", "3": "s", "2": "^"}[bits],
+                marker={"4": "o", "3": "s", "2": "^", "full": "D"}[bits],
                 facecolors=fill,
                 edgecolors="#c8553d" if name.startswith("every") else "#0b6e4f",
                 label=name,
