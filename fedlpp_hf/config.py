@@ -261,6 +261,9 @@ class FederatedConfig(TrainingArguments):
             )
         self.save_strategy = "no"
         self.load_best_model_at_end = False
+        # Several GPUs in one process mean nn.DataParallel to a Trainer: the base copied in every step, batches n times as
+        # large. Ranks (`torchrun`) and `client_workers` have one GPU each.
+        self._n_gpu = min(self.n_gpu, 1)
         for option in ("base_bits", "embedding_bits", "adapter_bits", "update_bits"):
             check_bits_or_full(getattr(self, option), option)
         self._check_positive("num_rounds", "min_clients", "base_block_size", "adapter_block_size", "dirichlet_alpha")

@@ -8,8 +8,10 @@ import signal
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,22 +37,30 @@ class Service:
     """A spawned process with a desk, `make_desk(setup, scratch)`: a request names one of its methods.
 
     A method takes the request's tensors and its JSON arguments by name, and returns (JSON values, tensors); `scratch` is
-    a directory that ends with the process.
+    a directory that ends with the process. `environment` is set in the process from its very beginning, before it imports
+    anything.
 
     Raises:
         ValueError: if `setup` can't be sent there; from [`receive`], if the desk refused its input with one.
         RuntimeError: from [`send`] and [`receive`], if the process died or failed unexpectedly.
     """
 
-    def __init__(self, name: str, make_desk: Callable[[Any, Path], Any], setup: Any):
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        make_desk: Callable[[Any, Path], Any],
+        setup: Any,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ):
+        self.name, self.environment = name, environment
         context = multiprocessing.get_context("spawn")
         self.pipe, child = context.Pipe()
         self._process = context.Process(
             target=_serve, args=(child, name, make_desk, setup), name=f"fedlpp-{name}", daemon=True
         )
         try:
-            self._process.start()
+            with _environment(environment):
+                self._process.start()
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"The {name}'s process can't be given what it needs ({error}). Define compute_metrics, collators and the "
@@ -102,6 +112,21 @@ class Service:
             f"The {self.name}'s process died during `{self._command}` (exit code {self._process.exitcode}). Its own "
             "messages are above. The rounds that are committed are safe: mend the cause and resume."
         )
+
+
+@contextmanager
+def _environment(changes: Mapping[str, str]) -> Iterator[None]:
+    """What is spawned inside begins with `changes` to this process's environment."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _end(pipe, process) -> None:

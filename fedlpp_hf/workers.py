@@ -5,7 +5,7 @@ import gc
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ class ClientWorkers:
     """`count` processes that share the clients of each round, for simulations on one machine.
 
     A client's update depends on its task and rows alone, so that any number of workers ends in the same bits as one
-    (given equal threads: `threads` of each worker, by default the cores shared out evenly). A worker that dies, or is
+    (given equal threads: `threads` of each worker, by default the cores shared out evenly). Where there are several GPUs,
+    each worker has one, in turn. A worker that dies, or is
     busy with one client for longer than `client_timeout` seconds, is replaced, and that client counts as failed; so do all
     that have not answered when a round's `round_timeout` is over.
     """
@@ -33,7 +34,7 @@ class ClientWorkers:
         self.threads = threads or max((os.cpu_count() or 1) // count, 1)
         self.num_examples = {client: len(rows) for client, rows in blueprint.client_datasets.items()}
         self._starting: set[Service] = set()
-        self._idle = [self._start() for _ in range(count)]
+        self._idle = [self._start(environment) for environment in share_gpus(count)]
         self._busy: dict[Service, tuple[str, float]] = {}  # the client that it trains, and since when
 
     def train_clients(self, tasks: list[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
@@ -90,10 +91,10 @@ class ClientWorkers:
     def _replace(self, worker: Service) -> None:
         del self._busy[worker]
         worker.kill()
-        self._idle.append(self._start())
+        self._idle.append(self._start(worker.environment))
 
-    def _start(self) -> Service:
-        worker = Service("client worker", make_desk, (self.blueprint, self.threads))
+    def _start(self, environment: Mapping[str, str]) -> Service:
+        worker = Service("client worker", make_desk, (self.blueprint, self.threads), environment)
         worker.send("start")
         self._starting.add(worker)
         return worker
@@ -119,6 +120,16 @@ def make_desk(setup: tuple[TrainerBlueprint, int], scratch: Path) -> _Desk:
     blueprint, threads = setup
     torch.set_num_threads(threads)
     return _Desk(blueprint)
+
+
+def share_gpus(count: int) -> list[dict[str, str]]:
+    """The environments of `count` processes that share this machine's GPUs, one each, in turn; empty where there is no choice."""
+    gpus = torch.cuda.device_count()
+    if gpus < 2:
+        return [{} for _ in range(count)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(gpu) for gpu in range(gpus)]
+    return [{"CUDA_VISIBLE_DEVICES": names[index % gpus].strip()} for index in range(count)]
 
 
 def late_reason(round_timeout: float) -> str:

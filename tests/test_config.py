@@ -4,6 +4,7 @@
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from fedlpp_hf.arguments import parse_args, read_yaml
@@ -191,3 +192,8 @@ def test_bf16_on_a_cpu_that_is_slow_at_it_is_warned_of(tmp_path, monkeypatch, su
     monkeypatch.setattr("fedlpp_hf.config.logger.warning", said.append)
     FederatedConfig(str(tmp_path), use_cpu=True, bf16=True)
     assert len(said) == (not supported)
+
+
+def test_several_gpus_in_one_process_do_not_make_larger_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # what a Trainer would copy the base to, in every step
+    assert FederatedConfig(str(tmp_path), per_device_train_batch_size=4).train_batch_size == 4

@@ -12,7 +12,8 @@ import torch
 
 from fedlpp_hf import FederatedTrainer
 from fedlpp_hf.messages import ClientFailure, ClientTask, ClientUpdate
-from fedlpp_hf.workers import ClientWorkers, as_bytes, as_tensor
+from fedlpp_hf.processes import Service
+from fedlpp_hf.workers import ClientWorkers, as_bytes, as_tensor, share_gpus
 
 from .conftest import make_rows
 from .test_trainer import make_args, make_trainer
@@ -55,13 +56,42 @@ def test_workers_that_are_lost_cost_their_clients_alone(llama_base, lora, tmp_pa
     assert "the disk is full" in record["rejected"]["site-2"]
 
 
+class EnvironmentDesk:
+    def read(self, tensors, name):
+        return {"value": os.environ.get(name)}, {}
+
+
+def make_environment_desk(setup, scratch):
+    return EnvironmentDesk()
+
+
+@pytest.mark.parametrize("visible, names", [(None, ["0", "1", "0"]), ("4, 7", ["4", "7", "4"])])
+def test_workers_share_the_gpus(monkeypatch, visible, names):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert share_gpus(3) == [{"CUDA_VISIBLE_DEVICES": name} for name in names]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert share_gpus(3) == [{}, {}, {}]
+
+
+def test_a_process_begins_in_its_environment(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    service = Service("desk", make_environment_desk, None, {"CUDA_VISIBLE_DEVICES": "7"})
+    assert service.ask("read", name="CUDA_VISIBLE_DEVICES")[0] == {"value": "7"}
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,7"
+    service.close()
+
+
 class EchoService:
     """A worker that answers in this process, when it is asked for the answer."""
 
     killed = 0
     hanging = ""
 
-    def __init__(self, name, make_desk, setup):
+    def __init__(self, name, make_desk, setup, environment):
+        self.environment = environment
         self.pipe, self._far = Pipe()
 
     def send(self, command, tensors=None):
