@@ -63,6 +63,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "nothing, 4 bits, fitted step": {**FITTED, "base_bits": 4},
     "nothing, 4 bits, one variate, fitted step": {**FITTED, **VARIATE, "base_bits": 4},
     "nothing, 4 bits, four variates": {**NEVER, **FOUR, "base_bits": 4},
+    "nothing, 4 bits, four variates, 120 steps": {**NEVER, **FOUR, "base_bits": 4, "max_steps": 3 * STEPS},
     "nothing, 4 bits, four variates, fitted step": {**FITTED, **FOUR, "base_bits": 4},
     "nothing, 3 bits, fitted step": {**FITTED, "base_bits": 3},
     "nothing, 3 bits, one variate, fitted step": {**FITTED, **VARIATE, "base_bits": 3},
@@ -181,7 +182,7 @@ def run_setting(
         compare_full_precision=references,
         audit=True,
         audit_rows=256,
-        audit_steps=STEPS,
+        audit_steps=setting["num_rounds"] * setting["max_steps"],
         merge=False,
         overwrite=True,
         report_to=[],
@@ -226,29 +227,32 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def summarize(lines: list[dict[str, str]]) -> str:
-    """The table: means over seeds, with the range of the stolen value; losses of one task are comparable."""
+    """The table: means over seeds, and the ranges over them of the stolen value and of what the server lacks.
+
+    What it lacks is its loss above that of the same seed's federation in full precision; losses of one task are comparable.
+    """
     text = []
     for task in dict.fromkeys(line["task"] for line in lines):
         mine = [line for line in lines if line["task"] == task]
-        reference = {
-            name: mean_of([line for line in mine if line.get(f"{name}: loss")], f"{name}: loss")
-            for name in ("owner before", "full precision", "owner alone")
-        }
+        full = {line["seed"]: number(line, "full precision: loss") for line in mine if line["full precision: loss"]}
         text += [
-            f"\n{task}: owner's model before {reference['owner before']:.3f}, federation in full precision "
-            f"{reference['full precision']:.3f}, owner's own rows alone {reference['owner alone']:.3f}\n",
-            "| broadcast, base | seeds | server | base | best client | alone | stolen | best half | alone | stolen | exposure |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
+            f"\n{task}: owner's model before {describe(mine, 'owner before')}, federation in full precision "
+            f"{describe(mine, 'full precision')}, owner's own rows alone {describe(mine, 'owner alone')}\n",
+            "| broadcast, base | seeds | server | above full precision | base | best client | alone | stolen | best half | alone "
+            "| stolen | exposure |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         groups = defaultdict(list)
         for line in mine:
             groups[line["setting"]].append(line)
         for name in SETTINGS:
             if group := groups.get(name):
+                lacks = [number(line, "server: loss") / full[line["seed"]] - 1 for line in group]
                 cells = [
                     name,
                     str(len(group)),
-                    f"{mean_of(group, 'server: loss'):.3f}",
+                    describe(group, "server"),
+                    format_range(lacks, 1),
                     f"{mean_of(group, 'base: loss'):.3f}",
                 ]
                 for label in ("client", "half"):
@@ -256,6 +260,15 @@ def summarize(lines: list[dict[str, str]]) -> str:
                     cells.append(format_range([number(line, f"{label}: stolen") for line in group]))
                 text.append("| " + " | ".join([*cells, f"{mean_of(group, 'exposure'):.0%}"]) + " |")
     return "\n".join(text)
+
+
+def describe(lines: list[dict[str, str]], name: str) -> str:
+    """The mean loss of a model over the lines that have it, and its accuracy."""
+    lines = [line for line in lines if line.get(f"{name}: loss")]
+    text = f"{mean_of(lines, f'{name}: loss'):.3f}"
+    if lines and lines[0].get(f"{name}: accuracy"):
+        text += f" ({mean_of(lines, f'{name}: accuracy'):.1%})"
+    return text
 
 
 def mean_of(lines: list[dict[str, str]], name: str) -> float:
@@ -266,11 +279,13 @@ def number(line: dict[str, str], name: str) -> float:
     return float(line.get(name) or "nan")  # there is no stolen value where the server is no better than local training
 
 
-def format_range(values: list[float]) -> str:
-    if any(value != value for value in values):
+def format_range(values: list[float], digits: int = 0) -> str:
+    known = [value for value in values if value == value]
+    if not known:
         return "no gain"
-    low, high = min(values), max(values)
-    return f"{low:.0%}" if f"{low:.0%}" == f"{high:.0%}" else f"{low:.0%} to {high:.0%}"
+    low, high = (f"{value:.{digits}%}" for value in (min(known), max(known)))
+    text = low if low == high else f"{low} to {high}"
+    return text if len(known) == len(values) else f"{text}; no gain in {len(values) - len(known)} of {len(values)}"
 
 
 def draw(lines: list[dict[str, str]], path: Path) -> None:
