@@ -289,42 +289,52 @@ def format_range(values: list[float], digits: int = 0) -> str:
 
 
 def draw(lines: list[dict[str, str]], path: Path) -> None:
-    """Server's loss above full precision against the stolen value of half of the clients, a point a setting and task."""
+    """Server's loss above full precision against the stolen value of half of the clients, a point a setting and seed.
+
+    Where the server has no gain over what they have alone, or they have more than the server, the point stands at the right.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(line["task"] for line in lines))
-    figure = Figure(figsize=(max(4.2 * len(tasks), 6), 5.2), layout="constrained")
+    figure = Figure(figsize=(max(4.2 * len(tasks), 6), 5.6), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         mine = [line for line in lines if line["task"] == task]
-        full = mean_of([line for line in mine if line.get("full precision: loss")], "full precision: loss")
-        alone = mean_of([line for line in mine if line.get("owner alone: loss")], "owner alone: loss")
+        full = {line["seed"]: number(line, "full precision: loss") for line in mine if line["full precision: loss"]}
+        alone = [number(line, "owner alone: loss") / full[line["seed"]] for line in mine if line["owner alone: loss"]]
         for name in SETTINGS:
             group = [line for line in mine if line["setting"] == name]
-            stolen = [number(line, "half: stolen") for line in group]
-            if not group or any(value != value for value in stolen):
-                continue
+            stolen = [100 * number(line, "half: stolen") for line in group]
             bits, fill = re.search(r"\d(?= bits)|full", name).group(), "none"
             if "variate" in name:
                 fill = "#0b6e4f" if "four" in name else "#9ccdb5"
             axes.scatter(
-                [100 * value for value in stolen],
-                [100 * (float(line["server: loss"]) / full - 1) for line in group],
+                [value if value <= 100 else 120 for value in stolen],
+                [100 * (number(line, "server: loss") / full[line["seed"]] - 1) for line in group],
                 marker={"4": "o", "3": "s", "2": "^", "full": "D"}[bits],
                 facecolors=fill,
                 edgecolors="#c8553d" if name.startswith("every") else "#0b6e4f",
                 label=name,
             )
         axes.axhline(0, linestyle="--", color="#555555", linewidth=1)
-        axes.axhline(100 * (alone / full - 1), linestyle=":", color="#555555", linewidth=1)
+        axes.axhline(100 * (statistics.fmean(alone) - 1), linestyle=":", color="#555555", linewidth=1)
+        axes.margins(y=0.08)
+        axes.set_yscale("symlog", linthresh=3)
+        ticks = [
+            tick for tick in (-10, -5, -2, 0, 1, 2, 5, 10, 20, 50) if axes.get_ylim()[0] < tick < axes.get_ylim()[1]
+        ]
+        axes.set_yticks(ticks, [str(tick) for tick in ticks], minor=False)
+        axes.minorticks_off()
+        axes.set_xlim(-50, 130)
+        axes.set_xticks([-40, 0, 40, 80, 120], ["-40", "0", "40", "80", "all, or\nno gain"])
         axes.set_title(f"{task} (dotted: the owner's rows alone)", fontsize=9)
         axes.set_xlabel("stolen value of half of the clients, %")
-        axes.set_ylabel("server's loss above full precision, %")
         axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("server's loss above full precision, %")
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=7)
-    figure.savefig(path, dpi=130)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=7)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
