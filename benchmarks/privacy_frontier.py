@@ -7,8 +7,8 @@
 
 It needs the shared data folder beside the checkout, and makes each task's owner's model itself: stories260K (rnnlg, e2e)
 or MiniLM (trec, sst2), all weights tuned for a while on rows that no client has. The owner keeps 400 of them for the
-server's step and the control variate. Four clients: domains, kinds of food, or Dirichlet 0.5 over labels. Every setting has
-the same number of local steps. Losses are means over at most 256 evaluation rows that nothing was chosen by, except that attackers
+server's step and the control variate. Four clients: domains, kinds of food, or Dirichlet 0.5 over labels. Every setting but
+one has the same number of local steps. Losses are means over at most 256 evaluation rows that nothing was chosen by, except that attackers
 choose their best on them. Lines that the CSV file has already are not run again; from it come the table and the picture.
 """
 
