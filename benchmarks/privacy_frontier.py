@@ -234,7 +234,7 @@ def summarize(lines: list[dict[str, str]]) -> str:
     text = []
     for task in dict.fromkeys(line["task"] for line in lines):
         mine = [line for line in lines if line["task"] == task]
-        full = {line["seed"]: number(line, "full precision: loss") for line in mine if line["full precision: loss"]}
+        full = losses_by_seed(mine, "full precision")
         text += [
             f"\n{task}: owner's model before {describe(mine, 'owner before')}, federation in full precision "
             f"{describe(mine, 'full precision')}, owner's own rows alone {describe(mine, 'owner alone')}\n",
@@ -247,12 +247,14 @@ def summarize(lines: list[dict[str, str]]) -> str:
             groups[line["setting"]].append(line)
         for name in SETTINGS:
             if group := groups.get(name):
-                lacks = [number(line, "server: loss") / full[line["seed"]] - 1 for line in group]
+                lacks = [
+                    number(line, "server: loss") / full[line["seed"]] - 1 for line in group if line["seed"] in full
+                ]
                 cells = [
                     name,
                     str(len(group)),
                     describe(group, "server"),
-                    format_range(lacks, 1),
+                    format_range(lacks, 1) if lacks else "",
                     f"{mean_of(group, 'base: loss'):.3f}",
                 ]
                 for label in ("client", "half"):
@@ -269,6 +271,11 @@ def describe(lines: list[dict[str, str]], name: str) -> str:
     if lines and lines[0].get(f"{name}: accuracy"):
         text += f" ({mean_of(lines, f'{name}: accuracy'):.1%})"
     return text
+
+
+def losses_by_seed(lines: list[dict[str, str]], name: str) -> dict[str, float]:
+    """A reference's loss, which one line of each seed has."""
+    return {line["seed"]: number(line, f"{name}: loss") for line in lines if line.get(f"{name}: loss")}
 
 
 def mean_of(lines: list[dict[str, str]], name: str) -> float:
@@ -301,10 +308,10 @@ def draw(lines: list[dict[str, str]], path: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         mine = [line for line in lines if line["task"] == task]
-        full = {line["seed"]: number(line, "full precision: loss") for line in mine if line["full precision: loss"]}
-        alone = [number(line, "owner alone: loss") / full[line["seed"]] for line in mine if line["owner alone: loss"]]
+        full = losses_by_seed(mine, "full precision")
+        alone = losses_by_seed(mine, "owner alone")
         for name in SETTINGS:
-            group = [line for line in mine if line["setting"] == name]
+            group = [line for line in mine if line["setting"] == name and line["seed"] in full]
             stolen = [100 * number(line, "half: stolen") for line in group]
             bits, fill = re.search(r"\d(?= bits)|full", name).group(), "none"
             if "variate" in name:
@@ -318,7 +325,8 @@ def draw(lines: list[dict[str, str]], path: Path) -> None:
                 label=name,
             )
         axes.axhline(0, linestyle="--", color="#555555", linewidth=1)
-        axes.axhline(100 * (statistics.fmean(alone) - 1), linestyle=":", color="#555555", linewidth=1)
+        for seed, loss in alone.items():
+            axes.axhline(100 * (loss / full[seed] - 1), linestyle=":", color="#555555", linewidth=1)
         axes.margins(y=0.08)
         axes.set_yscale("symlog", linthresh=3)
         ticks = [
@@ -341,7 +349,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="rnnlg, seed 0, the four quick settings")
     parser.add_argument("--tasks", nargs="+", choices=[*STORIES, *ENCODER], default=[*STORIES, *ENCODER])
-    parser.add_argument("--settings", nargs="+", choices=[*SETTINGS, "quick"], default=list(SETTINGS))
+    parser.add_argument(
+        "--settings", nargs="+", metavar="SETTING", choices=[*SETTINGS, "quick"], default=list(SETTINGS)
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--csv", type=Path, default=Path("out/privacy_frontier/frontier.csv"))
     parser.add_argument("--scratch", type=Path, default=Path("out/privacy_frontier"))
