@@ -43,8 +43,7 @@ from flwr.app import Context, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode import fleet_http_connection
 
-from fedlpp_hf import supernode
-from fedlpp_hf.deployment import _APP, _environment, _running, _wait_for_port, run_client, run_server
+from fedlpp_hf.deployment import _APP, _environment, _running, _wait_for_port, run_client, run_server, supernode
 from fedlpp_hf.deployment.certificates import make_certificates, make_node_key
 from fedlpp_hf.deployment.supernode import make_patient_invoker
 from fedlpp_hf.flower import DESCRIBE, TRAIN, FlowerClients, make_client_app
