@@ -41,7 +41,7 @@ from fedlpp_hf.quantization import codebook, pack_codes, packed_size, quantize_t
 CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
 PRESETS = ("fedlpp", "balanced", "strict")
 DOWN = [{"adapter_bits": bits, "adapter_block_size": size} for bits in (4, 3, 2) for size in (64, 256)]
-UP: list[dict[str, Any]] = [{"update_bits": bits} for bits in (8, 4, 2)]
+UP: list[dict[str, Any]] = [{"update_bits": bits} for bits in (8, 4, 3, 2)]
 UP += [{"update_bits": 4, "update_density": density} for density in (0.1, 0.05)]
 LLAMA_1B = LlamaConfig(
     hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
