@@ -22,9 +22,8 @@ class ClientWorkers:
 
     A client's update depends on its task and rows alone, so that any number of workers ends in the same bits as one
     (given equal threads: `threads` of each worker, by default the cores shared out evenly). Where there are several GPUs,
-    each worker has one, in turn. A worker that dies, or is
-    busy with one client for longer than `client_timeout` seconds, is replaced, and that client counts as failed; so do all
-    that have not answered when a round's `round_timeout` is over.
+    each worker has one, in turn. A worker that dies, or is busy with one client for longer than `client_timeout` seconds,
+    is replaced, and that client counts as failed; so do all that have not answered when a round's `round_timeout` is over.
     """
 
     def __init__(self, blueprint: TrainerBlueprint, count: int, threads: int | None = None):
