@@ -68,7 +68,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "nothing, 3 bits, fitted step": {**FITTED, "base_bits": 3},
     "nothing, 3 bits, one variate, fitted step": {**FITTED, **VARIATE, "base_bits": 3},
     "nothing, 3 bits, four variates": {**NEVER, **FOUR, "base_bits": 3},
-    "nothing, 3 bits, four variates, fitted step": {**FITTED, **FOUR, "base_bits": 3},
     "nothing, 2 bits, one variate, fitted step": {**FITTED, **VARIATE, "base_bits": 2},
     "nothing, 2 bits, four variates": {**NEVER, **FOUR, "base_bits": 2},
 }  # fmt: skip
