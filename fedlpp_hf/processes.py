@@ -8,13 +8,13 @@ import signal
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 
 from .messages import Payload, decode_message, encode_message
 
@@ -59,7 +59,7 @@ class Service:
             target=_serve, args=(child, name, make_desk, setup), name=f"fedlpp-{name}", daemon=True
         )
         try:
-            with _environment(environment):
+            with patch_environment(**environment):  # what is spawned inside begins with it
                 self._process.start()
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise ValueError(
@@ -112,21 +112,6 @@ class Service:
             f"The {self.name}'s process died during `{self._command}` (exit code {self._process.exitcode}). Its own "
             "messages are above. The rounds that are committed are safe: mend the cause and resume."
         )
-
-
-@contextmanager
-def _environment(changes: Mapping[str, str]) -> Iterator[None]:
-    """What is spawned inside begins with `changes` to this process's environment."""
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _end(pipe, process) -> None:
