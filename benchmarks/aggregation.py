@@ -27,8 +27,8 @@ from peft import LoraConfig
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
 
-from fedlpp_hf.aggregation import aggregate, average_updates
-from fedlpp_hf.tensor_files import TensorFile
+from fedlpp_hf.aggregation.rules import aggregate, average_updates
+from fedlpp_hf.tensors.files import TensorFile
 
 
 RANK = 16

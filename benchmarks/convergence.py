@@ -33,7 +33,7 @@ from transformers import (
 
 from benchmarks.encoder import find_encoder
 from fedlpp_hf import FederatedConfig, FederatedServer, FederatedTrainer
-from fedlpp_hf.messages import restore_tensors
+from fedlpp_hf.wire.messages import restore_tensors
 
 
 SHARED = Path(__file__).parents[1].parent / "shared"

@@ -24,13 +24,13 @@ from transformers import AutoModelForCausalLM, Trainer
 from benchmarks.convergence import SHARED
 from benchmarks.privacy_frontier import STEPS, STORIES, prepare_stories, read_lines, warm_up, write_lines
 from fedlpp_hf import FederatedConfig, FederatedTrainer, export_base
-from fedlpp_hf.adapters import lora_factors
-from fedlpp_hf.aggregation import aggregate, average_updates
-from fedlpp_hf.aggregation.repair import average_repairs
-from fedlpp_hf.corrections import update_norm
-from fedlpp_hf.messages import ClientTask, restore_tensors
-from fedlpp_hf.owner import Owner
-from fedlpp_hf.quantization import codebook, nf4_subset, restore_from_levels, round_to_levels
+from fedlpp_hf.aggregation.rules import aggregate, average_updates
+from fedlpp_hf.aggregation.variate import average_repairs
+from fedlpp_hf.privacy.clipping import update_norm
+from fedlpp_hf.processes.owner import Owner
+from fedlpp_hf.tensors.adapters import lora_factors
+from fedlpp_hf.tensors.quantization import codebook, nf4_subset, restore_from_levels, round_to_levels
+from fedlpp_hf.wire.messages import ClientTask, restore_tensors
 
 
 Adapter = dict[str, torch.Tensor]

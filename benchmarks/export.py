@@ -27,8 +27,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from benchmarks.merge import write_model
-from fedlpp_hf.base import export_base, pack_base, unpack_base
-from fedlpp_hf.quantization import dequantize, quantize_tensors
+from fedlpp_hf.base.export import export_base
+from fedlpp_hf.base.packing import pack_base, unpack_base
+from fedlpp_hf.tensors.quantization import dequantize, quantize_tensors
 
 
 RANK, BLOCK_SIZE = 16, 256

@@ -24,8 +24,8 @@ import yaml
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedlpp_hf.deployment.certificates import make_certificates, make_node_key
-from fedlpp_hf.remote import load_rows, load_trainer
+from fedlpp_hf.flower.certificates import make_certificates, make_node_key
+from fedlpp_hf.flower.loading import load_rows, load_trainer
 
 
 TASK = """
@@ -77,7 +77,7 @@ def prepare(directory: Path, clients: list[str], rounds: int) -> Path:
 def run_over_flower(directory: Path, config: Path, clients: list[str], port: int, cold: bool) -> int:
     """Run the federation; returns the peak memory of the ServerApp in bytes."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "fedlpp_hf.cli"]
+    command = [sys.executable, "-m", "fedlpp_hf.cli.main"]
 
     def start(side: str, *options: str) -> subprocess.Popen:
         with open(directory / "log", "a") as log:

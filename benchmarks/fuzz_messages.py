@@ -28,11 +28,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from fedlpp_hf import FederatedConfig
-from fedlpp_hf.admission import Admission
 from fedlpp_hf.aggregation.products import lower_rank, truncate_adapter
-from fedlpp_hf.compression import GAPS, VALUES, compress_update
-from fedlpp_hf.messages import ClientTask, ClientUpdate, LocalOptions, _digest, restore_tensors
-from fedlpp_hf.quantization import QuantizedTensor, quantize
+from fedlpp_hf.server.admission import Admission
+from fedlpp_hf.tensors.quantization import QuantizedTensor, quantize
+from fedlpp_hf.wire.compression import GAPS, VALUES, compress_update
+from fedlpp_hf.wire.messages import ClientTask, ClientUpdate, LocalOptions, _digest, restore_tensors
 
 
 MEMORY_LIMIT = 512 * 2**20  # over what the process holds at the start

@@ -66,7 +66,7 @@ def write_adapter(full: Path, directory: Path, targets: list[str] | str, rank: i
     from safetensors.torch import save_file
     from transformers import AutoConfig, LlamaForCausalLM
 
-    from fedlpp_hf.adapters import adapter_parameters
+    from fedlpp_hf.tensors.adapters import adapter_parameters
 
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
     with torch.device("meta"):
@@ -115,7 +115,7 @@ def run_method(method: str, full: Path, adapter: Path, out: Path, threads: int, 
             PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
 
     elif method == "stream":
-        from fedlpp_hf.adapters import lora_factors, read_adapter
+        from fedlpp_hf.tensors.adapters import lora_factors, read_adapter
 
         def merge():
             from safetensors import safe_open
@@ -136,7 +136,7 @@ def run_method(method: str, full: Path, adapter: Path, out: Path, threads: int, 
                 save_file(merged, out / shard.name, metadata={"format": "pt"})
 
     elif method == "ours":
-        from fedlpp_hf.merge import merge_adapter
+        from fedlpp_hf.merge.streaming import merge_adapter
 
         def merge():
             merge_adapter(full, adapter, out, threads=threads, sync=sync)

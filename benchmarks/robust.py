@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.convergence import prepare_trec
 from fedlpp_hf import FederatedConfig, FederatedServer, FederatedTrainer
-from fedlpp_hf.messages import ClientTask, ClientUpdate, restore_tensors
+from fedlpp_hf.wire.messages import ClientTask, ClientUpdate, restore_tensors
 
 
 CLIENTS = 9

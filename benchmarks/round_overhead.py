@@ -33,8 +33,8 @@ from transformers import (
 
 from benchmarks.encoder import find_encoder
 from fedlpp_hf import FederatedConfig, FederatedTrainer, export_base, load_base
-from fedlpp_hf.adapters import copy_adapter, load_adapter_
-from fedlpp_hf.messages import ClientTask
+from fedlpp_hf.tensors.adapters import copy_adapter, load_adapter_
+from fedlpp_hf.wire.messages import ClientTask
 
 
 BATCH, LENGTH = 8, 64

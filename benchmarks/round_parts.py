@@ -27,8 +27,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from benchmarks.round_overhead import make_trainer, run_bare_loop
 from fedlpp_hf import FederatedTrainer
-from fedlpp_hf.adapters import copy_adapter, load_adapter_
-from fedlpp_hf.messages import ClientTask
+from fedlpp_hf.tensors.adapters import copy_adapter, load_adapter_
+from fedlpp_hf.wire.messages import ClientTask
 
 
 # Functions, or functions of one module, by part.
@@ -116,7 +116,7 @@ def main() -> None:
 
         columns += [sample(run_round, options.seconds), sample(run_loop, options.seconds)]
         with (
-            mock.patch("fedlpp_hf.trainer.remember_walks_", lambda _: nullcontext()),
+            mock.patch("fedlpp_hf.trainer.federated.remember_walks_", lambda _: nullcontext()),
             mock.patch.object(FederatedTrainer, "_clip_grad_norm", Trainer._clip_grad_norm),
         ):
             columns.append(sample(run_round, options.seconds))

@@ -9,21 +9,21 @@ __version__ = "0.1.0.dev0"
 
 # Names are imported on first use, so that `import fedlpp_hf` costs next to nothing.
 _EXPORTS = {
-    "AuditReport": "privacy",
-    "FederatedConfig": "config",
-    "FederatedMixin": "trainer",
-    "FederatedServer": "server",
-    "FederatedTrainer": "trainer",
-    "QuantizedBaseCallback": "callbacks",
-    "RoundStore": "store",
-    "audit_federation": "privacy",
-    "describe_base": "base",
-    "dequantize": "quantization",
-    "export_base": "base",
-    "load_base": "base",
-    "merge_adapter": "merge",
-    "parse_args": "arguments",
-    "quantize": "quantization",
+    "AuditReport": "audit.report",
+    "FederatedConfig": "config.federated",
+    "FederatedMixin": "trainer.federated",
+    "FederatedServer": "server.loop",
+    "FederatedTrainer": "trainer.federated",
+    "QuantizedBaseCallback": "client.guard",
+    "RoundStore": "server.store",
+    "audit_federation": "audit.audit",
+    "describe_base": "base.export",
+    "dequantize": "tensors.quantization",
+    "export_base": "base.export",
+    "load_base": "base.export",
+    "merge_adapter": "merge.streaming",
+    "parse_args": "config.arguments",
+    "quantize": "tensors.quantization",
 }
 __all__ = [
     "AuditReport",
@@ -44,16 +44,17 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .arguments import parse_args
-    from .base import describe_base, export_base, load_base
-    from .callbacks import QuantizedBaseCallback
-    from .config import FederatedConfig
-    from .merge import merge_adapter
-    from .privacy import AuditReport, audit_federation
-    from .quantization import dequantize, quantize
-    from .server import FederatedServer
-    from .store import RoundStore
-    from .trainer import FederatedMixin, FederatedTrainer
+    from .audit.audit import audit_federation
+    from .audit.report import AuditReport
+    from .base.export import describe_base, export_base, load_base
+    from .client.guard import QuantizedBaseCallback
+    from .config.arguments import parse_args
+    from .config.federated import FederatedConfig
+    from .merge.streaming import merge_adapter
+    from .server.loop import FederatedServer
+    from .server.store import RoundStore
+    from .tensors.quantization import dequantize, quantize
+    from .trainer.federated import FederatedMixin, FederatedTrainer
 
 
 def __getattr__(name: str):

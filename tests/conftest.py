@@ -15,7 +15,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from fedlpp_hf.base import export_base
+from fedlpp_hf.base.export import export_base
 
 
 # Tests run side by side on few cores, and one thread makes sums reproducible anywhere.

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from fedlpp_hf.adapters import (
+from fedlpp_hf.tensors.adapters import (
     PREFIX,
     adapter_parameters,
     check_keys,

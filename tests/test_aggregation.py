@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from fedlpp_hf.adapters import lora_factors, read_adapter, write_adapter
-from fedlpp_hf.aggregation import aggregate, average_updates, normalize_weights
 from fedlpp_hf.aggregation.products import (
     decompose_product,
     join_residual,
@@ -31,7 +29,9 @@ from fedlpp_hf.aggregation.robust import (
     norm_clipping_scales,
     trimmed_mean,
 )
-from fedlpp_hf.corrections import (
+from fedlpp_hf.aggregation.rules import aggregate, average_updates, normalize_weights
+from fedlpp_hf.config.rules import RULES, check_rule, trainable_keys
+from fedlpp_hf.privacy.clipping import (
     add_control_gradient_,
     add_proximal_gradient_,
     check_norm,
@@ -40,9 +40,9 @@ from fedlpp_hf.corrections import (
     update_norm,
     update_server_control,
 )
-from fedlpp_hf.quantization import dequantize, quantize
-from fedlpp_hf.rules import RULES, check_rule, trainable_keys
-from fedlpp_hf.tensor_files import TensorFile
+from fedlpp_hf.tensors.adapters import lora_factors, read_adapter, write_adapter
+from fedlpp_hf.tensors.files import TensorFile
+from fedlpp_hf.tensors.quantization import dequantize, quantize
 
 
 Q = "base_model.model.q.{}.weight"
@@ -614,7 +614,7 @@ def test_pieces_of_a_tensor_are_put_together(monkeypatch):
     updates = [make_adapter(k, 2) for k in range(5)]
     whole, gram = coordinate_median(updates), gram_matrix(updates)
     monkeypatch.setattr("fedlpp_hf.aggregation.robust._CHUNK_VALUES", 35)
-    monkeypatch.setattr("fedlpp_hf.aggregation._CHUNK", 7)
+    monkeypatch.setattr("fedlpp_hf.aggregation.rules._CHUNK", 7)
     assert all(torch.equal(tensor, whole[key]) for key, tensor in coordinate_median(updates).items())
     torch.testing.assert_close(gram_matrix(updates), gram)
     mean = average_updates(updates, [1.0] * 5)

@@ -34,18 +34,12 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from fedlpp_hf.base import (
-    base_fingerprint,
-    check_base,
-    describe_base,
-    export_base,
-    keep_layout_,
-    load_base,
-    read_manifest,
-)
+from fedlpp_hf.base.export import base_fingerprint, describe_base, export_base, load_base
+from fedlpp_hf.base.kernels import keep_layout_
+from fedlpp_hf.base.manifest import check_base, read_manifest
 from fedlpp_hf.base.tensors import pack_nibbles, quantize_nf4, unpack_nibbles
-from fedlpp_hf.base.threads import map_in_order, tensor_threads
-from fedlpp_hf.quantization import codebook, nf4_subset
+from fedlpp_hf.tensors.quantization import codebook, nf4_subset
+from fedlpp_hf.tensors.threads import map_in_order, tensor_threads
 
 
 # 100 words of width 40: neither rows nor matrices are whole blocks of 64, and 12 x 40 ends in a short one.
@@ -356,7 +350,7 @@ def test_shard_that_cannot_be_written_fails_the_export(full_model, tmp_path, mon
     def fail(tensors, path, metadata):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("fedlpp_hf.base.files.save_file", fail)
+    monkeypatch.setattr("fedlpp_hf.base.manifest.save_file", fail)
     before = torch.get_num_threads()
     for size in (50_000, 10**9):
         with pytest.raises(OSError, match="No space"):
@@ -528,7 +522,7 @@ def test_unknown_architecture_is_refused(copied, tmp_path):
 
 def test_skip_list_that_catches_too_much_is_refused(full_model, tmp_path, monkeypatch):
     """transformers matches suffixes: a head called `proj` would leave every `*_proj` as it is."""
-    monkeypatch.setattr("fedlpp_hf.base.default_skip_modules", lambda model: ["proj"])
+    monkeypatch.setattr("fedlpp_hf.base.export.default_skip_modules", lambda model: ["proj"])
     with pytest.raises(ValueError, match=r"would not quantize `model\.layers"):
         export_base(full_model("llama"), tmp_path / "base")
 
@@ -640,7 +634,7 @@ def test_model_from_the_hub_leaves_no_name(full_model, tmp_path, monkeypatch):
     config = json.loads((snapshot / "config.json").read_text())
     told = {"_name_or_path": "owner/secret", "teachers": ["owner/secret"], "tuned_from": "owner/secret at 0123abc"}
     (snapshot / "config.json").write_text(json.dumps(config | told))
-    monkeypatch.setattr("fedlpp_hf.checkpoints.snapshot_download", download)
+    monkeypatch.setattr("fedlpp_hf.base.checkpoint.snapshot_download", download)
     export_base("owner/secret", tmp_path / "base", revision="0123abc", token="hf_token")
     assert asked["repo_id"] == "owner/secret"
     assert (asked["revision"], asked["token"]) == ("0123abc", "hf_token")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedlpp_hf.base.entropy import restore_codes, shrink_codes
-from fedlpp_hf.quantization import codebook, pack_codes, packed_size, round_to_levels
+from fedlpp_hf.tensors.quantization import codebook, pack_codes, packed_size, round_to_levels
 
 
 def gaussian_codes(bits, count=2**16):

@@ -6,7 +6,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from fedlpp_hf.base import check_base, export_base, load_base, pack_base, unpack_base
+from fedlpp_hf.base.export import export_base, load_base
+from fedlpp_hf.base.manifest import check_base
+from fedlpp_hf.base.packing import pack_base, unpack_base
 
 
 _SIZES = {

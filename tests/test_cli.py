@@ -15,13 +15,14 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from fedlpp_hf import cli, hub
-from fedlpp_hf.adapters import ADAPTER_CONFIG, adapter_parameters, copy_adapter, write_adapter
-from fedlpp_hf.base.files import read_manifest
-from fedlpp_hf.merge import merge_adapter
-from fedlpp_hf.quantization import quantize
-from fedlpp_hf.report import format_bytes
-from fedlpp_hf.store import RoundStore
+from fedlpp_hf.base.manifest import read_manifest
+from fedlpp_hf.cli import main as cli
+from fedlpp_hf.hub import push as hub
+from fedlpp_hf.merge.streaming import merge_adapter
+from fedlpp_hf.report.text import format_bytes
+from fedlpp_hf.server.store import RoundStore
+from fedlpp_hf.tensors.adapters import ADAPTER_CONFIG, adapter_parameters, copy_adapter, write_adapter
+from fedlpp_hf.tensors.quantization import quantize
 
 
 WEIGHTS = "model.safetensors"
@@ -134,7 +135,7 @@ def test_bug_is_not_dressed_up_as_a_users_error(run, monkeypatch):
 
 
 def test_closed_pipe_is_no_error():
-    talk = "from fedlpp_hf import cli; cli.run_inspect = lambda **_: print('x' * 10**6); cli.main(['inspect', 'x'])"
+    talk = "from fedlpp_hf.cli import main as cli; cli.run_inspect = lambda **_: print('x' * 10**6); cli.main(['inspect', 'x'])"
     command = f"'{sys.executable}' -c \"{talk}\" | head -c 3; echo ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=100)
     assert (result.stdout, result.stderr) == ("xxx0\n", "")

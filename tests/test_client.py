@@ -19,12 +19,13 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoModelForCausalLM
 
-from fedlpp_hf import cli, client
-from fedlpp_hf.base import export_base
-from fedlpp_hf.base_transfer import PackedBase, count_received, find_base, read_fingerprint, receive_piece
-from fedlpp_hf.client import ClientSettings, TrainerService, ask_trainer
-from fedlpp_hf.deployment import flower_version
-from fedlpp_hf.remote import load_function, load_rows, load_trainer
+from fedlpp_hf.base.export import export_base
+from fedlpp_hf.cli import main as cli
+from fedlpp_hf.flower import trainer_process as client
+from fedlpp_hf.flower import version as flower_version
+from fedlpp_hf.flower.base_transfer import PackedBase, count_received, find_base, read_fingerprint, receive_piece
+from fedlpp_hf.flower.loading import load_function, load_rows, load_trainer
+from fedlpp_hf.flower.trainer_process import ClientSettings, TrainerService, ask_trainer
 
 from .conftest import make_rows
 from .test_hub import hub  # noqa: F401
@@ -165,7 +166,7 @@ class TestTrainerProcess:
     SCRIPT = """
 import sys, time
 from types import SimpleNamespace
-from fedlpp_hf import client
+from fedlpp_hf.flower import trainer_process as client
 
 def train(trainer, task):
     time.sleep(60 if task == b"long" else 0)
@@ -201,7 +202,7 @@ client.TrainerService(client.ClientSettings.read(settings), trainer).serve()
 
     def assert_ends(self, pid):
         deadline = time.monotonic() + 60
-        while client._runs(str(pid), "fedlpp_hf.client"):
+        while client._runs(str(pid), "fedlpp_hf.flower.trainer_process"):
             assert time.monotonic() < deadline
             time.sleep(0.1)
 
@@ -455,7 +456,7 @@ class TestFlowerVersion:
 
 def test_certificates(tmp_path):
     pytest.importorskip("cryptography")
-    from fedlpp_hf.deployment.certificates import make_certificates, make_node_key
+    from fedlpp_hf.flower.certificates import make_certificates, make_node_key
 
     make_certificates(tmp_path, ["127.0.0.1", "localhost"])
     first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlpp_hf.compression import compress_update, decode_gaps, decompress_update, encode_gaps
-from fedlpp_hf.messages import ClientUpdate
-from fedlpp_hf.quantization import QuantizedTensor
+from fedlpp_hf.tensors.quantization import QuantizedTensor
+from fedlpp_hf.wire.compression import compress_update, decode_gaps, decompress_update, encode_gaps
+from fedlpp_hf.wire.messages import ClientUpdate
 
 
 def random_update(seed: int = 0) -> dict[str, torch.Tensor]:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from fedlpp_hf.arguments import parse_args, read_yaml
-from fedlpp_hf.config import FederatedConfig
+from fedlpp_hf.config.arguments import parse_args, read_yaml
+from fedlpp_hf.config.federated import FederatedConfig
 
 
 @dataclass
@@ -189,7 +189,7 @@ def test_config_goes_together_with_trl(trl_first):
 def test_bf16_on_a_cpu_that_is_slow_at_it_is_warned_of(tmp_path, monkeypatch, supported):
     said = []
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": supported})
-    monkeypatch.setattr("fedlpp_hf.config.logger.warning", said.append)
+    monkeypatch.setattr("fedlpp_hf.config.federated.logger.warning", said.append)
     FederatedConfig(str(tmp_path), use_cpu=True, bf16=True)
     assert len(said) == (not supported)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from benchmarks import fuzz_messages
-from fedlpp_hf import admission
+from fedlpp_hf.server import admission
 
 
 def test_mutated_messages_are_refused_or_harmless(capfd):

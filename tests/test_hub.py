@@ -11,10 +11,10 @@ from huggingface_hub.utils import _http
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedlpp_hf.base import export_base
-from fedlpp_hf.hub import push_adapter, push_merged
-from fedlpp_hf.merge import merge_adapter
+from fedlpp_hf.base.export import export_base
+from fedlpp_hf.hub.push import push_adapter, push_merged
 from fedlpp_hf.merge.full_model import FullModel
+from fedlpp_hf.merge.streaming import merge_adapter
 
 from .hub_server import Hub, run_hub
 
@@ -239,7 +239,7 @@ def test_a_commit_in_between_is_a_conflict(hub, pair, tmp_path, monkeypatch):
     full, adapter = pair
     merge_adapter(full, adapter, tmp_path / "merged")
     repo = hub.add_repo("owner/merged", {})
-    from fedlpp_hf import hub as module
+    from fedlpp_hf.hub import push as module
 
     same = module._is_same
 

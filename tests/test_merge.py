@@ -19,12 +19,13 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from fedlpp_hf import merge
-from fedlpp_hf.adapters import read_adapter
-from fedlpp_hf.base import export_base, load_base
-from fedlpp_hf.merge import merge_adapter, undo_merge_
-from fedlpp_hf.messages import ClientTask, ClientUpdate
-from fedlpp_hf.quantization import quantize
+from fedlpp_hf.base.export import export_base, load_base
+from fedlpp_hf.merge import streaming as merge
+from fedlpp_hf.merge.in_place import undo_merge_
+from fedlpp_hf.merge.streaming import merge_adapter
+from fedlpp_hf.tensors.adapters import read_adapter
+from fedlpp_hf.tensors.quantization import quantize
+from fedlpp_hf.wire.messages import ClientTask, ClientUpdate
 
 
 TEXT = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -823,7 +824,7 @@ def test_a_killed_merge_leaves_nothing_or_everything(tmp_path):
     merge_adapter(full, adapter, tmp_path / "complete", verify=True)
     expected = read_files(tmp_path / "complete")
     script = (
-        "import os, shutil, sys\nfrom fedlpp_hf.merge import merge_adapter\n"
+        "import os, shutil, sys\nfrom fedlpp_hf.merge.streaming import merge_adapter\n"
         "for line in sys.stdin:\n"
         "    if os.fork():\n        print(os.wait()[1], flush=True)\n        continue\n"
         "    print('go', flush=True)\n    merge_adapter(*sys.argv[1:], sync=False)\n    os._exit(0)\n"

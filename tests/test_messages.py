@@ -12,8 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from fedlpp_hf.messages import ClientTask, ClientUpdate, LocalOptions, decode_message, encode_message, restore_tensors
-from fedlpp_hf.quantization import BITS, QuantizedTensor, quantize
+from fedlpp_hf.tensors.quantization import BITS, QuantizedTensor, quantize
+from fedlpp_hf.wire.messages import (
+    ClientTask,
+    ClientUpdate,
+    LocalOptions,
+    decode_message,
+    encode_message,
+    restore_tensors,
+)
 
 
 KEY = "base_model.model.layers.0.q_proj.lora_A.weight"
@@ -307,7 +314,7 @@ def test_tensor_that_would_hide_another_is_refused_on_both_sides():
 
 def encode_with_tensors(quantized: dict, tensors: dict[str, torch.Tensor]) -> bytes:
     """A message whose checksum is right, but that [`encode_message`] would not write."""
-    from fedlpp_hf.messages import _digest
+    from fedlpp_hf.wire.messages import _digest
 
     body = {"kind": "update", "schema": 1, "quantized": quantized}
     body["sha256"] = _digest(body, tensors)

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from fedlpp_hf import FederatedTrainer, load_base
-from fedlpp_hf.adapters import lora_factors, read_adapter
-from fedlpp_hf.messages import restore_tensors
-from fedlpp_hf.publishing import MERGED_DIR
+from fedlpp_hf.tensors.adapters import lora_factors, read_adapter
+from fedlpp_hf.trainer.publishing import MERGED_DIR
+from fedlpp_hf.wire.messages import restore_tensors
 
 from .conftest import make_rows
 from .test_trainer import assert_equal, make_trainer

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fedlpp_hf import FederatedTrainer
-from fedlpp_hf.adapters import read_adapter
-from fedlpp_hf.aggregation.repair import average_repairs
-from fedlpp_hf.publishing import MERGED_DIR
+from fedlpp_hf.aggregation.variate import average_repairs
+from fedlpp_hf.tensors.adapters import read_adapter
+from fedlpp_hf.trainer.publishing import MERGED_DIR
 
 from .conftest import make_rows
 from .test_trainer import make_args

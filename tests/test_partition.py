@@ -7,7 +7,7 @@ from datasets import Dataset
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fedlpp_hf.partition import partition_dataset, partition_rows
+from fedlpp_hf.client.partition import partition_dataset, partition_rows
 
 
 labels = st.lists(st.sampled_from(["", "1", "ä", "client-0", "two words"]), min_size=1, max_size=60)

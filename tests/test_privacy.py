@@ -12,10 +12,7 @@ from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorForSeq2Seq
 
 from fedlpp_hf import AuditReport, FederatedConfig, FederatedTrainer, audit_federation, load_base
-from fedlpp_hf.base import read_manifest
-from fedlpp_hf.cli import main
-from fedlpp_hf.messages import restore_tensors
-from fedlpp_hf.privacy.attacks import (
+from fedlpp_hf.audit.attacks import (
     MOST_PROXIES,
     average_proxies,
     combine_proxies,
@@ -24,10 +21,13 @@ from fedlpp_hf.privacy.attacks import (
     restore_proxies,
     smooth_proxies,
 )
-from fedlpp_hf.privacy.audit import _Scale
-from fedlpp_hf.privacy.measurement import choose_rows, measure_rows
-from fedlpp_hf.privacy.stolen_value import estimate_stolen_value
-from fedlpp_hf.quantization import dequantize, quantize
+from fedlpp_hf.audit.audit import _Scale
+from fedlpp_hf.audit.stolen_value import estimate_stolen_value
+from fedlpp_hf.base.manifest import read_manifest
+from fedlpp_hf.cli.main import main
+from fedlpp_hf.processes.measurement import choose_rows, measure_rows
+from fedlpp_hf.tensors.quantization import dequantize, quantize
+from fedlpp_hf.wire.messages import restore_tensors
 
 from .conftest import SHARED, make_rows
 from .test_trainer import assert_equal, make_args, make_trainer
@@ -435,7 +435,7 @@ def test_classifiers_are_compared_by_accuracy_too(full_bert, tmp_path):
     ],
 )
 def test_what_cannot_be_audited_is_refused_before_the_rounds(change, words):
-    from fedlpp_hf.privacy import check_auditable
+    from fedlpp_hf.audit.audit import check_auditable
 
     fine = {"owner": object(), "client_datasets": {"a": []}, "args": SimpleNamespace(world_size=1)}
     check_auditable(SimpleNamespace(**fine, eval_dataset=make_rows(3)))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlpp_hf.quantization import (
+from fedlpp_hf.tensors.quantization import (
     BITS,
     QuantizedTensor,
     check_bits,

@@ -22,8 +22,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from fedlpp_hf.arguments import parse_args
-from fedlpp_hf.config import FederatedConfig
+from fedlpp_hf.config.arguments import parse_args
+from fedlpp_hf.config.federated import FederatedConfig
 
 
 pytest.importorskip("sklearn")

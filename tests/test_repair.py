@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from fedlpp_hf.aggregation.repair import average_repairs
+from fedlpp_hf.aggregation.variate import average_repairs
 
 
 def estimates(count: int, signal: float, noise: float, size: int = 20_000) -> tuple[torch.Tensor, list[dict]]:

@@ -8,8 +8,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from fedlpp_hf.config import FederatedConfig
-from fedlpp_hf.report import (
+from fedlpp_hf.config.federated import FederatedConfig
+from fedlpp_hf.report.text import (
     RoundReporter,
     describe_round,
     draw_rounds,

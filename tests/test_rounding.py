@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from fedlpp_hf.quantization import codebook, dequantize, quantize
-from fedlpp_hf.rounding import keyed_chances, round_by_chance, round_tensors
+from fedlpp_hf.tensors.quantization import codebook, dequantize, quantize
+from fedlpp_hf.tensors.rounding import keyed_chances, round_by_chance, round_tensors
 
 
 KEY = bytes(range(32))

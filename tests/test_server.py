@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig
 
 from fedlpp_hf import FederatedConfig, FederatedServer
-from fedlpp_hf.messages import ClientFailure, ClientUpdate, restore_tensors
+from fedlpp_hf.wire.messages import ClientFailure, ClientUpdate, restore_tensors
 
 
 KEY_A, KEY_B = "base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"

@@ -10,10 +10,10 @@ import pytest
 import torch
 from peft import LoraConfig
 
-import fedlpp_hf.adapters
-import fedlpp_hf.store
-from fedlpp_hf.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter
-from fedlpp_hf.store import FEDERATION_DIR, FEDERATION_FILE, ROUND_FILE, SERVER_STATE, RoundStore
+from fedlpp_hf.server import store as store_module
+from fedlpp_hf.server.store import FEDERATION_DIR, FEDERATION_FILE, ROUND_FILE, SERVER_STATE, RoundStore
+from fedlpp_hf.tensors import adapters
+from fedlpp_hf.tensors.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter
 
 
 CONFIG = LoraConfig(r=2, target_modules=["q"], base_model_name_or_path="owner/secret")
@@ -64,7 +64,7 @@ class Saboteur:
         monkeypatch.setattr(os, "fsync", self.wrap(os.fsync))
         for name in ("write_text", "write_bytes"):
             monkeypatch.setattr(Path, name, self.wrap(getattr(Path, name), lambda path, *_, **__: write_half(path)))
-        for module in (fedlpp_hf.adapters, fedlpp_hf.store):
+        for module in (adapters, store_module):
             half = self.wrap(module.save_file, lambda _, path, **__: write_half(path))
             monkeypatch.setattr(module, "save_file", half)
 

@@ -27,10 +27,10 @@ from fedlpp_hf import (
     export_base,
     load_base,
 )
-from fedlpp_hf.adapters import adapter_parameters, copy_adapter, read_adapter
-from fedlpp_hf.callbacks import TASK_FILE, UPDATE_FILE
-from fedlpp_hf.messages import ClientUpdate
-from fedlpp_hf.server import FederatedServer
+from fedlpp_hf.client.guard import TASK_FILE, UPDATE_FILE
+from fedlpp_hf.server.loop import FederatedServer
+from fedlpp_hf.tensors.adapters import adapter_parameters, copy_adapter, read_adapter
+from fedlpp_hf.wire.messages import ClientUpdate
 
 from .conftest import make_rows
 
@@ -288,7 +288,7 @@ def test_trackers_see_rounds_and_no_client_runs(llama_base, lora, tmp_path, monk
         def on_train_end(self, args, state, control, **kwargs):
             seen.append("end")
 
-    monkeypatch.setattr("fedlpp_hf.trainer.get_reporting_integration_callbacks", lambda names: [Tracker])
+    monkeypatch.setattr("fedlpp_hf.trainer.federated.get_reporting_integration_callbacks", lambda names: [Tracker])
     make_trainer(load_base(llama_base), tmp_path, lora, eval_dataset=make_rows(), logging_steps=1).train()
     assert (seen[0], seen[-1]) == ("begin", "end")
     assert [step for step, _ in seen[1:-1]] == [0, 1, 2]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedlpp_hf.walks import remember_walks_
+from fedlpp_hf.client.walks import remember_walks_
 
 
 @pytest.fixture

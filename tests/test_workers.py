@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from fedlpp_hf import FederatedTrainer
-from fedlpp_hf.messages import ClientFailure, ClientTask, ClientUpdate
-from fedlpp_hf.processes import Service
-from fedlpp_hf.workers import ClientWorkers, as_bytes, as_tensor, share_gpus
+from fedlpp_hf.processes.service import Service
+from fedlpp_hf.processes.workers import ClientWorkers, as_bytes, as_tensor, share_gpus
+from fedlpp_hf.wire.messages import ClientFailure, ClientTask, ClientUpdate
 
 from .conftest import make_rows
 from .test_trainer import make_args, make_trainer
@@ -114,7 +114,7 @@ class EchoService:
 
 def hire_echoes(monkeypatch, **options):
     """Two workers, and tasks of three clients."""
-    monkeypatch.setattr("fedlpp_hf.workers.Service", EchoService)
+    monkeypatch.setattr("fedlpp_hf.processes.workers.Service", EchoService)
     monkeypatch.setattr(EchoService, "killed", 0)
     rows = {name: range(count) for name, count in (("small", 1), ("large", 9), ("middle", 5))}
     args = SimpleNamespace(**{"client_timeout": None, "round_timeout": None, **options})
@@ -143,7 +143,7 @@ def test_a_round_closes_without_a_straggler(monkeypatch):
 
 def test_owners_things_stay_out_of_workers(full_llama, lora, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("fedlpp_hf.trainer.ClientWorkers", lambda blueprint, *_: seen.append(blueprint))
+    monkeypatch.setattr("fedlpp_hf.trainer.federated.ClientWorkers", lambda blueprint, *_: seen.append(blueprint))
     rows = make_rows()
     trainer = FederatedTrainer(
         str(full_llama),

@@ -15,7 +15,7 @@ import torch
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
-from ..adapters import LoraFactors, lora_factors
+from ..tensors.adapters import LoraFactors, lora_factors
 
 
 Product = tuple[torch.Tensor, torch.Tensor]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from ..tensor_files import find_values
+from ..tensors.files import find_values
 
 
 _CHUNK_VALUES = 2**22  # of all updates together: 32 MiB in double precision

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..quantization import codebook, look_up, nf4_subset, restore_from_levels, round_to_levels
+from ..tensors.quantization import codebook, look_up, nf4_subset, restore_from_levels, round_to_levels
+from ..tensors.threads import map_in_order, tensor_threads
 from .entropy import restore_codes, shrink_codes
-from .files import BASE_MANIFEST, check_base, new_base_directory, write_json
+from .manifest import BASE_MANIFEST, check_base, new_base_directory, write_json
 from .tensors import pack_nibbles, unpack_nibbles
-from .threads import map_in_order, tensor_threads
 
 
 def pack_base(base_dir: str | os.PathLike, file: str | os.PathLike) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from bitsandbytes.functional import QuantState, get_4bit_type, int8_vectorwise_quant, quantize_blockwise
 
-from ..quantization import (
+from ..tensors.quantization import (
     FULL_PRECISION,
     codebook,
     look_up,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..tensor_files import TensorRange, read_range
+from ..tensors.files import TensorRange, read_range
 from .locations import Edit
 from .plan import MergePlan
 from .shards import copy_range, find_difference, write_range

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..tensor_files import TensorRange
+from ..tensors.files import TensorRange
 from .editor import BLOCK_BYTES, ROW_MULTIPLE, Copy, Editor, Rewrite, split_rows
 from .full_model import FullModel
 from .locations import Edit, Piece, whole_pieces

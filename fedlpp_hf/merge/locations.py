@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import Chunk, Concatenate, MergeModulelist, Split
 
-from ..checkpoints import TensorPlan
+from ..base.checkpoint import TensorPlan
 from .sources import AdapterReader
 
 

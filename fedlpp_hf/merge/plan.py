@@ -17,9 +17,9 @@ from peft.tuners.lora import layer as lora_layers
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..adapters import PREFIX, adapter_parameters
-from ..base import build_meta_model
-from ..checkpoints import plan_tensors
+from ..base.checkpoint import plan_tensors
+from ..base.export import build_meta_model
+from ..tensors.adapters import PREFIX, adapter_parameters
 from .locations import Edit, Piece, locate_parameters, whole_pieces
 from .sources import AdapterReader
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..tensor_files import DTYPES, TensorRange, parse_header, read_header
+from ..tensors.files import DTYPES, TensorRange, parse_header, read_header
 
 
 WEIGHTS = "model.safetensors"

@@ -13,12 +13,12 @@ from bitsandbytes.functional import QuantState, dequantize_blockwise
 from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 
-from ..adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from ..base import read_manifest
+from ..base.checkpoint import Checkpoint
+from ..base.manifest import read_manifest
 from ..base.tensors import unpack_nibbles
-from ..checkpoints import Checkpoint
-from ..messages import ClientTask, ClientUpdate
-from ..quantization import QuantizedTensor, dequantize, restore_from_levels
+from ..tensors.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..tensors.quantization import QuantizedTensor, dequantize, restore_from_levels
+from ..wire.messages import ClientTask, ClientUpdate
 
 
 class AdapterReader:

@@ -22,11 +22,11 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from fedlpp_hf.deployment.certificates import make_certificates, make_node_key
+from fedlpp_hf.flower.certificates import make_certificates, make_node_key
 
 
 HERE = Path(__file__).parent.resolve()
-COMMAND = [sys.executable, "-m", "fedlpp_hf.cli"]
+COMMAND = [sys.executable, "-m", "fedlpp_hf.cli.main"]
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from peft import LoraConfig, TaskType
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from fedlpp_hf import FederatedConfig, FederatedTrainer
-from fedlpp_hf.remote import load_rows, load_trainer
+from fedlpp_hf.flower.loading import load_rows, load_trainer
 
 
 # The order of sums, and with it the last bits, depends on the number of threads: the same on every machine.

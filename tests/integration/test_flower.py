@@ -26,11 +26,11 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fedlpp_hf import RoundStore
-from fedlpp_hf.adapters import read_adapter
-from fedlpp_hf.base_transfer import PackedBase, read_fingerprint
-from fedlpp_hf.client import ClientSettings, ask_trainer, make_client_trainer, stop_trainer
-from fedlpp_hf.messages import ClientFailure, ClientTask, ClientUpdate
-from fedlpp_hf.remote import RemoteConfig, load_rows, load_trainer
+from fedlpp_hf.flower.base_transfer import PackedBase, read_fingerprint
+from fedlpp_hf.flower.loading import RemoteConfig, load_rows, load_trainer
+from fedlpp_hf.flower.trainer_process import ClientSettings, ask_trainer, make_client_trainer, stop_trainer
+from fedlpp_hf.tensors.adapters import read_adapter
+from fedlpp_hf.wire.messages import ClientFailure, ClientTask, ClientUpdate
 
 from ..conftest import make_rows
 from ..test_trainer import assert_equal
@@ -43,10 +43,11 @@ from flwr.app import Context, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode import fleet_http_connection
 
-from fedlpp_hf.deployment import _APP, _environment, _running, _wait_for_port, run_client, run_server, supernode
-from fedlpp_hf.deployment.certificates import make_certificates, make_node_key
-from fedlpp_hf.deployment.supernode import make_patient_invoker
-from fedlpp_hf.flower import DESCRIBE, TRAIN, FlowerClients, make_client_app
+from fedlpp_hf.flower import supernode
+from fedlpp_hf.flower.apps import DESCRIBE, TRAIN, FlowerClients, make_client_app
+from fedlpp_hf.flower.certificates import make_certificates, make_node_key
+from fedlpp_hf.flower.deployment import _APP, _environment, _running, _wait_for_port, run_client, run_server
+from fedlpp_hf.flower.supernode import make_patient_invoker
 
 
 pytestmark = pytest.mark.integration
@@ -88,7 +89,7 @@ def warm_trainers(monkeypatch):
             trainers[settings.state_dir] = make_client_trainer(settings, base_dir)
         return trainers[settings.state_dir]
 
-    monkeypatch.setattr("fedlpp_hf.flower.make_client_trainer", find_or_make)
+    monkeypatch.setattr("fedlpp_hf.flower.apps.make_client_trainer", find_or_make)
 
 
 @pytest.fixture(scope="module")
@@ -368,7 +369,7 @@ class TestTransport:
         assert sorted(FlowerClients(network, remote, base).gather(3, at_least=2)) == ["site-0", "site-1"]
 
     def test_another_version_is_refused(self, tmp_path, write_config, rows, llama_base, monkeypatch):
-        monkeypatch.setattr("fedlpp_hf.flower.__version__", "0.0.1")
+        monkeypatch.setattr("fedlpp_hf.flower.apps.__version__", "0.0.1")
         config = write_config()
 
         def pretend(client, message):
@@ -385,7 +386,7 @@ def test_client_app_is_light():
 
 
 def test_other_machines_reach_the_fleet_api_alone():
-    from fedlpp_hf.deployment.superlink import FleetOnly
+    from fedlpp_hf.flower.superlink import FleetOnly
 
     def ask(path, host):
         sent = []
@@ -427,7 +428,7 @@ def test_gate_stands_in_front_of_a_real_superlink(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "fedlpp_hf.deployment.superlink",
+        "fedlpp_hf.flower.superlink",
         "--insecure",
         "--host",
         "0.0.0.0",
@@ -477,7 +478,7 @@ class TestSupernode:
     def test_what_ends_it_ends_the_process(self):
         """Flower's own server, a thread, would keep it."""
         code = (
-            "import threading, time\nimport fedlpp_hf.deployment.supernode as node\n"
+            "import threading, time\nimport fedlpp_hf.flower.supernode as node\n"
             "def run():\n    threading.Thread(target=time.sleep, args=(600,)).start()\n    raise OSError('gone')\n"
             "node.flower_supernode = run\nnode.main()"
         )
@@ -523,7 +524,7 @@ class TestDeployment:
         assert process.poll() == -signal.SIGTERM and not (tmp_path / "supernode.pid").exists()
 
     def test_one_that_does_not_end_is_killed(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("fedlpp_hf.deployment._END_SECONDS", 1.0)
+        monkeypatch.setattr("fedlpp_hf.flower.deployment._END_SECONDS", 1.0)
         code = (
             "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(600)"
         )
@@ -575,7 +576,7 @@ def test_trainer_of_two_processes(tmp_path, write_config, rows, llama_base, monk
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):  # gone meanwhile
                 command = path.read_text(errors="replace")
-                found += "fedlpp_hf.client" in command and str(tmp_path) in command
+                found += "fedlpp_hf.flower.trainer_process" in command and str(tmp_path) in command
         return found
 
     task = ClientTask("federation", 1, 3, "site-1", 0, read_fingerprint(llama_base), proxy=None)
@@ -644,7 +645,7 @@ class Machines:
             "FLWR_TELEMETRY_ENABLED": "1",  # as it is by default
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         }
-        command = [sys.executable, "-m", "fedlpp_hf.cli", side, "--config", str(self.config), *arguments]
+        command = [sys.executable, "-m", "fedlpp_hf.cli.main", side, "--config", str(self.config), *arguments]
         with open(self.directory / f"{side}-{len(self.processes)}.log", "wb") as log:
             process = subprocess.Popen(command, cwd=self.directory, env=environment, stdout=log, stderr=log)
         self.processes.append(process)
@@ -780,10 +781,10 @@ def test_machines_that_die(machines, tmp_path):
     running = machines.find_processes()
     commands = [" ".join(command) for command, _ in running.values()]
     for name in (
-        "fedlpp_hf.deployment.superlink",
+        "fedlpp_hf.flower.superlink",
         "flwr-serverapp",
-        "fedlpp_hf.deployment.supernode",
-        "fedlpp_hf.client",
+        "fedlpp_hf.flower.supernode",
+        "fedlpp_hf.flower.trainer_process",
     ):
         assert any(name in command for command in commands), name
     assert {environment["FLWR_TELEMETRY_ENABLED"] for _, environment in running.values()} == {"0"}

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from fedlpp_hf import RoundStore
-from fedlpp_hf.adapters import read_adapter
+from fedlpp_hf.tensors.adapters import read_adapter
 
 
 ROOT = Path(__file__).parents[2]

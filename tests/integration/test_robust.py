@@ -11,7 +11,7 @@ from peft import LoraConfig
 
 from fedlpp_hf import FederatedConfig, FederatedServer
 from fedlpp_hf.aggregation.robust import geometric_median_weights
-from fedlpp_hf.messages import ClientUpdate, restore_tensors
+from fedlpp_hf.wire.messages import ClientUpdate, restore_tensors
 
 
 KEY_A, KEY_B = "base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from fedlpp_hf import FederatedConfig, FederatedTrainer, load_base
-from fedlpp_hf.adapters import copy_adapter
+from fedlpp_hf.tensors.adapters import copy_adapter
 from tests.conftest import make_rows
 
 

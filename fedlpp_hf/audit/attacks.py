@@ -1,0 +1,177 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""What clients can make of what they hold: the proxies they were sent, and their own rows.
+
+Attackers are adapters on the base. What they can't have (the server's adapter, the full model, others' rows and updates)
+is nowhere a parameter here.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import ConcatDataset
+from transformers import TrainerCallback
+
+from ..aggregation.products import lower_rank, pad_update
+from ..tensors.adapters import copy_adapter
+from ..wire.messages import ClientTask, restore_tensors
+
+
+if TYPE_CHECKING:
+    from ..server.loop import FederatedServer
+
+Adapter = dict[str, torch.Tensor]
+
+# An attacker tries the learning rate that it was told, and a lower one, as what it starts from has been trained before.
+LEARNING_RATE_FACTORS = (1.0, 0.3)
+SMOOTHING = 0.5
+MOST_PROXIES = 5  # that the best of is chosen from, spread over the rounds
+
+
+def find_broadcasts(
+    records: Iterable[Mapping[str, Any]], clients: Iterable[str], interval: int | None
+) -> list[tuple[str, int, int]]:
+    """(client, round, anchor) of every proxy that any of `clients` was sent: in that round, made of the server's adapter
+    after round `anchor`. A client that was asked has the proxy, whether or not its update was accepted."""
+    if interval is None:
+        return []
+    return [
+        (client, record["round"], (record["round"] - 1) // interval * interval)
+        for record in records
+        if record["round"]
+        for client in sorted(set(clients) & set(record["asked"]))
+    ]
+
+
+def restore_proxies(server: "FederatedServer", clients: Iterable[str]) -> list[Adapter]:
+    """The proxies that `clients` were sent between them, oldest first, as tensors in the shapes of the server's adapter.
+
+    They are made again from the committed rounds, as the server's quantizer is deterministic. Of proxies of one adapter
+    that differ in rank, those of the highest rank stand for all; where each client's is rounded by a key, their mean
+    does, in which the errors of rounding cancel.
+    """
+    sent: defaultdict[int, dict[str, int]] = defaultdict(dict)
+    full = server.peft_config.r
+    for client, number, anchor in find_broadcasts(server.store.records(), clients, server.args.broadcast_interval):
+        sent[anchor][client] = max(sent[anchor].get(client, 0), server.rank_of(client, number) or full)
+    proxies = []
+    for anchor, ranks in sorted(sent.items()):
+        rank = max(ranks.values())
+        best = sorted(client for client in ranks if ranks[client] == rank)
+        best = best if server.args.keyed_rounding else best[:1]
+        proxies.append(
+            average_proxies([_restore_proxy(server, anchor, rank if rank < full else 0, client) for client in best])
+        )
+    return proxies
+
+
+def _restore_proxy(server: "FederatedServer", anchor: int, rank: int, client: str) -> Adapter:
+    adapter, _ = server.store.load(anchor)
+    proxy = restore_tensors(server.make_proxy(adapter, rank, client))
+    if rank:
+        proxy = pad_update(proxy, adapter, server.peft_config, lower_rank(adapter, server.peft_config, rank))
+    return proxy
+
+
+def average_proxies(proxies: Sequence[Mapping[str, torch.Tensor]]) -> Adapter:
+    """The mean of `proxies`, factor by factor: it cancels rounding errors that differ from round to round."""
+    return {key: torch.stack([proxy[key].double() for proxy in proxies]).mean(0).float() for key in proxies[0]}
+
+
+def smooth_proxies(proxies: Sequence[Mapping[str, torch.Tensor]], decay: float = SMOOTHING) -> Adapter:
+    """The exponential moving average of `proxies`, oldest first: later rounds are better trained, and count more."""
+    mean = {key: value.double() for key, value in proxies[0].items()}
+    for proxy in proxies[1:]:
+        mean = {key: decay * value + (1 - decay) * proxy[key].double() for key, value in mean.items()}
+    return {key: value.float() for key, value in mean.items()}
+
+
+def combine_proxies(proxies: Sequence[Adapter]) -> dict[str, Adapter]:
+    """What can be had of `proxies`, oldest first, without training: each of them, means, and a moving average."""
+    if not proxies:
+        return {}
+    found = {"last proxy": proxies[-1]}
+    spread = {round(place * (len(proxies) - 1) / (MOST_PROXIES - 1)) for place in range(MOST_PROXIES - 1)}
+    for place in sorted(spread - {len(proxies) - 1}):
+        found[f"proxy {place + 1} of {len(proxies)}"] = proxies[place]
+    if len(proxies) > 1:
+        found["mean of proxies"] = average_proxies(proxies)
+        found["mean of later half"] = average_proxies(proxies[len(proxies) // 2 :])  # the first are barely trained
+        found["moving average of proxies"] = smooth_proxies(proxies)
+    return found
+
+
+def pool_rows(datasets: Sequence[Any]) -> Any:
+    """The rows of several clients as one dataset."""
+    return datasets[0] if len(datasets) == 1 else ConcatDataset(datasets)
+
+
+def fine_tune(
+    trainer: Any, rows: Any, start: Mapping[str, torch.Tensor], steps: int, learning_rate: float, seed: int
+) -> dict[int, Adapter]:
+    """Train the base with the adapter `start` on `rows`, as a client would; the adapters by the number of steps.
+
+    They are taken at half of `steps` and at the end, so that one run serves for a search over steps.
+    """
+    snapshots = _Snapshots(trainer, {max(1, steps // 2), steps})
+    task = ClientTask(
+        federation_id="audit",
+        round=1,
+        num_rounds=1,
+        client_id=f"audit-{seed}-{id(rows)}",
+        seed=seed,
+        base_fingerprint=trainer.guard.fingerprint,
+        proxy=start,
+    )
+    options = {
+        "learning_rate": learning_rate,
+        "max_steps": steps,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+    }
+    with _replaced(trainer.args, options), _client(trainer, task.client_id, rows), _callback(trainer, snapshots):
+        trainer.train_client(task)
+    return snapshots.taken
+
+
+class _Snapshots(TrainerCallback):
+    def __init__(self, trainer: Any, steps: set[int]):
+        self.parameters, self.steps = trainer.guard.parameters, steps
+        self.taken: dict[int, Adapter] = {}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in self.steps:
+            self.taken[state.global_step] = copy_adapter(self.parameters)
+
+
+@contextmanager
+def _replaced(args: Any, options: Mapping[str, Any]) -> Iterator[None]:
+    before = {name: getattr(args, name) for name in options}
+    try:
+        for name, value in options.items():
+            setattr(args, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(args, name, value)
+
+
+@contextmanager
+def _client(trainer: Any, name: str, rows: Any) -> Iterator[None]:
+    trainer.client_datasets[name] = rows
+    try:
+        yield
+    finally:
+        del trainer.client_datasets[name]
+        trainer._trimmed.discard(name)
+
+
+@contextmanager
+def _callback(trainer: Any, callback: TrainerCallback) -> Iterator[None]:
+    trainer.add_callback(callback)
+    try:
+        yield
+    finally:
+        trainer.remove_callback(callback)

@@ -1,0 +1,198 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""The model-privacy audit: what clients, alone and together, can make of what they were sent."""
+
+import hashlib
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..processes.measurement import RowMeasures, choose_rows, measure_rows
+from ..tensors.adapters import load_adapter_
+from .attacks import (
+    LEARNING_RATE_FACTORS,
+    Adapter,
+    combine_proxies,
+    find_broadcasts,
+    fine_tune,
+    pool_rows,
+    restore_proxies,
+)
+from .exposed import list_sent
+from .report import AuditReport, CoalitionAudit
+from .stolen_value import estimate_stolen_value
+
+
+def check_auditable(trainer: Any) -> None:
+    """Refuse, before the rounds, a federation that could not be audited after them.
+
+    Raises:
+        ValueError: if there is no owner, no evaluation dataset, no client's data, or more than one process.
+    """
+    if trainer.owner is None:
+        raise ValueError(
+            "audit=True compares with the owner's model; set `full_model`, or pass the full model's path."
+        )
+    if not trainer.client_datasets:
+        raise ValueError("audit=True needs the clients' data in this process, and they are elsewhere. Simulate it.")
+    if trainer.args.world_size > 1:
+        raise ValueError(
+            f"audit=True runs in one process, and there are {trainer.args.world_size}. Launch it with one."
+        )
+    choose_rows(trainer.eval_dataset, 1, 0)
+
+
+def audit_federation(trainer: Any, coalitions: Sequence[Sequence[str]] | None = None) -> AuditReport:
+    """Attack the federation that `trainer.train()` has run, with what its clients hold.
+
+    `trainer` is a [`FederatedMixin`] trainer. `coalitions` are lists of clients that pool proxies and rows; by default
+    the `args.audit_clients` that hold the most, each alone, and the half of all clients that holds the most, or, as
+    `args.audit_coalitions` says, two of them, three, and so on to all.
+
+    Raises:
+        ValueError: if the federation can't be audited, or a client is unknown.
+        RuntimeError: if it has not been run.
+    """
+    check_auditable(trainer)
+    if trainer.server is None or trainer.server.store.latest() is None:
+        raise RuntimeError("There is no federation to audit; call `train()` first.")
+    began = time.perf_counter()
+    args, server = trainer.args, trainer.server
+    coalitions = _choose_coalitions(trainer) if coalitions is None else coalitions
+    for client in {client for coalition in coalitions for client in coalition}:
+        if client not in trainer.client_datasets:
+            raise ValueError(f"Client {client!r} is unknown; expected some of {', '.join(trainer.client_datasets)}.")
+    rows = choose_rows(trainer.eval_dataset, args.audit_rows, args.seed)
+    initial, _ = server.store.load(0)
+    before = trainer.owner.measure_rows(initial)
+    after = trainer.owner.measure_rows(server.adapter, server.residual)
+    scale = _Scale(trainer, rows)
+    base = scale.measure(dict(trainer.guard.initial))
+    if base is None or not np.isfinite(before.loss).all():
+        raise ValueError(
+            "Some evaluation rows have no finite loss on the untrained model; are all of their labels -100? Drop them "
+            "from eval_dataset, and resume: the rounds are committed."
+        )
+    guess = np.full(len(rows), math.log(base.num_outputs))
+    exposure = estimate_stolen_value({"base": base.loss}, {"guessing": guess}, before.loss, seed=args.seed)
+    audits = [_audit_coalition(trainer, scale, sorted(coalition), after) for coalition in coalitions]
+    notes = []
+    if not Path(args.full_model).exists():
+        notes.append(
+            "The full model was loaded by a name of the Hub. If it is public there, its base protects nothing."
+        )
+    if args.broadcast_interval is None:
+        notes.append("Nothing was broadcast: clients have the base, and what their own rows give them.")
+    if not after.loss.mean() < before.loss.mean():  # NaN is no gain either
+        notes.append(
+            "The server's model is no better than the owner's was before the federation. Stolen value is then a share of "
+            "what the full model is worth beyond the base, and not of anything that was learned."
+        )
+    return AuditReport(
+        federation_id=server.federation_id,
+        base_fingerprint=server.base_fingerprint,
+        num_clients=len(server.num_examples),
+        num_rows=len(rows),
+        num_rows_available=len(trainer.eval_dataset),
+        steps=args.audit_steps,
+        seed=args.seed,
+        threshold=args.audit_threshold,
+        before=_average(before),
+        server=_average(after),
+        exposure=exposure,
+        coalitions=audits,
+        sent=list_sent(trainer),
+        notes=notes,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _choose_coalitions(trainer: Any) -> list[list[str]]:
+    server, records = trainer.server, trainer.server.store.records()
+
+    def strength(client: str) -> tuple[int, int]:
+        return len(find_broadcasts(records, [client], server.args.broadcast_interval)), len(
+            trainer.client_datasets[client]
+        )
+
+    strongest = sorted(trainer.client_datasets, key=strength, reverse=True)
+    count = len(strongest)
+    sizes = range(2, count + 1) if server.args.audit_coalitions == "all" else [count // 2] * (count > 3)
+    return [[client] for client in strongest[: server.args.audit_clients]] + [strongest[:size] for size in sizes]
+
+
+class _Scale:
+    """Measures adapters on the base, each once: clients with the same proxies can do the same with them."""
+
+    def __init__(self, trainer: Any, rows: Any):
+        self.trainer, self.rows = trainer, rows
+        self._known: dict[bytes, RowMeasures] = {}
+
+    def measure(self, adapter: Adapter) -> RowMeasures | None:
+        """The adapter's rows, or None if it, or its loss on one of them, is not finite."""
+        if not all(bool(tensor.isfinite().all()) for tensor in adapter.values()):
+            return None
+        key = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in adapter.values())).digest()
+        if key not in self._known:
+            load_adapter_(self.trainer.guard.parameters, adapter)
+            self._known[key] = measure_rows(self.trainer, self.rows)
+        found = self._known[key]
+        return found if np.isfinite(found.loss).all() else None
+
+    def measure_all(self, adapters: Mapping[str, Adapter], diverged: list[str]) -> dict[str, RowMeasures]:
+        """Those of `adapters` that are finite; the names of the others are added to `diverged`."""
+        found = {name: self.measure(adapter) for name, adapter in adapters.items()}
+        diverged += [name for name, rows in found.items() if rows is None]
+        return {name: rows for name, rows in found.items() if rows is not None}
+
+
+def _audit_coalition(trainer: Any, scale: _Scale, clients: list[str], server: RowMeasures) -> CoalitionAudit:
+    rows = pool_rows([trainer.client_datasets[client] for client in clients])
+    base = dict(trainer.guard.initial)
+    local_only = {"untouched base": base} | _search(trainer, rows, "base", base)
+    proxies = restore_proxies(trainer.server, clients)
+    attacks = combine_proxies(proxies)
+    for name in [name for name in ("last proxy", "mean of later half") if name in attacks]:
+        attacks |= _search(trainer, rows, name, attacks[name])
+    diverged: list[str] = []
+    measured = scale.measure_all(attacks, diverged)
+    references = scale.measure_all(local_only, diverged)
+    stolen = {
+        measure: estimate_stolen_value(
+            {name: found.measures[measure] for name, found in measured.items()},
+            {name: found.measures[measure] for name, found in references.items()},
+            values,
+            measure,
+            trainer.args.seed,
+        )
+        for measure, values in server.measures.items()
+    }
+    best = stolen["loss"].best_attack
+    return CoalitionAudit(
+        clients=clients,
+        num_proxies=len(proxies),
+        attacks={name: _average(found) for name, found in measured.items()},
+        local_only={name: _average(found) for name, found in references.items()},
+        stolen=stolen,
+        metrics=trainer.evaluate_proxy((attacks or local_only)[best]),
+        diverged=diverged,
+    )
+
+
+def _search(trainer: Any, rows: Any, name: str, start: Adapter) -> dict[str, Adapter]:
+    """`start` after training on `rows`, by learning rate and steps."""
+    found = {}
+    for factor in LEARNING_RATE_FACTORS:
+        rate = factor * trainer.args.learning_rate
+        for steps, adapter in fine_tune(
+            trainer, rows, start, trainer.args.audit_steps, rate, trainer.args.seed
+        ).items():
+            found[f"{name} + {steps} steps at {rate:.1g}"] = adapter
+    return found
+
+
+def _average(found: RowMeasures) -> dict[str, float]:
+    return {measure: float(values.mean(dtype=np.float64)) for measure, values in found.measures.items()}

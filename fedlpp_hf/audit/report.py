@@ -1,0 +1,237 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""What the audit found: as values, as JSON and back, as Markdown, as a picture."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..report.text import format_table
+from ..server.store import RoundStore, write_atomically
+from .exposed import SentTensor, summarize_sent
+from .stolen_value import StolenValue
+
+
+SCHEMA_VERSION = 2
+AUDIT_JSON, AUDIT_TABLE, AUDIT_PICTURE = "audit.json", "audit.md", "audit.png"
+
+
+@dataclass(frozen=True, slots=True)
+class CoalitionAudit:
+    """What `clients` can do together, with the `num_proxies` different proxies that they were sent between them.
+
+    `attacks` and `local_only` map each attacker to its means by measure, `stolen` each measure to its stolen value.
+    `metrics` are those of the attacker with the least loss, on the whole evaluation dataset. `diverged` names attacks
+    whose training did not end in finite numbers; a lower learning rate might have.
+    """
+
+    clients: list[str]
+    num_proxies: int
+    attacks: dict[str, dict[str, float]]
+    local_only: dict[str, dict[str, float]]
+    stolen: dict[str, StolenValue]
+    metrics: dict[str, float]
+    diverged: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class AuditReport:
+    """The audit of one federation.
+
+    `num_rows` of `num_rows_available` evaluation rows were drawn by `seed`; an attacker trained for `steps` steps.
+    `exposure` is the stolen value of the untouched base, in loss, against guessing. `before` and `server` are means of
+    the owner's model at the start and at the end. `sent` is what left the owner: each tensor of the base and of a proxy.
+    """
+
+    federation_id: str
+    base_fingerprint: str
+    num_clients: int
+    num_rows: int
+    num_rows_available: int
+    steps: int
+    seed: int
+    threshold: float | None
+    before: dict[str, float]
+    server: dict[str, float]
+    exposure: StolenValue
+    coalitions: list[CoalitionAudit]
+    sent: list[SentTensor]
+    notes: list[str]
+    seconds: float
+
+    @property
+    def worst_single(self) -> CoalitionAudit | None:
+        """The single client with the best attacker, by its loss, if any was tried."""
+        return self._find_worst(1, 1)
+
+    @property
+    def worst_half(self) -> CoalitionAudit | None:
+        """The coalition of up to half of the clients with the best attacker, by its loss, if any was tried."""
+        return self._find_worst(2, self.num_clients / 2)
+
+    def _find_worst(self, fewest: int, most: float) -> CoalitionAudit | None:
+        found = [c for c in self.coalitions if fewest <= len(c.clients) <= most]
+        return min(found, key=lambda c: c.stolen["loss"].attacker, default=None)
+
+    def summarize(self) -> list[tuple[str, dict[str, float], str]]:
+        """The rows of a federation's report: label, metrics on the whole evaluation dataset, stolen value."""
+        half = self.worst_half
+        rows = [
+            ("best attacker (one client)", self.worst_single),
+            (f"best coalition of half ({len(half.clients) if half else 0} clients)", half),
+        ]
+        return [(label, found.metrics, format_stolen(found.stolen["loss"])) for label, found in rows if found]
+
+    def check_threshold(self) -> None:
+        """
+        Raises:
+            RuntimeError: if a client or a coalition of up to half of the clients has a larger share of the owner's gain
+                than `threshold`, or one that can't be told.
+        """
+        if self.threshold is None:
+            return
+        for coalition in self.coalitions:
+            if len(coalition.clients) > max(1, self.num_clients / 2):
+                continue
+            stolen = coalition.stolen["loss"]
+            if stolen.value is None or stolen.value > self.threshold:
+                raise RuntimeError(
+                    f"The audit fails: {', '.join(coalition.clients)} with `{stolen.best_attack}`: stolen value "
+                    f"{format_stolen(stolen)}, audit_threshold={self.threshold:.0%}. {stolen.reason} The run is "
+                    f"complete and {AUDIT_TABLE} has the details. What was never sent can't be stolen: broadcast less "
+                    "often (`broadcast`), or never."
+                )
+
+    def write(self, output_dir: str | os.PathLike) -> bool:
+        """Write `audit.json`, `audit.md` and `audit.png`; False if matplotlib is missing and there is no picture."""
+        directory = Path(output_dir)
+        text = json.dumps({"schema": SCHEMA_VERSION, **asdict(self)}, indent=2) + "\n"
+        write_atomically(directory / AUDIT_JSON, text.encode())
+        write_atomically(directory / AUDIT_TABLE, render_audit(self).encode())
+        return draw_audit(self, directory / AUDIT_PICTURE)
+
+    @classmethod
+    def read(cls, output_dir: str | os.PathLike) -> "AuditReport":
+        """What [`write`] wrote.
+
+        Raises:
+            ValueError: if there is no audit, or it is damaged, of another schema or of another federation.
+        """
+        path = Path(output_dir) / AUDIT_JSON
+        if not path.is_file():
+            raise ValueError(
+                f"`{output_dir}` has no {AUDIT_JSON}. An audit needs the clients' data: run the federation's script with "
+                "--audit True (and --resume_from_checkpoint True, if its rounds are done)."
+            )
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values.pop("schema", None) != SCHEMA_VERSION:
+                raise ValueError(f"expected schema {SCHEMA_VERSION}")
+            values["exposure"] = _read_stolen(values["exposure"])
+            values["coalitions"] = [
+                CoalitionAudit(**{**c, "stolen": {name: _read_stolen(v) for name, v in c["stolen"].items()}})
+                for c in values["coalitions"]
+            ]
+            values["sent"] = [SentTensor(**entry) for entry in values["sent"]]
+            report = cls(**values)
+            render_audit(report)  # whatever is of the wrong type shows here
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"`{path}` is no audit of this version of fedlpp_hf ({error}); run it again.") from error
+        store = RoundStore(output_dir)
+        if store.exists and store.read()["federation_id"] != report.federation_id:
+            raise ValueError(f"`{path}` is of another federation than the one in `{output_dir}`; audit this one.")
+        return report
+
+
+def _read_stolen(values: Mapping[str, Any]) -> StolenValue:
+    stolen = StolenValue(**values)
+    for entry in fields(stolen):
+        value = getattr(stolen, entry.name)
+        if not isinstance(value, entry.type if isinstance(entry.type, type) else (int, float, type(None))):
+            raise ValueError(f"`{entry.name}` is {value!r}")
+    return stolen
+
+
+def format_stolen(stolen: StolenValue) -> str:
+    """A stolen value with its interval, in percent."""
+    if stolen.value is None or stolen.low is None or stolen.high is None:
+        return "undetermined"
+    return f"{stolen.value:.0%} ({stolen.low:.0%} to {stolen.high:.0%})"
+
+
+def render_audit(report: AuditReport) -> str:
+    """The audit as Markdown."""
+    measures = list(report.server)
+    drawn = f"{report.num_rows} of {report.num_rows_available} evaluation rows (seed {report.seed})"
+    lines = [
+        "# Model-privacy audit",
+        "",
+        f"Means over {drawn}; attackers train for up to {report.steps} steps on their own rows. Stolen value is (best "
+        "attacker − local only) / (server − local only), with the 95 % bootstrap interval. Attackers choose their best "
+        "on these very rows, which flatters them. docs/threat-model.md says what this means.",
+        "",
+        *format_table(
+            [
+                ["reference", *measures],
+                ["owner's model before", *(f"{report.before[measure]:.4f}" for measure in measures)],
+                ["server's model after", *(f"{report.server[measure]:.4f}" for measure in measures)],
+            ]
+        ),
+        "",
+        f"Exposure of the base, (base − guessing) / (owner's model before − guessing): "
+        f"{format_stolen(report.exposure)}, in loss ({report.exposure.attacker:.4f} against "
+        f"{report.exposure.server:.4f}, guessing {report.exposure.local_only:.4f}). {report.exposure.reason}".rstrip(),
+    ]
+    lines += ["", *format_table(summarize_sent(report.sent))]
+    for coalition in report.coalitions:
+        lines += ["", *_render_coalition(coalition, measures)]
+    lines += [f"\n**Note.** {note}" for note in report.notes]
+    lines += ["", f"The audit took {report.seconds:.0f} s."]
+    return "\n".join(lines) + "\n"
+
+
+def _render_coalition(coalition: CoalitionAudit, measures: list[str]) -> list[str]:
+    names = ", ".join(coalition.clients)
+    table = [["attacker", *measures]]
+    for kind, found in (("", coalition.attacks), ("local only: ", coalition.local_only)):
+        table += [[kind + name, *(f"{means[m]:.4f}" for m in measures)] for name, means in found.items()]
+    lines = [f"## {names} ({coalition.num_proxies} proxies)", "", *format_table(table), ""]
+    for measure, stolen in coalition.stolen.items():
+        lines.append(
+            f"- Stolen value in {measure}: **{format_stolen(stolen)}**. Best attacker: {stolen.best_attack} "
+            f"({stolen.attacker:.4f}); best local-only: {stolen.best_local} ({stolen.local_only:.4f}). "
+            f"{stolen.reason}".rstrip()
+        )
+        better = stolen.attacker < stolen.server if measure == "loss" else stolen.attacker > stolen.server
+        if better:
+            lines.append(f"- **The attacker's model is better than the server's** in {measure}.")
+    return lines + [f"- Diverged, and not counted: {', '.join(coalition.diverged)}." for _ in coalition.diverged[:1]]
+
+
+def draw_audit(report: AuditReport, path: Path) -> bool:
+    """Draw the loss of every attacker, by coalition, against the owner's; False if matplotlib is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    rows: list[tuple[str, float, str]] = []
+    for coalition in report.coalitions:
+        label = coalition.clients[0] if len(coalition.clients) == 1 else f"{len(coalition.clients)} clients"
+        for color, found in (("#555555", coalition.local_only), ("#c8553d", coalition.attacks)):
+            rows += [(f"{label}: {name}", means["loss"], color) for name, means in found.items()]
+    figure = Figure(figsize=(8, 1.2 + 0.22 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.scatter([loss for _, loss, _ in rows], range(len(rows)), c=[color for _, _, color in rows])
+    axes.set_yticks(range(len(rows)), [name for name, _, _ in rows], fontsize=7)
+    axes.axvline(report.server["loss"], color="#0b6e4f", label="server's model after")
+    axes.axvline(report.before["loss"], color="#0b6e4f", linestyle=":", label="owner's model before")
+    axes.invert_yaxis()
+    axes.set_xlabel("loss (red: attackers, grey: without the owner's adapter)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    return True

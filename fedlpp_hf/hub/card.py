@@ -1,0 +1,185 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""The README of a model or adapter that a federation made: what it is, how it was made, how well it does, what it gave away."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..server.store import FEDERATION_DIR, RoundStore
+
+
+CARD = "README.md"
+_TAGS = ("fedlpp_hf", "federated-learning", "lora")
+# What a source card says of the model that stays true of its fine-tuned successor.
+_KEPT = (
+    "license", "license_name", "license_link", "language", "tags", "datasets", "pipeline_tag", "extra_gated_prompt",
+    "extra_gated_fields",
+)  # fmt: skip
+_SETTINGS = {
+    "num_rounds": "rounds",
+    "clients_per_round": "clients per round",
+    "base_bits": "bits per weight of the clients' base",
+    "adapter_bits": "bits per value of the broadcast adapter",
+    "update_bits": "bits per value of the clients' updates",
+    "broadcast": "broadcast",
+    "aggregation": "aggregation",
+    "robust": "robust rule",
+    "server_optimizer": "server optimizer",
+    "num_train_epochs": "local epochs",
+    "max_steps": "local steps (-1: whole epochs)",
+    "learning_rate": "local learning rate",
+    "clip_update_norm": "updates clipped to the norm",
+    "seed": "seed",
+}
+
+
+def write_model_card(
+    directory: str | os.PathLike,
+    repo_id: str,
+    *,
+    source: str | os.PathLike | None = None,
+    federation_dir: str | os.PathLike | None = None,
+    audit: str | os.PathLike | None = None,
+    token: str | None = None,
+) -> Path:
+    """Write `README.md` into `directory`, a merged model or a PEFT repository; returns its path.
+
+    Licence, languages and tags are those of the card of `source`, the full model. `federation_dir`, the federation's
+    `output_dir`, gives rounds, clients, bits and every table of its `report.md`; `audit` is the Markdown or JSON of a
+    privacy audit, by default the `audit.md` or `audit.json` there. What is not known is said to be unknown.
+
+    Raises:
+        ValueError: if a file that is named can't be read.
+    """
+    directory = Path(directory)
+    data = read_source_card(source, directory, token) | {"library_name": "transformers"}
+    is_adapter = (directory / "adapter_config.json").is_file()
+    if is_adapter:
+        data["library_name"] = "peft"
+    data["tags"] = list(dict.fromkeys([*data.get("tags", []), *_TAGS]))
+    if source is not None and not Path(source).is_dir():
+        data["base_model"], data["base_model_relation"] = str(source), "adapter" if is_adapter else "finetune"
+    federation = Path(federation_dir) if federation_dir is not None else None
+    parts = [
+        f"# {repo_id.rsplit('/', 1)[-1]}",
+        _describe(is_adapter, data.get("base_model")),
+        "## How it was made\n\n" + _describe_federation(federation),
+        "## Results\n\n" + _read_results(federation),
+        "## Privacy\n\n" + _describe_privacy(federation, audit),
+        "## How to load\n\n" + _describe_loading(directory, repo_id, is_adapter, data.get("base_model")),
+    ]
+    card = ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+    card.save(directory / CARD)
+    return directory / CARD
+
+
+def read_source_card(source: str | os.PathLike | None, directory: Path, token: str | None = None) -> dict[str, Any]:
+    """The metadata of the full model's card that its successor keeps; empty if it has no card.
+
+    Raises:
+        ValueError: if its metadata are not valid.
+    """
+    from huggingface_hub.errors import EntryNotFoundError
+
+    place: str | Path
+    if source is None or Path(source).is_dir():
+        place = (Path(source) if source is not None else directory) / CARD
+        if not place.is_file():
+            return {}
+    else:
+        place = str(source)
+    try:
+        metadata = ModelCard.load(place, token=token, ignore_metadata_errors=False).data.to_dict()
+    except EntryNotFoundError:
+        return {}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"The model card of `{place}` can't be read ({error}). Mend its metadata.") from error
+    return {key: metadata[key] for key in _KEPT if metadata.get(key)}
+
+
+def _describe(is_adapter: bool, base_model: str | None) -> str:
+    of = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "its owner's full-precision model"
+    what = (
+        f"A LoRA adapter for {of}"
+        if is_adapter
+        else f"{of[0].upper() + of[1:]} with a LoRA adapter merged into its full-precision weights"
+    )
+    return (
+        f"{what}, trained by federated learning with `fedlpp_hf`: clients trained quantized adapters on a quantized copy of "
+        "the model, on data that did not leave them (FedLPP, [arXiv 2406.10976](https://arxiv.org/abs/2406.10976))."
+    )
+
+
+def _read_federation(federation: Path | None) -> Mapping[str, Any] | None:
+    return None if federation is None else RoundStore(federation).read()
+
+
+def _describe_federation(federation: Path | None) -> str:
+    state = _read_federation(federation)
+    if state is None or federation is None:
+        return "The federation's records were not given when this card was written."
+    config, clients = state["config"], state.get("clients") or {}
+    rows = [f"| {label} | {config[key]} |" for key, label in _SETTINGS.items() if config.get(key) is not None]
+    done = RoundStore(federation).latest()
+    rows += [f"| rounds done | {done} |", f"| clients | {len(clients)} |"]
+    rows += [f"| examples of all clients | {sum(clients.values())} |"] if clients else []
+    rows += [f"| {name} | {version} |" for name, version in state.get("packages", {}).items()]
+    return "| setting | value |\n|---|---|\n" + "\n".join(rows)
+
+
+def _read_results(federation: Path | None) -> str:
+    report = None if federation is None else federation / "report.md"
+    if report is None or not report.is_file():
+        return "No report of the federation was given when this card was written, so nothing is claimed."
+    # Its own headings go below this section's.
+    lines = [f"##{line}" if line.startswith("#") else line for line in report.read_text(encoding="utf-8").splitlines()]
+    return "\n".join(lines).strip()
+
+
+def _describe_privacy(federation: Path | None, audit: str | os.PathLike | None) -> str:
+    state = _read_federation(federation)
+    parts = []
+    if state is not None:
+        config = state["config"]
+        parts.append(
+            f"Clients held a base of {config.get('base_bits', '?')} bits per weight and adapters of "
+            f"{config.get('adapter_bits', '?')} bits per value, never the full-precision weights; the owner received "
+            "updates of the adapter, never data."
+        )
+    found = Path(audit) if audit is not None else None
+    if audit is None and federation is not None:
+        places = [federation / "audit.md", federation / "audit.json"]
+        found = next((path for path in places if path.is_file()), None)
+    if found is None:
+        parts.append(
+            "No privacy audit was run on this model: how much of it clients could rebuild, and how much of their data its "
+            "updates tell, was not measured."
+        )
+        return "\n\n".join(parts)
+    try:
+        text = found.read_text(encoding="utf-8")
+        if found.suffix == ".json":
+            text = "```json\n" + json.dumps(json.loads(text), indent=2) + "\n```"
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The audit `{found}` can't be read ({error}).") from error
+    text = "\n".join(f"##{line}" if line.startswith("#") else line for line in text.splitlines())
+    return "\n\n".join([*parts, "What the audit measured:", text.strip()])
+
+
+def _describe_loading(directory: Path, repo_id: str, is_adapter: bool, base_model: str | None) -> str:
+    config = directory / "config.json"
+    architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures") if config.is_file() else None
+    name = (architectures or ["AutoModelForCausalLM"])[0]
+    lines = [f"from transformers import {name}", "", f'model = {name}.from_pretrained("{repo_id}")']
+    if is_adapter:
+        lines = ["from peft import PeftModel", f"from transformers import {name}", ""]
+        lines += [f'model = {name}.from_pretrained("{base_model or "the full model"}")']
+        lines += [f'model = PeftModel.from_pretrained(model, "{repo_id}")']
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+__all__ = ["CARD", "FEDERATION_DIR", "read_source_card", "write_model_card"]

@@ -1,0 +1,146 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""Clients side by side: processes that each hold the base and train one client at a time."""
+
+import gc
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..wire.messages import ClientFailure, ClientTask, ClientUpdate
+from .blueprint import TrainerBlueprint
+from .service import Service
+
+
+class ClientWorkers:
+    """`count` processes that share the clients of each round, for simulations on one machine.
+
+    A client's update depends on its task and rows alone, so that any number of workers ends in the same bits as one
+    (given equal threads: `threads` of each worker, by default the cores shared out evenly). Where there are several GPUs,
+    each worker has one, in turn. A worker that dies, or is busy with one client for longer than `client_timeout` seconds,
+    is replaced, and that client counts as failed; so do all that have not answered when a round's `round_timeout` is over.
+    """
+
+    def __init__(self, blueprint: TrainerBlueprint, count: int, threads: int | None = None):
+        self.blueprint = blueprint
+        self.timeout = blueprint.args.client_timeout or math.inf
+        self.round_timeout = blueprint.args.round_timeout or math.inf
+        self.threads = threads or max((os.cpu_count() or 1) // count, 1)
+        self.num_examples = {client: len(rows) for client, rows in blueprint.client_datasets.items()}
+        self._starting: set[Service] = set()
+        self._idle = [self._start(environment) for environment in share_gpus(count)]
+        self._busy: dict[Service, tuple[str, float]] = {}  # the client that it trains, and since when
+
+    def train_clients(self, tasks: list[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
+        """An answer to each of `tasks`, as they come; the clients with most rows begin, because they take longest."""
+        waiting = sorted(tasks, key=lambda task: self.num_examples[task.client_id])
+        deadline = time.monotonic() + self.round_timeout
+        try:
+            while waiting or self._busy:
+                if time.monotonic() > deadline:
+                    late = [*(client for client, _ in self._busy.values()), *(task.client_id for task in waiting)]
+                    yield from (ClientFailure(client, late_reason(self.round_timeout)) for client in late)
+                    return
+                while waiting and self._idle:
+                    worker, task = self._idle.pop(), waiting.pop()
+                    if worker in self._starting:  # loading the base is no part of a client's time
+                        worker.receive()
+                        self._starting.remove(worker)
+                    self._busy[worker] = (task.client_id, time.monotonic())
+                    worker.send("train", {"task": as_tensor(task.to_bytes())})
+                yield from self._answers(deadline)
+        finally:
+            # A round that closes early leaves runs behind that nobody asks for; the next one must not get their answers.
+            for worker in list(self._busy):
+                self._replace(worker)
+
+    def close(self) -> None:
+        """End all processes."""
+        for worker in self._busy:
+            worker.kill()
+        for worker in self._idle:
+            worker.close()
+        self._idle.clear()
+        self._busy.clear()
+
+    def _answers(self, deadline: float) -> Iterator[ClientUpdate | ClientFailure]:
+        first = min(deadline, *(since + self.timeout for _, since in self._busy.values()))
+        left = max(first - time.monotonic(), 0.0)
+        ready = wait([worker.pipe for worker in self._busy], None if math.isinf(left) else left)
+        for worker, (client, since) in list(self._busy.items()):
+            if worker.pipe in ready:
+                try:
+                    _, payload = worker.receive()
+                except (ValueError, RuntimeError) as error:
+                    self._replace(worker)
+                    yield ClientFailure(client, str(error))
+                    continue
+                del self._busy[worker]
+                self._idle.append(worker)
+                yield ClientUpdate.from_bytes(as_bytes(payload["update"]))
+            elif time.monotonic() - since > self.timeout:
+                self._replace(worker)
+                yield ClientFailure(client, f"it took longer than client_timeout={self.timeout:g} seconds")
+
+    def _replace(self, worker: Service) -> None:
+        del self._busy[worker]
+        worker.kill()
+        self._idle.append(self._start(worker.environment))
+
+    def _start(self, environment: Mapping[str, str]) -> Service:
+        worker = Service("client worker", make_desk, (self.blueprint, self.threads), environment)
+        worker.send("start")
+        self._starting.add(worker)
+        return worker
+
+
+class _Desk:
+    def __init__(self, blueprint: TrainerBlueprint):
+        # Error feedback and SCAFFOLD remember in files under output_dir, where the next worker finds them.
+        self.trainer = blueprint.build(blueprint.client_datasets, Path(blueprint.args.output_dir), blueprint.base_dir)
+        gc.collect()
+        gc.freeze()
+
+    def start(self, tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        return {}, {}
+
+    def train(self, tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        update = self.trainer.train_client(ClientTask.from_bytes(as_bytes(tensors["task"])))
+        return {}, {"update": as_tensor(update.to_bytes())}
+
+
+def make_desk(setup: tuple[TrainerBlueprint, int], scratch: Path) -> _Desk:
+    """What a worker's process runs."""
+    blueprint, threads = setup
+    torch.set_num_threads(threads)
+    return _Desk(blueprint)
+
+
+def share_gpus(count: int) -> list[dict[str, str]]:
+    """The environments of `count` processes that share this machine's GPUs, one each, in turn; empty where there is no choice."""
+    gpus = torch.cuda.device_count()
+    if gpus < 2:
+        return [{} for _ in range(count)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(gpu) for gpu in range(gpus)]
+    return [{"CUDA_VISIBLE_DEVICES": names[index % gpus].strip()} for index in range(count)]
+
+
+def late_reason(round_timeout: float) -> str:
+    """Why a client has no part in a round that closed without it."""
+    return f"it had not answered within round_timeout={round_timeout:g} seconds"
+
+
+def as_tensor(data: bytes) -> torch.Tensor:
+    """Bytes `(n,)` uint8, so that a message can travel in another."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def as_bytes(tensor: Any) -> bytes:
+    """The inverse of [`as_tensor`]."""
+    return tensor.numpy().tobytes()

@@ -1,0 +1,225 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""What a directory holds, in lines to print: a base, an adapter, a federation, and what of it leaves the owner."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..base.manifest import BASE_MANIFEST, check_base, read_manifest
+from ..config.federated import FederatedConfig
+from ..server.store import FEDERATION_DIR, FEDERATION_FILE, RoundStore
+from ..tensors.adapters import ADAPTER_CONFIG, lora_factors, read_adapter
+from ..tensors.quantization import BITS, packed_size
+from .text import find_warnings, format_bytes, format_table, main_metric, mean_client_loss
+
+
+if TYPE_CHECKING:
+    from ..merge.streaming import MergeReport
+
+_KINDS = {
+    "linear4bit": "4-bit weights",
+    "linear8bit": "8-bit weights",
+    "codebook": "floats of few values",
+    "full_precision": "full precision",
+}
+_SHOWN_CONFIG = (
+    "partition", "clients_per_round", "base_bits", "embedding_bits", "adapter_bits", "broadcast", "weighting",
+    "server_learning_rate", "server_momentum", "learning_rate", "num_train_epochs", "max_steps", "seed",
+)  # fmt: skip
+_SCALE_BYTES = 4
+_LISTED = 5
+
+
+def describe_directory(directory: str | os.PathLike, tensors: bool = False, verify: bool = False) -> list[str]:
+    """A base, a federation or an adapter, told apart by their files; `tensors` lists every tensor, `verify` reads all
+    files of a base.
+
+    Raises:
+        ValueError: if it is none of these, or damaged.
+    """
+    path = Path(directory)
+    if (path / BASE_MANIFEST).is_file():
+        return describe_base(path, tensors, verify)
+    if verify:
+        raise ValueError(f"`{directory}` is no base; --verify compares a base with its manifest. Leave it out.")
+    if path.name == FEDERATION_DIR:
+        path = path.parent
+    if (path / FEDERATION_DIR / FEDERATION_FILE).is_file():
+        lines = describe_federation(path)
+        published = (path / ADAPTER_CONFIG).is_file()
+        return [*lines, "", *describe_adapter(path, tensors)] if published else lines
+    if (path / ADAPTER_CONFIG).is_file():
+        return describe_adapter(path, tensors)
+    if not path.is_dir():
+        raise ValueError(f"`{directory}` is no directory.")
+    raise ValueError(
+        f"`{directory}` is no base (no {BASE_MANIFEST}), adapter (no {ADAPTER_CONFIG}) or federation (no "
+        f"{FEDERATION_DIR}/{FEDERATION_FILE})."
+    )
+
+
+def describe_base(base_dir: str | os.PathLike, tensors: bool = False, verify: bool = False) -> list[str]:
+    """What a client gets with a base: by kind of tensor, bits per weight, bytes, and what of it is exact.
+
+    Raises:
+        ValueError: if it is no base, or with `verify` if a file is not as its manifest says.
+    """
+    manifest = check_base(base_dir) if verify else read_manifest(base_dir)
+    entries, totals = manifest["tensors"], manifest["totals"]
+    scales = "quantized scales" if manifest["double_quant"] else f"blocks of {manifest['block_size']}"
+    lines = [
+        f"Base of {manifest['architecture']}: {manifest['bits']} bits, {scales}; embeddings {manifest['embedding_bits']} "
+        "bits",
+        f"fingerprint {manifest['fingerprint']}" + (" (every file checked)" if verify else ""),
+        "",
+    ]
+    header = ["tensors", "count", "parameters", "bits each", "information", "on disk"]
+    if tensors:
+        rows = [_row(f"{e['name']} {_shape(e['shape'])}", [e]) for e in entries]
+    else:
+        groups = {kind: [e for e in entries if e["kind"] == kind] for kind in _KINDS}
+        rows = [_row(_KINDS[kind], group) for kind, group in groups.items() if group]
+    lines += format_table([header, *rows, _row("all", entries)])
+    files = sum(file["bytes"] for file in manifest["files"].values())
+    lines += [
+        "",
+        f"Each client is sent at most {format_bytes(totals['information_bytes'])} once (packed; {format_bytes(files)} of "
+        "files on disk).",
+    ]
+    exact = sorted((e for e in entries if e["kind"] == "full_precision"), key=lambda e: -e["bytes"])
+    names = [f"{e['name']} ({format_bytes(e['bytes'])})" for e in exact]
+    lines.append(
+        f"In full precision: {format_bytes(totals['full_precision_bytes'])}: {_shorten(names)}"
+        if exact
+        else "Nothing is in full precision."
+    )
+    if manifest["full_precision_linears"]:
+        lines.append(f"WARNING: linear layers in full precision: {_shorten(manifest['full_precision_linears'])}")
+    for key, label in (("initialized_by_clients", "Initialized by clients"), ("left_out", "Left out")):
+        if manifest[key]:
+            lines.append(f"{label}: {_shorten(manifest[key])}")
+    return lines
+
+
+def describe_adapter(directory: str | os.PathLike, tensors: bool = False) -> list[str]:
+    """An adapter's targets and size, and the bytes of a broadcast of it at each number of bits.
+
+    Raises:
+        ValueError: if it can't be read.
+    """
+    adapter, config = read_adapter(directory)
+    try:
+        factors = lora_factors(adapter, config)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"`{directory}/{ADAPTER_CONFIG}` is no configuration of LoRA ({error!r}).") from error
+    others = sorted(set(adapter) - {key for f in factors.values() for key in (f.key_a, f.key_b)})
+    values = sum(tensor.numel() for tensor in adapter.values())
+    stored = sum(tensor.nbytes for tensor in adapter.values())
+    scales = sorted({factor.scale for factor in factors.values()})
+    lines = [
+        f"{config.get('peft_type', 'PEFT')} adapter: rank {config.get('r')}, alpha {config.get('lora_alpha')}, "
+        f"{len(factors)} targets (scale {', '.join(f'{scale:g}' for scale in scales)})"
+        + (f", and {len(others)} whole tensors: {_shorten(others)}" if others else ""),
+        f"{len(adapter)} tensors, {values:,} parameters, {format_bytes(stored)}",
+    ]
+    if name := config.get("base_model_name_or_path"):
+        lines.append(f"WARNING: its configuration names the model `{name}`; a client would read that.")
+    if tensors:
+        rows = [
+            [key, _shape(t.shape), str(t.dtype).removeprefix("torch."), format_bytes(t.nbytes)]
+            for key, t in adapter.items()
+        ]
+        lines += ["", *format_table([["tensor", "shape", "dtype", "bytes"], *rows])]
+    block_size = FederatedConfig.adapter_block_size
+    counts = [tensor.numel() for tensor in adapter.values()]
+    sizes = [sum(packed_size(bits, n) + _SCALE_BYTES * math.ceil(n / block_size) for n in counts) for bits in BITS]
+    table = [["bits", *map(str, BITS), "32"], ["bytes", *map(format_bytes, [*sizes, 4 * values])]]
+    return [*lines, "", f"To broadcast it to one client, in blocks of {block_size}:", *format_table(table)]
+
+
+def describe_federation(output_dir: str | os.PathLike) -> list[str]:
+    """A federation's settings and its committed rounds, with the report's warnings.
+
+    Raises:
+        ValueError: if its state on disk is damaged.
+    """
+    store = RoundStore(output_dir)
+    federation, records = store.read(), store.records()
+    config = federation["config"]
+    shown = [f"{name}={config[name]}" for name in _SHOWN_CONFIG if config.get(name) not in (None, -1)]
+    lines = [
+        f"Federation {federation['federation_id']}: {max(len(records) - 1, 0)} of {config['num_rounds']} rounds committed, "
+        f"{len(federation['clients'])} clients",
+        f"base {federation['base_fingerprint']}",
+        ", ".join(shown),
+    ]
+    if not records:
+        return [*lines, "No round is committed."]
+    views = [
+        (view, label, name)
+        for view, label in (("proxy", "base + proxy"), ("server", "server"))
+        if (name := main_metric(next((r["metrics"][view] for r in records if view in r["metrics"]), {})))
+    ]
+    header = ["round", "clients", "rejected", "clients' loss"]
+    header += [f"{label} {name.removeprefix('eval_')}" for _, label, name in views] + ["down", "up", "seconds"]
+    rows = [header]
+    for record in records:
+        metrics = [record["metrics"].get(view, {}).get(name) for view, _, name in views]
+        rows.append(
+            [
+                str(record["round"]),
+                str(len(record["clients"])),
+                str(len(record["rejected"])),
+                f"{mean_client_loss(record):.4f}" if record["clients"] else "",
+                *("" if value is None else f"{value:.4f}" for value in metrics),
+                *(format_bytes(record[way]) for way in ("bytes_down", "bytes_up")),
+                f"{record['seconds']:.1f}",
+            ]
+        )
+    down, up = (sum(record[way] for record in records) for way in ("bytes_down", "bytes_up"))
+    lines += ["", *format_table(rows), "", f"{format_bytes(down)} to clients, {format_bytes(up)} from clients in all."]
+    if (store.root / "base" / BASE_MANIFEST).is_file():
+        lines.append(f"The base that clients hold: fedlpp-hf inspect {store.root / 'base'}")
+    return lines + [f"WARNING: {text}" for text in find_warnings(records[0]["metrics"], records[-1]["metrics"])]
+
+
+def describe_merge(report: "MergeReport", layers: bool = False) -> list[str]:
+    """What a merge did; `layers` lists the norm of every update, and its ratio to the base's error where that is known."""
+    done = "verified" if report.verified else "not verified"
+    lines = [
+        f"Merged into {report.output_dir}: {len(report.layers)} tensors updated, {len(report.replaced)} replaced, "
+        f"{len(report.added)} added ({done})",
+        f"{format_bytes(report.bytes_rewritten)} rewritten, {format_bytes(report.bytes_copied)} copied, "
+        f"{report.seconds:.1f} s",
+    ]
+    if report.through_peft:
+        lines.append(f"PEFT merged it, in memory, because {report.through_peft}.")
+    ratios = [layer.ratio for layer in report.layers if layer.ratio is not None]
+    if ratios:
+        lines.append(f"The base's error is {min(ratios):.2f} to {max(ratios):.2f} times the update, ‖W − Q(W)‖/‖ΔW‖.")
+    if layers:
+        rows = [
+            [layer.parameter, f"{layer.update_norm:.4g}", "" if layer.ratio is None else f"{layer.ratio:.3g}"]
+            for layer in report.layers
+        ]
+        lines += ["", *format_table([["tensor", "‖ΔW‖", "‖W − Q(W)‖/‖ΔW‖"], *rows])]
+    return lines
+
+
+def _row(label: str, entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    parameters = sum(math.prod(entry["shape"]) for entry in entries)
+    information = sum(entry["information_bytes"] for entry in entries)
+    stored = sum(entry["bytes"] for entry in entries)
+    bits = f"{information * 8 / max(parameters, 1):.2f}"
+    return [label, str(len(entries)), f"{parameters:,}", bits, format_bytes(information), format_bytes(stored)]
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape)) or "scalar"
+
+
+def _shorten(names: Sequence[str]) -> str:
+    more = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,125 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""Which updates a round takes. Nothing from a client is trusted: each is checked, or refused by its client's name."""
+
+import math
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftConfig
+from safetensors.torch import save_file
+
+from ..aggregation.products import lower_rank, pad_update, truncate_adapter
+from ..config.federated import FederatedConfig
+from ..config.rules import trainable_keys
+from ..privacy.clipping import check_norm
+from ..tensors.files import TensorFile, close_files
+from ..wire.compression import decompress_update
+from ..wire.messages import ClientFailure, ClientTask, ClientUpdate
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptedUpdate:
+    """What a round keeps of an update: `delta` is in the server's shapes, float32; `num_bytes` is of the message."""
+
+    num_examples: int
+    metrics: dict[str, float]
+    num_bytes: int
+    delta: TensorFile
+
+
+class Admission:
+    """Checks the answers to a round's tasks, and keeps the accepted updates in files under `updates_dir`.
+
+    Memory is flat in the number of clients: one update is held at a time. `adapter` gives keys and shapes;
+    `num_examples` maps each client to its number of rows, where the server knows them, else to None.
+    """
+
+    def __init__(
+        self,
+        args: FederatedConfig,
+        adapter: Mapping[str, torch.Tensor],
+        peft_config: PeftConfig,
+        num_examples: Mapping[str, int | None],
+        updates_dir: Path,
+    ):
+        self.args = args
+        self.shapes = {key: torch.empty_like(tensor, device="meta") for key, tensor in adapter.items()}
+        self.peft_config = peft_config
+        self.num_examples = num_examples
+        self.updates_dir = updates_dir
+
+    def collect(
+        self, tasks: Mapping[str, ClientTask], answers: Iterable[ClientUpdate | ClientFailure]
+    ) -> tuple[dict[str, AcceptedUpdate], dict[str, str]]:
+        """Acceptable updates in the order of the tasks, and the reason for every client without one.
+
+        The files are there until the next call, or [`forget`].
+        """
+        self.forget()
+        self.updates_dir.mkdir(parents=True)
+        accepted: dict[str, AcceptedUpdate] = {}
+        rejected: dict[str, str] = {}
+        wanted = self.args.clients_per_round or len(tasks)
+        for answer in answers:
+            client = answer.client_id
+            if client not in tasks:
+                rejected[client] = "it was not asked in this round"
+            elif isinstance(answer, ClientFailure):
+                rejected[client] = answer.reason
+            elif client in accepted:
+                rejected[client] = "it answered twice"
+            else:
+                try:
+                    delta = self.open_update(answer, tasks[client])
+                except ValueError as error:
+                    rejected[client] = str(error)
+                    continue
+                # By number: what a client is called must never become a path.
+                file = self.updates_dir / f"{len(accepted):05d}.safetensors"
+                save_file(delta, file)
+                accepted[client] = AcceptedUpdate(
+                    answer.num_examples, answer.metrics, len(answer.to_bytes()), TensorFile(file)
+                )
+            if len(accepted) == wanted < len(tasks):
+                break  # over-sampled: the round closes with those who were first
+        for client in tasks:
+            if client not in accepted and client not in rejected:
+                rejected[client] = "the round closed without it" if len(accepted) == wanted else "it did not answer"
+        return {client: accepted[client] for client in tasks if client in accepted}, rejected
+
+    def forget(self) -> None:
+        """Delete the updates that are kept: they are the clients', and of no use once their round is committed."""
+        close_files()
+        shutil.rmtree(self.updates_dir, ignore_errors=True)
+
+    def open_update(self, update: ClientUpdate, task: ClientTask) -> dict[str, torch.Tensor]:
+        """The update as tensors in the server's shapes.
+
+        Raises:
+            ValueError: for whatever makes it unacceptable.
+        """
+        for name in ("federation_id", "round", "base_fingerprint"):
+            if getattr(update, name) != getattr(task, name):
+                raise ValueError(f"its {name} is {getattr(update, name)!r}; the task's is {getattr(task, name)!r}")
+        limit = self.num_examples.get(update.client_id)
+        if update.num_examples < 1 or (limit is not None and update.num_examples > limit):
+            raise ValueError(f"it claims {update.num_examples} examples; expected 1 to {limit or 'any number'}")
+        for name in ("loss", "steps"):
+            if name not in update.metrics:
+                raise ValueError(f"its metrics lack `{name}`")
+        if not 1 <= update.metrics["steps"] < math.inf:
+            raise ValueError(f"it claims {update.metrics['steps']} steps")
+        shapes = self.shapes
+        config = lower_rank(shapes, self.peft_config, task.options.rank) if task.options.rank else None
+        if config is not None:
+            shapes = truncate_adapter(shapes, self.peft_config, config)
+        trained = {key: shapes[key] for key in trainable_keys(self.args.aggregation, task.round, shapes)}
+        delta = decompress_update(update.delta, trained)
+        if config is not None:
+            delta = pad_update(delta, self.shapes, self.peft_config, config)
+        if self.args.max_update_norm is not None:
+            check_norm(delta, self.args.max_update_norm)
+        return delta

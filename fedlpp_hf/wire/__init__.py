@@ -1,0 +1,2 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""What the server and its clients send each other: tasks, updates, and their bytes."""
