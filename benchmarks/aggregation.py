@@ -27,7 +27,9 @@ from peft import LoraConfig
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
 
-from fedlpp_hf.aggregation.rules import aggregate, average_updates
+from fedlpp_hf.aggregation.mean import average_updates
+from fedlpp_hf.aggregation.round import RoundUpdates
+from fedlpp_hf.aggregation.rules import aggregate
 from fedlpp_hf.tensors.files import TensorFile
 
 
@@ -149,19 +151,19 @@ def find_flower_methods() -> dict[str, Method]:
 
 def find_other_methods(shapes: dict[str, tuple[int, int]]) -> dict[str, Method]:
     zeros = {key: torch.zeros(shape) for key, shape in shapes.items()}
-    options = {"adapter": zeros, "proxy": zeros, "peft_config": LoraConfig(r=RANK)}
 
-    def run(rule: str, **kwargs) -> Method:
-        return lambda paths: aggregate(
-            rule, [TensorFile(path) for path in paths], [1.0] * len(paths), **options, **kwargs
-        )
+    def run(rule: str, robust: str = "none") -> Method:
+        def aggregate_files(paths: list[Path]) -> object:
+            files = [TensorFile(path) for path in paths]
+            return aggregate(
+                rule,
+                RoundUpdates(files, [1.0] * len(files), zeros, zeros, LoraConfig(r=RANK), num_attackers=1),
+                robust,
+            )
 
-    return {
-        "exact": run("exact"),
-        "krum": run("fedavg", robust="krum", num_attackers=1),
-        "geometric_median": run("fedavg", robust="geometric_median"),
-        "median": run("fedavg", robust="median"),
-    }
+        return aggregate_files
+
+    return {"exact": run("exact"), "multi_krum": run("fedavg", "multi_krum"), "median": run("fedavg", "median")}
 
 
 def measure(methods: dict[str, Method], files: list[Path], paths: list[Path], repeats: int, values: int) -> None:

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from fedlpp_hf.aggregation.variate import average_repairs
+from fedlpp_hf.aggregation.variate import average_variates
 
 
 def estimates(count: int, signal: float, noise: float, size: int = 20_000) -> tuple[torch.Tensor, list[dict]]:
@@ -17,30 +17,30 @@ def estimates(count: int, signal: float, noise: float, size: int = 20_000) -> tu
 @pytest.mark.parametrize("count, signal, noise", [(2, 1.0, 1.0), (4, 1.0, 2.0), (8, 0.3, 1.0), (4, 1.0, 0.0)])
 def test_share_is_that_of_the_wiener_filter(count, signal, noise):
     """‖R‖² / (‖R‖² + noise²/m), and no other coefficient brings the mean nearer to the truth."""
-    truth, repairs = estimates(count, signal, noise)
-    found, share = average_repairs(repairs)
+    truth, variates = estimates(count, signal, noise)
+    found, share = average_variates(variates)
     assert share == pytest.approx(signal**2 / (signal**2 + noise**2 / count), abs=0.02)
-    mean = torch.cat([torch.stack([repair[key].flatten() for repair in repairs]).mean(0) for key in ("a", "b")])
+    mean = torch.cat([torch.stack([one[key].flatten() for one in variates]).mean(0) for key in ("a", "b")])
     torch.testing.assert_close(torch.cat([found[key].flatten() for key in ("a", "b")]), mean)
     for other in (0.8 * share, 1.2 * share):
         assert (share * mean - truth).norm() < (other * mean - truth).norm() or noise == 0
 
 
-def test_where_there_is_nothing_to_repair_all_is_chance():
-    _, repairs = estimates(4, 0.0, 1.0)
-    assert average_repairs(repairs)[1] < 0.05
+def test_where_there_is_nothing_to_find_all_is_chance():
+    _, variates = estimates(4, 0.0, 1.0)
+    assert average_variates(variates)[1] < 0.05
     zeros = {"a": torch.zeros(3)}
-    assert average_repairs([zeros, zeros])[1] == 0.0
+    assert average_variates([zeros, zeros])[1] == 0.0
 
 
 def test_estimates_that_contradict_each_other_share_nothing():
     one = {"a": torch.ones(4)}
-    assert average_repairs([one, {"a": -0.5 * one["a"]}])[1] == 0.0
+    assert average_variates([one, {"a": -0.5 * one["a"]}])[1] == 0.0
 
 
 def test_one_estimate_is_taken_as_it_is():
-    repair = {"a": torch.tensor([1.5, -2.0])}
-    found, share = average_repairs([repair])
-    assert share == 1.0 and torch.equal(found["a"], repair["a"])
+    variate = {"a": torch.tensor([1.5, -2.0])}
+    found, share = average_variates([variate])
+    assert share == 1.0 and torch.equal(found["a"], variate["a"])
     with pytest.raises(ValueError, match="at least one"):
-        average_repairs([])
+        average_variates([])

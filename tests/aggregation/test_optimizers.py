@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""Server optimizers against a transcription of FedOpt's Algorithm 2, and the identities of the plain rule."""
+"""Yogi against a transcription of FedOpt's Algorithm 2, and the identities of the plain rule."""
 
 import math
 
@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlpp_hf.aggregation.optimizers import OPTIMIZERS, ServerOptimizer
+from fedlpp_hf.aggregation.optimizers import ServerOptimizer
+from fedlpp_hf.config.rules import SERVER_OPTIMIZERS
 
 
 def random_tensors(seed: int, rounds: int = 1) -> list[dict[str, torch.Tensor]]:
@@ -18,40 +19,31 @@ def random_tensors(seed: int, rounds: int = 1) -> list[dict[str, torch.Tensor]]:
     ]
 
 
-def fedopt(name: str, x: float, deltas: list[float], lr: float, beta1: float, beta2: float, tau: float) -> float:
+def yogi(x: float, deltas: list[float], lr: float, beta1: float, beta2: float, tau: float) -> float:
     """Algorithm 2 of arXiv 2003.00295 for one coordinate, line by line."""
     m, v = 0.0, tau**2
     for delta in deltas:
         m = beta1 * m + (1 - beta1) * delta
-        if name == "adagrad":
-            v = v + delta**2
-        elif name == "yogi":
-            v = v - (1 - beta2) * delta**2 * math.copysign(1, v - delta**2)
-        else:
-            v = beta2 * v + (1 - beta2) * delta**2
+        v = v - (1 - beta2) * delta**2 * math.copysign(1, v - delta**2)
         x = x + lr * m / (math.sqrt(v) + tau)
     return x
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    st.sampled_from([name for name in OPTIMIZERS if name != "sgd"]),
-    st.integers(0, 1000),
-    st.floats(1e-3, 1),
-    st.floats(0, 0.99),
-    st.floats(0, 0.999),
-    st.floats(1e-4, 1e-1),
-)
-def test_adaptive_rules_are_the_papers(name, seed, lr, beta1, beta2, tau):
-    optimizer = ServerOptimizer(name, lr, beta1=beta1, beta2=beta2, tau=tau)
+@given(st.integers(0, 1000), st.floats(1e-3, 1), st.floats(0, 0.99), st.floats(0, 0.999), st.floats(1e-4, 1e-1))
+def test_yogi_is_the_papers(seed, lr, beta1, beta2, tau):
+    optimizer = ServerOptimizer("yogi", lr)
     start, *deltas = random_tensors(seed, 5)
     adapter, state = start, {}
-    for delta in deltas:
-        adapter, state = optimizer.step(adapter, delta, state)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("BETA1", beta1), ("BETA2", beta2), ("TAU", tau)):
+            patch.setattr(f"fedlpp_hf.aggregation.optimizers.{name}", value)
+        for delta in deltas:
+            adapter, state = optimizer.step(adapter, delta, state)
     for key, tensor in start.items():
         for place, x in enumerate(tensor.flatten().tolist()):
             changes = [delta[key].flatten()[place].item() for delta in deltas]
-            expected = fedopt(name, x, changes, lr, beta1, beta2, tau)
+            expected = yogi(x, changes, lr, beta1, beta2, tau)
             assert adapter[key].flatten()[place].item() == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
@@ -75,7 +67,7 @@ def test_momentum_is_fedavgm():
         torch.testing.assert_close(adapter[key], expected)
 
 
-@pytest.mark.parametrize("optimizer", [ServerOptimizer(momentum=0.9), *map(ServerOptimizer, OPTIMIZERS[1:])])
+@pytest.mark.parametrize("optimizer", [ServerOptimizer(momentum=0.9), ServerOptimizer("yogi")])
 def test_step_writes_to_nothing_and_leaves_untrained_tensors_alone(optimizer):
     adapter, first, second = random_tensors(2, 3)
     before = {key: tensor.clone() for key, tensor in adapter.items()}
@@ -88,27 +80,11 @@ def test_step_writes_to_nothing_and_leaves_untrained_tensors_alone(optimizer):
     assert all(torch.equal(new_state[key], state[key]) for key in state if key.endswith(".b"))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", SERVER_OPTIMIZERS)
 def test_no_update_is_no_step_at_the_start(name):
     adapter = random_tensors(3)[0]
     after, _ = ServerOptimizer(name).step(adapter, {key: torch.zeros_like(t) for key, t in adapter.items()}, {})
     assert all(torch.equal(after[key], adapter[key]) for key in adapter)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"name": "adamw"}, "expected one of sgd"),
-        ({"learning_rate": 0.0}, "learning_rate"),
-        ({"momentum": 1.0}, "momentum"),
-        ({"name": "adam", "tau": 0.0}, "tau"),
-        ({"name": "adam", "momentum": 0.9}, "belongs to sgd"),
-        ({"name": "adam", "beta2": float("nan")}, "beta2"),
-    ],
-)
-def test_bad_settings_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        ServerOptimizer(**arguments)
 
 
 def test_an_update_that_does_not_fit_is_refused():

@@ -1,7 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """A federation whose clients' process writes down every file it opens and every tensor it holds.
 
-`python -m tests.private_run FULL_MODEL OUTPUT_DIR`, run by test_owner.py.
+`python -m tests.processes.private_run FULL_MODEL OUTPUT_DIR`, run by test_owner.py.
 """
 
 import gc
@@ -53,8 +53,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from fedlpp_hf import FederatedConfig, FederatedTrainer
-
-from .conftest import make_rows
+from tests.helpers import make_rows
 
 
 def main(full_model: str, output_dir: str) -> None:
