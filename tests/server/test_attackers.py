@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig
 
 from fedlpp_hf import FederatedConfig, FederatedServer
-from fedlpp_hf.aggregation.robust import geometric_median_weights
-from fedlpp_hf.wire.messages import ClientUpdate, restore_tensors
+from fedlpp_hf.wire.encoding import restore_tensors
+from fedlpp_hf.wire.messages import ClientUpdate
 
 
 KEY_A, KEY_B = "base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"
@@ -21,7 +21,7 @@ Delta = dict[str, torch.Tensor]
 
 
 class Problem:
-    """Clients fit the same low-rank change of a linear map, each on inputs of its own: LoRA, small enough to be quick."""
+    """Clients fit the same low-rank change of a linear map, each on other inputs: LoRA, small enough to be quick."""
 
     def __init__(self):
         g = torch.Generator().manual_seed(0)
@@ -117,19 +117,8 @@ def attacked_mean(tmp_path_factory) -> Callable[[Callable, int], float]:
     return run
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("attack", [flip, scale, hide])
-@pytest.mark.parametrize(
-    ("robust", "attackers"),
-    [
-        ("median", 5),
-        ("trimmed_mean", 5),
-        ("krum", 4),
-        ("multi_krum", 4),
-        ("geometric_median", 5),
-        ("norm_clipping", 2),
-    ],
-)
+@pytest.mark.parametrize(("robust", "attackers"), [("median", 5), ("trimmed_mean", 5), ("multi_krum", 4)])
 def test_the_run_learns_in_spite_of_attackers(tmp_path, honest_loss, attacked_mean, robust, attackers, attack):
     start = Problem().loss(Problem().start)
     loss = run_federation(tmp_path, attackers, attack, robust=robust, num_attackers=attackers)
@@ -137,20 +126,3 @@ def test_the_run_learns_in_spite_of_attackers(tmp_path, honest_loss, attacked_me
     assert loss < 0.1 * start
     if attack is not hide:  # which alone does no harm to an average
         assert attacked_mean(attack, attackers) > start
-
-
-@pytest.mark.parametrize("attackers", [2, 3, 4])
-@pytest.mark.parametrize("spread", [0.5, 2.0])
-def test_the_geometric_median_is_moved_in_proportion_to_the_honest_spread(attackers, spread):
-    """Below its breakdown point, and still against the honest mean: f vectors pull one way, and the n − f honest ones, at
-    `spread` across from a mean of length 1, hold them where the cosine of each to that way is c = f / (n − f)."""
-    clients, size = 9, 5000
-    noise = torch.randn(clients - attackers, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    noise -= noise.mean(0)
-    honest = spread * noise / noise.norm(dim=1, keepdim=True)
-    honest[:, 0] = 1.0
-    updates = torch.cat([-10 * honest.mean(0).expand(attackers, size), honest])
-    weights = torch.tensor(geometric_median_weights(updates @ updates.T, [1.0] * clients), dtype=torch.float64)
-    pull = attackers / (clients - attackers)
-    moved = 1 - spread * pull / math.sqrt(1 - pull**2)
-    assert float((weights @ updates)[0]) == pytest.approx(moved, abs=0.01 * spread)

@@ -23,7 +23,11 @@ STEPS = 12  # more than there are writes in a commit
 def make_round(number: int) -> tuple[dict, dict, dict]:
     generator = torch.Generator().manual_seed(number)
     adapter = {"base_model.model.q.lora_A.weight": torch.randn(2, 3, generator=generator)}
-    return adapter, {"window_rounds": torch.tensor(number)}, {"round": number, "metrics": {"loss": 1 / (number + 1)}}
+    return (
+        adapter,
+        {"optimizer:momentum.q": torch.tensor(number)},
+        {"round": number, "metrics": {"loss": 1 / (number + 1)}},
+    )
 
 
 def commit(store: RoundStore, number: int) -> None:
@@ -133,17 +137,19 @@ def test_federation_in_the_way_is_kept_unless_overwritten(store):
     with pytest.raises(ValueError, match=r"already holds a federation.*--resume_from_checkpoint.*--overwrite"):
         store.create({"federation_id": "f1"})
     check_round(store, 1)
-    assert store.read() == {"schema": 1, "federation_id": "f0"}
+    assert store.read() == {"schema": 2, "federation_id": "f0"}
     store.create({"federation_id": "f1"}, overwrite=True)
     assert (store.read()["federation_id"], store.latest()) == ("f1", None)
 
 
 def test_federation_of_another_schema_is_refused(store):
     path = store.root / FEDERATION_FILE
-    path.write_text(json.dumps({"schema": 99}))
-    with pytest.raises(ValueError, match="has schema 99; this version of fedlpp_hf reads 1"):
-        store.read()
-    path.write_text('{"schema": 1')
+    for schema in (1, 99):
+        path.write_text(json.dumps({"schema": schema}))
+        with pytest.raises(ValueError, match=f"has schema {schema}; this version of fedlpp_hf reads 2") as error:
+            store.read()
+        assert "\n" not in str(error.value)
+    path.write_text('{"schema": 2')
     with pytest.raises(ValueError, match="federation.json` can't be read"):
         store.read()
 
