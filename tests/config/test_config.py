@@ -1,102 +1,36 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""Configuration: a YAML file, flags over it, and one clear error for whatever can't be meant."""
+"""The configuration: what each option may be, what is left as Transformers has it, and who it goes together with."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from fedlpp_hf.config.arguments import parse_args, read_yaml
+from fedlpp_hf.config.arguments import parse_args
 from fedlpp_hf.config.federated import FederatedConfig
-
-
-@dataclass
-class ScriptArguments:
-    dataset: str = field(metadata={"help": "A required argument of a script."})
-    max_rows: int = 100
 
 
 def make_config(**changes) -> FederatedConfig:
     return FederatedConfig(**{"output_dir": "out", "report_to": [], "use_cpu": True} | changes)
 
 
-@pytest.fixture
-def write_config(tmp_path):
-    def write(text: str) -> str:
-        path = tmp_path / "config.yaml"
-        path.write_text(text, encoding="utf-8")
-        return str(path)
-
-    return write
+def own_options() -> list[str]:
+    return [
+        entry.name for entry in fields(FederatedConfig) if entry.name not in TrainingArguments.__dataclass_fields__
+    ]
 
 
-def test_file_fills_every_dataclass_and_flags_override_it(write_config):
-    path = write_config(
-        "output_dir: out\nuse_cpu: true\nreport_to: none\nnum_rounds: 7\nlearning_rate: 1e-3\ndouble_quant: true\n"
-        "merge: false\nclients_per_round: null\nbroadcast: 3\nlr_scheduler_kwargs: {num_cycles: 2}\n"
-        "dataset: rnnlg\nmax_rows: 5\n"
-    )
-    args, script = parse_args(
-        [FederatedConfig, ScriptArguments], ["--config", path, "--num_rounds", "2", "--max-rows=6"]
-    )
-    assert (args.num_rounds, script.max_rows) == (2, 6)
-    assert (args.learning_rate, args.double_quant, args.merge, args.clients_per_round) == (1e-3, True, False, None)
-    assert (args.broadcast, args.lr_scheduler_kwargs, script.dataset) == ("3", {"num_cycles": 2}, "rnnlg")
-    assert args.adapter_bits == FederatedConfig.adapter_bits
+def test_there_are_at_most_forty_own_options():
+    assert len(own_options()) <= 40
 
 
-@pytest.mark.parametrize("flags", [["--config", "{}", "--overwrite"], ["--overwrite", "--config={}"]])
-def test_config_may_stand_anywhere_and_with_an_equals_sign(write_config, flags):
-    path = write_config("output_dir: out\nuse_cpu: true\nnum_rounds: 7\n")
-    (args,) = parse_args([FederatedConfig], [flag.format(path) for flag in flags])
-    assert (args.num_rounds, args.overwrite) == (7, True)
-
-
-def test_empty_file_is_an_empty_mapping(write_config):
-    assert read_yaml(write_config("# nothing\n")) == {}
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("num_round: 3", "unknown key `num_round`; did you mean `num_rounds`"),
-        ("adaptor_bits: 2", "unknown key `adaptor_bits`; did you mean `adapter_bits`"),
-        ("3: 4", "unknown key `3`"),
-        ("- num_rounds", "holds a list"),
-        ("num_rounds: [", "no valid YAML"),
-    ],
-)
-def test_file_that_can_not_be_meant_is_refused(write_config, text, message):
-    with pytest.raises(ValueError, match=message):
-        parse_args([FederatedConfig], ["--config", write_config(text)])
-
-
-def test_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"absent\.yaml` can't be read: No such file"):
-        parse_args([FederatedConfig], ["--config", str(tmp_path / "absent.yaml")])
-    with pytest.raises(ValueError, match="--config was given without a file"):
-        parse_args([FederatedConfig], ["--output_dir", "out", "--config"])
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--num_round", "3"], "Unknown option `--num_round`; did you mean `num_rounds`"),
-        (["--base-bit=3"], "Unknown option `--base-bit=3`; did you mean `base_bits`"),
-        (["rounds"], "Unexpected arguments: rounds"),
-    ],
-)
-def test_flag_that_can_not_be_meant_is_refused(flags, message):
-    with pytest.raises(ValueError, match=message):
-        parse_args([FederatedConfig], ["--output_dir", "out", *flags])
-
-
-def test_value_of_a_wrong_type_is_refused_in_file_and_flags(write_config, capsys):
-    for arguments in (["--num_rounds", "three"], ["--config", write_config("num_rounds: three")]):
-        with pytest.raises(SystemExit):
-            parse_args([FederatedConfig], ["--output_dir", "out", *arguments])
-        assert "invalid int value: 'three'" in capsys.readouterr().err
+@pytest.mark.parametrize("name", own_options())
+def test_every_option_is_documented_where_it_stands(name):
+    group = next(group for group in FederatedConfig.__mro__ if name in vars(group).get("__annotations__", {}))
+    assert FederatedConfig.__dataclass_fields__[name].metadata["help"].strip()
+    listed = {part.strip() for line in group.__doc__.splitlines() for part in line.split(":")[0].split(",")}
+    assert name in listed, f"the Args: block of {group.__name__} has no line for it"
 
 
 @pytest.mark.parametrize(
@@ -116,10 +50,25 @@ def test_value_of_a_wrong_type_is_refused_in_file_and_flags(write_config, capsys
         ({"adapter_bits": 16}, "`adapter_bits`"),
         ({"weighting": "size"}, "weighting='size'; expected one of examples, uniform"),
         ({"learning_rate_horizon": "epoch"}, "learning_rate_horizon='epoch'; expected one of round, federation"),
-        ({"broadcast": "always"}, "broadcast='always'; expected every_round, never, or a positive number"),
-        ({"broadcast": "0"}, "broadcast='0'"),
-        ({"broadcast": "1.5"}, "broadcast='1.5'"),
-        ({"broadcast": "-2"}, "broadcast='-2'"),
+        ({"broadcast": "always"}, "broadcast='always'; expected one of every_round, never"),
+        ({"broadcast": "2"}, "broadcast='2'; expected one of every_round, never"),
+        ({"broadcast": "never"}, "broadcast='never' with num_rounds=10.*Set num_rounds=1"),
+        ({"broadcast": "never", "num_rounds": 2}, "broadcast='never' with num_rounds=2.*Set num_rounds=1"),
+        ({"over_sample": 0.5}, "over_sample=0.5 with clients_per_round=None"),
+        ({"over_sample": -1.0}, "over_sample=-1.0; expected a share"),
+        ({"round_timeout": 0.0}, "round_timeout=0.0; expected a positive number"),
+        ({"update_density": 0.0}, "update_density=0.0; expected a share"),
+        ({"update_bits": 7}, "`update_bits`"),
+        ({"client_workers": 0}, "client_workers=0; expected a positive number"),
+        ({"audit_threshold": 0.1}, "audit_threshold=0.1 with audit=False; set audit=True"),
+        ({"audit_rows": 0}, "audit_rows=0; expected a positive number"),
+        ({"fedprox_mu": -1.0}, "fedprox_mu=-1.0; expected 0 or more"),
+        ({"clip_update_norm": 0.0}, "clip_update_norm=0.0; expected a positive number"),
+        ({"server_optimizer": "adamw"}, "server_optimizer='adamw'; expected one of sgd, yogi"),
+        ({"server_learning_rate": 0.0}, "server_learning_rate=0.0; expected a positive number"),
+        ({"server_momentum": 1.0}, "server_momentum=1.0; expected a number in"),
+        ({"aggregation": "mean"}, "aggregation='mean'; expected one of fedavg, freeze_a, exact"),
+        ({"robust": "bulyan"}, "robust='bulyan'; expected one of none, median, trimmed_mean, multi_krum"),
         ({"eval_strategy": "epoch"}, "eval_strategy=.*local runs do not evaluate"),
     ],
 )
@@ -128,9 +77,9 @@ def test_bad_value_is_refused_by_its_name(changes, message):
         make_config(**changes)
 
 
-@pytest.mark.parametrize("broadcast, interval", [("every_round", 1), ("never", None), ("1", 1), ("12", 12), (4, 4)])
-def test_broadcast_is_an_interval(broadcast, interval):
-    assert make_config(broadcast=broadcast).broadcast_interval == interval
+@pytest.mark.parametrize(("options", "broadcasts"), [({}, True), ({"broadcast": "never", "num_rounds": 1}, False)])
+def test_broadcast_is_every_round_or_never(options, broadcasts):
+    assert make_config(**options).broadcasts is broadcasts
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8, 32])
@@ -153,12 +102,16 @@ def test_local_runs_neither_checkpoint_nor_choose_a_best_model():
 
 
 def test_config_survives_its_own_dictionary():
-    config = make_config(num_rounds=3, broadcast="2", adapter_bits=1)
-    names = [
-        name for name in FederatedConfig.__dataclass_fields__ if name not in TrainingArguments.__dataclass_fields__
-    ]
-    again = make_config(**{name: config.to_dict()[name] for name in names})
+    config = make_config(num_rounds=3, aggregation="exact", adapter_bits=1)
+    again = make_config(**{name: config.to_dict()[name] for name in own_options()})
     assert again.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(("num_clients", "expected"), [(2, (2, 2)), (0, (1, 1)), (9, (3, 4))])
+def test_rounds_are_fitted_to_the_clients_that_there_are(num_clients, expected):
+    config = make_config(min_clients=3, clients_per_round=4)
+    config.fit_to(num_clients)
+    assert (config.min_clients, config.clients_per_round) == expected
 
 
 @dataclass
@@ -169,7 +122,7 @@ class FederatedSeq2SeqConfig(FederatedConfig, Seq2SeqTrainingArguments):
 def test_config_goes_together_with_seq2seq_arguments():
     flags = ["--output_dir", "out", "--use_cpu", "--predict_with_generate", "--num_rounds", "3"]
     (args,) = parse_args([FederatedSeq2SeqConfig], flags)
-    assert (args.predict_with_generate, args.num_rounds, args.broadcast_interval) == (True, 3, 1)
+    assert (args.predict_with_generate, args.num_rounds, args.broadcasts) == (True, 3, True)
     with pytest.raises(ValueError, match="num_rounds=0"):
         FederatedSeq2SeqConfig("out", use_cpu=True, num_rounds=0)
 
@@ -179,8 +132,8 @@ def test_config_goes_together_with_trl(trl_first):
     trl = pytest.importorskip("trl")
     bases = (trl.SFTConfig, FederatedConfig) if trl_first else (FederatedConfig, trl.SFTConfig)
     combined = dataclass(type("FederatedSFTConfig", bases, {}))
-    args = combined("out", use_cpu=True, bf16=False, report_to=[], num_rounds=3, max_length=32, broadcast="never")
-    assert (args.num_rounds, args.max_length, args.broadcast_interval, args.save_strategy) == (3, 32, None, "no")
+    args = combined("out", use_cpu=True, bf16=False, report_to=[], num_rounds=1, max_length=32, broadcast="never")
+    assert (args.num_rounds, args.max_length, args.broadcasts, args.save_strategy) == (1, 32, False, "no")
     with pytest.raises(ValueError, match="weighting='size'"):
         combined("out", use_cpu=True, bf16=False, report_to=[], weighting="size")
 
