@@ -4,7 +4,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,21 +12,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fedlpp_hf import FederatedTrainer
-from fedlpp_hf.aggregation.variate import average_repairs
+from fedlpp_hf.aggregation.variate import average_variates
 from fedlpp_hf.tensors.adapters import read_adapter
 from fedlpp_hf.trainer.publishing import MERGED_DIR
-
-from .conftest import make_rows
-from .test_trainer import make_args
-
-
-ROOT = Path(__file__).parents[1]
+from tests.helpers import ROOT, make_args, make_labelled_rows, make_rows
 
 
 @pytest.fixture(scope="module")
 def private_run(full_llama, tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("private") / "out"
-    subprocess.run([sys.executable, "-m", "tests.private_run", str(full_llama), str(output_dir)], check=True, cwd=ROOT)
+    subprocess.run(
+        [sys.executable, "-m", "tests.processes.private_run", str(full_llama), str(output_dir)], check=True, cwd=ROOT
+    )
     return output_dir
 
 
@@ -78,12 +74,10 @@ def test_owner_evaluates_and_merges_the_full_model(private_run, full_llama):
 
 def test_the_owners_head_is_where_the_server_starts(full_bert, tmp_path):
     """A classifier's head is trained by clients; the server starts from the owner's own, clients from a reduced one."""
-    rows = make_rows()
-    labels = [row["input_ids"][0] % 3 for row in rows]
-    data = rows.remove_columns("labels").add_column("labels", labels)
+    data = make_labelled_rows()
     lora = LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
     trainer = FederatedTrainer(
-        str(full_bert), make_args(tmp_path, num_rounds=1, fit_server_step=True, broadcast="never"), train_dataset=data, eval_dataset=data,
+        str(full_bert), make_args(tmp_path, num_rounds=1, broadcast="never"), train_dataset=data, eval_dataset=data,
         owner_dataset=data.select(range(6)), peft_config=lora, model_class=AutoModelForSequenceClassification,
     )  # fmt: skip
     trainer.train()
@@ -92,7 +86,6 @@ def test_the_owners_head_is_where_the_server_starts(full_bert, tmp_path):
     start = read_adapter(trainer.server.store.round_dir(0))[0]
     assert torch.equal(start[key], own)
     assert not torch.equal(trainer.guard.initial[key], own)
-    assert trainer.server.store.records()[1]["server_step"] in (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / MERGED_DIR)
     torch.testing.assert_close(merged.classifier.weight.detach(), read_adapter(tmp_path)[0][key])
 
@@ -132,7 +125,7 @@ def federate_alone(full_llama, lora, output_dir, **options):
     return trainer
 
 
-def test_control_variate_takes_the_repair_of_the_base_out_of_the_update(full_llama, lora, tmp_path):
+def test_control_variate_takes_the_quantizers_part_out_of_the_update(full_llama, lora, tmp_path):
     """Where the owner's estimate is exact, Δ(Q(W)) − (Δ(Q(W)) − Δ(W)), the server's adapter is that of full precision."""
     lora.lora_dropout = 0.1  # the same masks on both sides, or the difference is noise
     corrected = federate_alone(full_llama, lora, tmp_path / "corrected", control_variate=1.0)
@@ -141,7 +134,7 @@ def test_control_variate_takes_the_repair_of_the_base_out_of_the_update(full_lla
     records = corrected.server.store.records()
     assert records[-1]["metrics"]["server"]["eval_loss"] == pytest.approx(reference, rel=1e-5)
     assert naive.server.store.records()[-1]["metrics"]["server"]["eval_loss"] != pytest.approx(reference, rel=1e-3)
-    assert records[1]["repair_norm"] > 0.0 and records[1]["update_norm"] > 0.0
+    assert records[1]["variate_norm"] > 0.0 and records[1]["update_norm"] > 0.0
 
 
 def test_control_variate_of_several_runs(full_llama, lora, tmp_path):
@@ -150,24 +143,24 @@ def test_control_variate_of_several_runs(full_llama, lora, tmp_path):
         full_llama, lora, tmp_path, control_variate=1.0, control_variate_runs=3, num_rounds=1, max_steps=1
     )
     start, _ = trainer.server.store.load(0)
-    alone = [trainer.owner.estimate_repair(start, 1, [seed]) for seed in (3, 4, 5)]
+    alone = [trainer.owner.estimate_variate(start, 1, [seed]) for seed in (3, 4, 5)]
     assert {share for _, share in alone} == {1.0}
-    together, share = trainer.owner.estimate_repair(start, 1, [3, 4, 5])
-    expected, expected_share = average_repairs([repair for repair, _ in alone])
+    together, share = trainer.owner.estimate_variate(start, 1, [3, 4, 5])
+    expected, expected_share = average_variates([variate for variate, _ in alone])
     assert share == pytest.approx(expected_share, rel=1e-4) and 0 < share < 1
     for key, value in together.items():
         torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-7)
     asked = []
-    trainer.server.owner.estimate_repair = lambda start, number, seeds: asked.append(seeds) or (together, share)
+    trainer.server.owner.estimate_variate = lambda start, number, seeds: asked.append(seeds) or (together, share)
     trainer.args.overwrite = True
     records = trainer.server.run(lambda tasks: map(trainer.train_client, tasks))
     assert len(asked) == 1 and len(set(asked[0])) == 3
-    assert records[1]["repair_share"] == share
+    assert records[1]["variate_share"] == share
 
 
 def test_control_variate_without_what_it_needs_is_refused(full_llama, llama_base, lora, tmp_path):
     rows = make_rows()
-    with pytest.raises(ValueError, match="control_variate=1.0 needs rows of the owner's own"):
+    with pytest.raises(ValueError, match="control_variate=1.0 needs rows of the owner; pass `owner_dataset`"):
         FederatedTrainer(
             str(full_llama), make_args(tmp_path, control_variate=1.0), train_dataset=rows, peft_config=lora
         )
@@ -176,5 +169,3 @@ def test_control_variate_without_what_it_needs_is_refused(full_llama, llama_base
     )
     with pytest.raises(ValueError, match="set `full_model`"):
         trainer.train()
-    with pytest.raises(ValueError, match="does not go with control_variate=1.0"):
-        make_args(tmp_path, control_variate=1.0, aggregation="exact")

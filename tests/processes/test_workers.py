@@ -10,26 +10,30 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fedlpp_hf import FederatedTrainer
-from fedlpp_hf.processes.service import Service
+from fedlpp_hf import FederatedTrainer, load_base
 from fedlpp_hf.processes.workers import ClientWorkers, as_bytes, as_tensor, share_gpus
 from fedlpp_hf.wire.messages import ClientFailure, ClientTask, ClientUpdate
-
-from .conftest import make_rows
-from .test_trainer import make_args, make_trainer
+from tests.helpers import assert_equal, make_args, make_rows, make_trainer
 
 
 class FragileTrainer(FederatedTrainer):
-    """Its run of one client ends the process, of another never ends, of a third is refused."""
+    """Its run of one client ends the process, of another is refused."""
 
-    def train_client(self, task):
+    def train_client(self, task, rows=None):
         if task.client_id == "site-0":
             os._exit(3)
-        if task.client_id == "site-1":
-            time.sleep(600)
         if task.client_id == "site-2":
             raise ValueError("the disk is full")
-        return super().train_client(task)
+        return super().train_client(task, rows)
+
+
+class HangingTrainer(FederatedTrainer):
+    """Its run of one client never ends."""
+
+    def train_client(self, task, rows=None):
+        if task.client_id == "site-1":
+            time.sleep(600)
+        return super().train_client(task, rows)
 
 
 def test_any_number_of_workers_ends_in_the_same_bits(llama_base, lora, tmp_path, monkeypatch):
@@ -39,30 +43,29 @@ def test_any_number_of_workers_ends_in_the_same_bits(llama_base, lora, tmp_path,
         trainer = make_trainer(llama_base, tmp_path / str(count), lora, client_workers=count, update_bits=4)
         trainer.train()
         ends.append(trainer.server.adapter)
-    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+    assert_equal(*ends)
     assert any(value.abs().sum() > 0 for key, value in ends[0].items() if "lora_B" in key)
 
 
 def test_workers_that_are_lost_cost_their_clients_alone(llama_base, lora, tmp_path):
-    trainer = make_trainer(
-        llama_base, tmp_path, lora, FragileTrainer, train_dataset=make_rows(clients=4),
-        client_workers=2, client_timeout=15, num_rounds=1,
-    )  # fmt: skip
+    trainer = make_trainer(llama_base, tmp_path, lora, FragileTrainer, client_workers=2, num_rounds=1)
     trainer.train()
     (record,) = trainer.server.store.records()[1:]
-    assert set(record["clients"]) == {"site-3"}
+    assert set(record["clients"]) == {"site-1"}
     assert "died during `train` (exit code 3)" in record["rejected"]["site-0"]
-    assert "longer than client_timeout=15 seconds" in record["rejected"]["site-1"]
     assert "the disk is full" in record["rejected"]["site-2"]
 
 
-class EnvironmentDesk:
-    def read(self, tensors, name):
-        return {"value": os.environ.get(name)}, {}
-
-
-def make_environment_desk(setup, scratch):
-    return EnvironmentDesk()
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_left_behind(llama_base, lora, tmp_path):
+    """As [`test_a_round_closes_without_a_straggler`], with real processes."""
+    trainer = make_trainer(
+        llama_base, tmp_path, lora, HangingTrainer, client_workers=2, round_timeout=30, num_rounds=1
+    )
+    trainer.train()
+    (record,) = trainer.server.store.records()[1:]
+    assert set(record["clients"]) == {"site-0", "site-2"}
+    assert record["rejected"] == {"site-1": "it had not answered within round_timeout=30 seconds"}
 
 
 @pytest.mark.parametrize("visible, names", [(None, ["0", "1", "0"]), ("4, 7", ["4", "7", "4"])])
@@ -76,21 +79,13 @@ def test_workers_share_the_gpus(monkeypatch, visible, names):
     assert share_gpus(3) == [{}, {}, {}]
 
 
-def test_a_process_begins_in_its_environment(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    service = Service("desk", make_environment_desk, None, {"CUDA_VISIBLE_DEVICES": "7"})
-    assert service.ask("read", name="CUDA_VISIBLE_DEVICES")[0] == {"value": "7"}
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,7"
-    service.close()
-
-
 class EchoService:
     """A worker that answers in this process, when it is asked for the answer."""
 
     killed = 0
     hanging = ""
 
-    def __init__(self, name, make_desk, setup, environment):
+    def __init__(self, name, make_handler, setup, environment):
         self.environment = environment
         self.pipe, self._far = Pipe()
 
@@ -112,18 +107,18 @@ class EchoService:
     close = kill
 
 
-def hire_echoes(monkeypatch, **options):
+def start_echoes(monkeypatch, **options):
     """Two workers, and tasks of three clients."""
     monkeypatch.setattr("fedlpp_hf.processes.workers.Service", EchoService)
     monkeypatch.setattr(EchoService, "killed", 0)
     rows = {name: range(count) for name, count in (("small", 1), ("large", 9), ("middle", 5))}
-    args = SimpleNamespace(**{"client_timeout": None, "round_timeout": None, **options})
+    args = SimpleNamespace(**{"round_timeout": None, **options})
     workers = ClientWorkers(SimpleNamespace(client_datasets=rows, args=args), 2)
     return workers, [ClientTask("", 1, 1, name, 0, "", None) for name in rows]
 
 
 def test_the_largest_client_begins_and_a_round_that_closes_early_leaves_nothing_behind(monkeypatch):
-    workers, tasks = hire_echoes(monkeypatch)
+    workers, tasks = start_echoes(monkeypatch)
     answers = workers.train_clients(tasks)
     assert next(answers).client_id == "large"
     answers.close()  # `middle` has been asked; its answer must not come in the next round
@@ -132,7 +127,7 @@ def test_the_largest_client_begins_and_a_round_that_closes_early_leaves_nothing_
 
 
 def test_a_round_closes_without_a_straggler(monkeypatch):
-    workers, tasks = hire_echoes(monkeypatch, round_timeout=0.3)
+    workers, tasks = start_echoes(monkeypatch, round_timeout=0.3)
     monkeypatch.setattr(EchoService, "hanging", "large")
     *answers, late = workers.train_clients(tasks)
     assert {answer.client_id for answer in answers} == {"small", "middle"}
@@ -179,16 +174,16 @@ def test_clients_whose_turn_is_too_late_are_named(llama_base, lora, tmp_path):
     )
     # The references of the report are no network: nobody is late there.
     assert (
-        trainer._blueprint.build(trainer.client_datasets, tmp_path / "reference", str(llama_base)).args.round_timeout
+        trainer.blueprint.build(trainer.client_datasets, tmp_path / "reference", str(llama_base)).args.round_timeout
         is None
     )
 
 
 def test_what_workers_need(llama_base, lora, tmp_path):
-    with pytest.raises(ValueError, match="client_timeout needs client_workers"):
-        make_args(tmp_path, client_timeout=3)
-    with pytest.raises(ValueError, match="client_workers=0; expected a positive number"):
-        make_args(tmp_path, client_workers=0)
+    """Each loads the base from its directory: a model in memory can't be handed on."""
+    trainer = make_trainer(load_base(llama_base), tmp_path, lora, client_workers=2)
+    with pytest.raises(ValueError, match="client_workers=2: each loads the base; give `model` as the path"):
+        trainer.train()
 
 
 def test_bytes_travel_as_a_tensor():

@@ -1,14 +1,12 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""The Trainer's own ways to save memory and time count on clients: what they leave unchanged stays equal to the bit."""
+"""The Trainer's own ways to save memory and time count on clients: what they leave unchanged stays bit-identical."""
 
 import pytest
 import torch
 from transformers.utils import is_flash_attn_2_available
 
 from fedlpp_hf import FederatedTrainer, load_base
-
-from .conftest import make_rows
-from .test_trainer import assert_equal, make_args, make_sft_classes, make_tokenizer, make_trainer, task_of
+from tests.helpers import assert_equal, make_args, make_rows, make_sft_classes, make_tokenizer, make_trainer, task_of
 
 
 def train(base, output_dir, lora, **options):
