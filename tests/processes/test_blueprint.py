@@ -4,24 +4,24 @@
 import pytest
 import torch
 
-from tests.helpers import make_rows, make_trainer, task_of
+from fedlpp_hf import FederatedTrainer
+from fedlpp_hf.processes.blueprint import TrainerBlueprint
+from tests.helpers import make_args, make_rows, task_of
 
 
 OPTIONS = {"update_bits": 2, "update_density": 0.5, "robust": "median", "weighting": "uniform", "base_bits": 3}
+DATASETS = {f"site-{number}": make_rows(8, seed=number) for number in range(3)}
 
 
 @pytest.fixture
-def trainer(full_llama, lora, tmp_path):
-    trainer = make_trainer(
-        str(full_llama), tmp_path / "out", lora, eval_dataset=make_rows(6), audit=True, compare_full_precision=True,
-        adapter_bits=2, min_clients=2, **OPTIONS,
-    )  # fmt: skip
-    yield trainer
-    trainer.owner.close()
+def blueprint(full_llama, llama_base, lora, tmp_path) -> TrainerBlueprint:
+    options = {"audit": True, "compare_full_precision": True, "full_model": str(full_llama), "client_workers": 2}
+    args = make_args(tmp_path / "out", adapter_bits=2, min_clients=2, **OPTIONS, **options)
+    return TrainerBlueprint(str(full_llama), args, FederatedTrainer, None, lora, str(llama_base))
 
 
-def test_reference_neither_compresses_nor_keeps_a_robust_rule(trainer, tmp_path):
-    reference = trainer.blueprint.build(trainer.raw_datasets, tmp_path / "reference", reference=True)
+def test_reference_neither_compresses_nor_keeps_a_robust_rule(blueprint, tmp_path):
+    reference = blueprint.build(DATASETS, tmp_path / "reference", reference=True)
     args = reference.args
     assert (args.base_bits, args.adapter_bits, args.update_bits, args.update_density) == (32, 32, 32, 1.0)
     assert (args.robust, args.num_attackers) == ("none", 0)
@@ -34,17 +34,16 @@ def test_reference_neither_compresses_nor_keeps_a_robust_rule(trainer, tmp_path)
 
 
 @pytest.mark.parametrize("reference", [True, False])
-def test_trainers_beside_this_one_have_no_owner_and_no_audit(trainer, tmp_path, reference):
-    before = {name: getattr(trainer.args, name) for name in (*OPTIONS, "audit", "full_model", "min_clients")}
-    one = dict([next(iter(trainer.raw_datasets.items()))])
-    beside = trainer.blueprint.build(
-        one, tmp_path / "beside", "" if reference else trainer.blueprint.base_dir, reference
+def test_trainers_beside_this_one_have_no_owner_and_no_audit(blueprint, tmp_path, reference):
+    before = {name: getattr(blueprint.args, name) for name in (*OPTIONS, "audit", "full_model", "min_clients")}
+    beside = blueprint.build(
+        {"site-0": make_rows(8)}, tmp_path / "beside", "" if reference else blueprint.base_dir, reference
     )
     args = beside.args
     assert beside.owner is None and args.full_model is None
     assert (args.audit, args.compare_full_precision, args.merge, args.client_workers) == (False, False, False, 1)
     assert args.report_to == [] and args.disable_tqdm
     assert args.min_clients == 1  # it holds one client
-    assert {name: getattr(trainer.args, name) for name in before} == before
+    assert {name: getattr(blueprint.args, name) for name in before} == before
     if not reference:
         assert {name: getattr(args, name) for name in OPTIONS} == OPTIONS

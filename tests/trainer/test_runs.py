@@ -2,6 +2,7 @@
 """Whole runs of the trainer: bases of all bits, what trackers see, who is left out, and what stays the caller's."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 from transformers import TrainerCallback
@@ -58,13 +59,12 @@ def test_diverged_client_is_rejected_by_name(llama_base, lora, tmp_path):
         strict.train()
 
 
-def test_arguments_of_the_caller_stay_as_they_were(full_llama, lora, tmp_path):
-    args = make_args(tmp_path, num_rounds=1, max_steps=1, merge=False, report_to=["none"], min_clients=2)
-    before = copy.deepcopy(vars(args))
-    rows = make_rows()
-    trainer = FederatedTrainer(str(full_llama), args, train_dataset=rows, eval_dataset=rows, peft_config=lora)
+def test_arguments_of_the_caller_stay_as_they_were(full_llama, lora, tmp_path, monkeypatch):
+    owner = SimpleNamespace(initial_adapter=dict, evaluate=lambda adapter, residual: {})
+    monkeypatch.setattr("fedlpp_hf.trainer.federated.OwnerProcess", lambda blueprint: owner)
+    args = make_args(tmp_path, num_rounds=1, max_steps=1, merge=False, base_bits=32, report_to=["none"])
+    before, values = dict(vars(args)), copy.deepcopy(args.to_dict())
+    trainer = FederatedTrainer(str(full_llama), args, train_dataset=make_rows(), peft_config=lora)
     trainer.train()
-    trainer.owner.close()
-    assert trainer.args is not args
-    assert vars(args) == before
-    assert trainer.args.full_model == str(full_llama)  # the copy knows what the caller left out
+    assert vars(args) == before and args.to_dict() == values
+    assert args.full_model is None and trainer.args.full_model == str(full_llama)
