@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""Tiny models built from configurations, and rows of token ids: everything that most tests need, without a network."""
+"""Tiny models built from configurations: what most tests need, without a network."""
 
 import os
 
@@ -11,18 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from fedlpp_hf.base.export import export_base
+from tests.helpers import VOCABULARY
 
 
 # Tests run side by side on few cores, and one thread makes sums reproducible anywhere.
 torch.set_num_threads(1)
-
-SHARED = Path(__file__).parents[1].parent / "shared"
-VOCABULARY = 64
 
 
 @pytest.fixture(scope="session")
@@ -72,15 +69,3 @@ def full_bert(tmp_path_factory) -> Path:
 @pytest.fixture
 def lora() -> LoraConfig:
     return LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-
-
-def make_rows(count: int = 24, seed: int = 0, clients: int = 3, length: int = 12) -> Dataset:
-    """Rows of token ids for a causal language model, with a `client` column."""
-    generator = torch.Generator().manual_seed(seed)
-    # Each row counts upwards from a random token: something that a tiny model can learn.
-    start = torch.randint(1, VOCABULARY - length, (count, 1), generator=generator)
-    ids = (start + torch.arange(length)).tolist()
-    names = [f"site-{row % clients}" for row in range(count)]
-    return Dataset.from_dict(
-        {"input_ids": ids, "labels": ids, "attention_mask": [[1] * length] * count, "client": names}
-    )

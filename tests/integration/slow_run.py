@@ -8,8 +8,7 @@ import torch
 from peft import LoraConfig
 
 from fedlpp_hf import FederatedTrainer, load_base
-from tests.conftest import make_rows
-from tests.test_trainer import make_args
+from tests.helpers import make_args, make_rows
 
 
 class Waiting(FederatedTrainer):

@@ -6,18 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import pytest
-import torch
 from safetensors.torch import load_file
 
 from fedlpp_hf import RoundStore
 from fedlpp_hf.tensors.adapters import read_adapter
-
-
-ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.integration
+from tests.helpers import ROOT, assert_equal
 
 
 def test_two_ranks_train_each_client_together(llama_base, tmp_path):
@@ -36,8 +30,7 @@ def test_two_ranks_train_each_client_together(llama_base, tmp_path):
     subprocess.run(launch, check=True, cwd=ROOT, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
     ranks = [load_file(tmp_path / f"rank-{rank}.safetensors") for rank in range(2)]
     assert all(int(rank.pop("world_size")) == 2 for rank in ranks)  # some launchers quietly run one process
-    assert ranks[0].keys() == ranks[1].keys()
-    assert all(torch.equal(ranks[0][key], ranks[1][key]) for key in ranks[0])
+    assert_equal(*ranks)
     records = RoundStore(tmp_path).records()
     assert len(records) == 3
     losses = [record["metrics"]["proxy"]["eval_loss"] for record in records]
@@ -45,7 +38,7 @@ def test_two_ranks_train_each_client_together(llama_base, tmp_path):
 
 
 def test_interrupted_by_signal_and_resumed(llama_base, tmp_path):
-    """^C in the middle of a run: what is committed is whole, and resuming ends in the bits of an uninterrupted run."""
+    """^C in the middle of a run: what is committed is whole, and a resumed run is bit-identical to an uninterrupted one."""
     script = [sys.executable, "-m", "tests.integration.slow_run", str(llama_base)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(
@@ -71,5 +64,4 @@ def test_interrupted_by_signal_and_resumed(llama_base, tmp_path):
         subprocess.run(
             [*script, str(tmp_path / output_dir), *options], check=True, cwd=ROOT, env=environment, timeout=120
         )
-    cut, whole = (read_adapter(tmp_path / name)[0] for name in ("cut", "whole"))
-    assert all(torch.equal(cut[key], whole[key]) for key in whole)
+    assert_equal(*(read_adapter(tmp_path / name)[0] for name in ("cut", "whole")))

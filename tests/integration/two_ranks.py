@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from fedlpp_hf import FederatedConfig, FederatedTrainer, load_base
 from fedlpp_hf.tensors.adapters import copy_adapter
-from tests.conftest import make_rows
+from tests.helpers import make_rows
 
 
 def main(base: str, output_dir: str) -> None:

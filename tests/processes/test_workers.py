@@ -1,0 +1,190 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""Clients side by side: the same bits as one after the other, and one that dies or hangs costs its client alone."""
+
+import os
+import time
+from multiprocessing import Pipe
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fedlpp_hf import FederatedTrainer, load_base
+from fedlpp_hf.processes.workers import ClientWorkers, as_bytes, as_tensor, share_gpus
+from fedlpp_hf.wire.messages import ClientFailure, ClientTask, ClientUpdate
+from tests.helpers import assert_equal, make_args, make_rows, make_trainer
+
+
+class FragileTrainer(FederatedTrainer):
+    """Its run of one client ends the process, of another is refused."""
+
+    def train_client(self, task, rows=None):
+        if task.client_id == "site-0":
+            os._exit(3)
+        if task.client_id == "site-2":
+            raise ValueError("the disk is full")
+        return super().train_client(task, rows)
+
+
+class HangingTrainer(FederatedTrainer):
+    """Its run of one client never ends."""
+
+    def train_client(self, task, rows=None):
+        if task.client_id == "site-1":
+            time.sleep(600)
+        return super().train_client(task, rows)
+
+
+def test_any_number_of_workers_ends_in_the_same_bits(llama_base, lora, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)  # one thread for each worker, as the tests have
+    ends = []
+    for count in (1, 2):  # error feedback: what a client remembers is there for the next worker that trains it
+        trainer = make_trainer(llama_base, tmp_path / str(count), lora, client_workers=count, update_bits=4)
+        trainer.train()
+        ends.append(trainer.server.adapter)
+    assert_equal(*ends)
+    assert any(value.abs().sum() > 0 for key, value in ends[0].items() if "lora_B" in key)
+
+
+def test_workers_that_are_lost_cost_their_clients_alone(llama_base, lora, tmp_path):
+    trainer = make_trainer(llama_base, tmp_path, lora, FragileTrainer, client_workers=2, num_rounds=1)
+    trainer.train()
+    (record,) = trainer.server.store.records()[1:]
+    assert set(record["clients"]) == {"site-1"}
+    assert "died during `train` (exit code 3)" in record["rejected"]["site-0"]
+    assert "the disk is full" in record["rejected"]["site-2"]
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_left_behind(llama_base, lora, tmp_path):
+    """As [`test_a_round_closes_without_a_straggler`], with real processes."""
+    trainer = make_trainer(
+        llama_base, tmp_path, lora, HangingTrainer, client_workers=2, round_timeout=30, num_rounds=1
+    )
+    trainer.train()
+    (record,) = trainer.server.store.records()[1:]
+    assert set(record["clients"]) == {"site-0", "site-2"}
+    assert record["rejected"] == {"site-1": "it had not answered within round_timeout=30 seconds"}
+
+
+@pytest.mark.parametrize("visible, names", [(None, ["0", "1", "0"]), ("4, 7", ["4", "7", "4"])])
+def test_workers_share_the_gpus(monkeypatch, visible, names):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert share_gpus(3) == [{"CUDA_VISIBLE_DEVICES": name} for name in names]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert share_gpus(3) == [{}, {}, {}]
+
+
+class EchoService:
+    """A worker that answers in this process, when it is asked for the answer."""
+
+    killed = 0
+    hanging = ""
+
+    def __init__(self, name, make_handler, setup, environment):
+        self.environment = environment
+        self.pipe, self._far = Pipe()
+
+    def send(self, command, tensors=None):
+        self._task = None if tensors is None else ClientTask.from_bytes(as_bytes(tensors["task"]))
+        if self._task is None or self._task.client_id != EchoService.hanging:
+            self._far.send(command)
+
+    def receive(self):
+        self.pipe.recv()
+        if self._task is None:
+            return {}, {}
+        update = ClientUpdate("", self._task.round, self._task.client_id, "", 1, {})
+        return {}, {"update": as_tensor(update.to_bytes())}
+
+    def kill(self):
+        EchoService.killed += 1
+
+    close = kill
+
+
+def start_echoes(monkeypatch, **options):
+    """Two workers, and tasks of three clients."""
+    monkeypatch.setattr("fedlpp_hf.processes.workers.Service", EchoService)
+    monkeypatch.setattr(EchoService, "killed", 0)
+    rows = {name: range(count) for name, count in (("small", 1), ("large", 9), ("middle", 5))}
+    args = SimpleNamespace(**{"round_timeout": None, **options})
+    workers = ClientWorkers(SimpleNamespace(client_datasets=rows, args=args), 2)
+    return workers, [ClientTask("", 1, 1, name, 0, "", None) for name in rows]
+
+
+def test_the_largest_client_begins_and_a_round_that_closes_early_leaves_nothing_behind(monkeypatch):
+    workers, tasks = start_echoes(monkeypatch)
+    answers = workers.train_clients(tasks)
+    assert next(answers).client_id == "large"
+    answers.close()  # `middle` has been asked; its answer must not come in the next round
+    assert EchoService.killed == 1
+    assert [answer.client_id for answer in workers.train_clients(tasks[:1])] == ["small"]
+
+
+def test_a_round_closes_without_a_straggler(monkeypatch):
+    workers, tasks = start_echoes(monkeypatch, round_timeout=0.3)
+    monkeypatch.setattr(EchoService, "hanging", "large")
+    *answers, late = workers.train_clients(tasks)
+    assert {answer.client_id for answer in answers} == {"small", "middle"}
+    assert late == ClientFailure("large", "it had not answered within round_timeout=0.3 seconds")
+    assert EchoService.killed == 1
+    assert len(list(workers.train_clients(tasks[:1]))) == 1  # another took the straggler's place
+
+
+def test_owners_things_stay_out_of_workers(full_llama, lora, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("fedlpp_hf.trainer.federated.ClientWorkers", lambda blueprint, *_: seen.append(blueprint))
+    rows = make_rows()
+    trainer = FederatedTrainer(
+        str(full_llama),
+        make_args(tmp_path, client_workers=2),
+        train_dataset=rows,
+        eval_dataset=rows,
+        owner_dataset=rows,
+        peft_config=lora,
+    )
+    with pytest.raises(AttributeError):
+        trainer.train()
+    trainer.owner.close()
+    assert seen[0].owner_dataset is None and seen[0].full_model == ""
+    assert Path(seen[0].base_dir).name == "base"
+
+
+def test_clients_whose_turn_is_too_late_are_named(llama_base, lora, tmp_path):
+    class SlowTrainer(FederatedTrainer):
+        def train_client(self, task):
+            update = super().train_client(task)
+            time.sleep(0.2)
+            return update
+
+    rows = make_rows(clients=3)
+    trainer = make_trainer(
+        llama_base, tmp_path, lora, SlowTrainer, train_dataset=rows, num_rounds=1, round_timeout=0.1
+    )
+    trainer.train()
+    (record,) = trainer.server.store.records()[1:]
+    assert list(record["clients"]) == ["site-0"]
+    assert record["rejected"] == dict.fromkeys(
+        ["site-1", "site-2"], "it had not answered within round_timeout=0.1 seconds"
+    )
+    # The references of the report are no network: nobody is late there.
+    assert (
+        trainer.blueprint.build(trainer.client_datasets, tmp_path / "reference", str(llama_base)).args.round_timeout
+        is None
+    )
+
+
+def test_what_workers_need(llama_base, lora, tmp_path):
+    """Each loads the base from its directory: a model in memory can't be handed on."""
+    trainer = make_trainer(load_base(llama_base), tmp_path, lora, client_workers=2)
+    with pytest.raises(ValueError, match="client_workers=2: each loads the base; give `model` as the path"):
+        trainer.train()
+
+
+def test_bytes_travel_as_a_tensor():
+    assert as_bytes(as_tensor(b"\x00\xff update")) == b"\x00\xff update"

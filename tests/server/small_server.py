@@ -1,0 +1,43 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""A server of a tiny adapter and three clients, and what these answer."""
+
+import dataclasses
+import json
+
+import torch
+from peft import LoraConfig
+
+from fedlpp_hf import FederatedConfig, FederatedServer
+from fedlpp_hf.wire.messages import ClientUpdate
+
+
+KEY_A, KEY_B = "base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"
+CLIENTS = {"a": 10, "b": 20, "c": 30}
+
+
+def make_server(output_dir, num_examples=CLIENTS, **options):
+    adapter = {KEY_A: torch.arange(8.0).view(2, 4) / 8, KEY_B: torch.zeros(4, 2)}
+    args = FederatedConfig(str(output_dir), use_cpu=True, **{"num_rounds": 2, "adapter_bits": 32, **options})
+    return FederatedServer(args, adapter, LoraConfig(r=2, target_modules=["q"]), num_examples, "fingerprint")
+
+
+def answer(task, value=1.0, **changes):
+    delta = {KEY_A: torch.full((2, 4), value), KEY_B: torch.full((4, 2), value)}
+    update = ClientUpdate(
+        task.federation_id,
+        task.round,
+        task.client_id,
+        task.base_fingerprint,
+        CLIENTS.get(task.client_id, 1),
+        delta,
+        {"loss": 1.0, "steps": 1},
+    )
+    return dataclasses.replace(update, **changes)
+
+
+def answer_all(tasks):
+    return [answer(task) for task in tasks]
+
+
+def read_record(server, number):
+    return json.loads((server.store.round_dir(number) / "round.json").read_text())

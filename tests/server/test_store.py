@@ -1,0 +1,190 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""A round is on disk whole or not at all, whatever happens while it is written."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from fedlpp_hf.server import store as store_module
+from fedlpp_hf.server.store import FEDERATION_DIR, FEDERATION_FILE, ROUND_FILE, SERVER_STATE, RoundStore
+from fedlpp_hf.tensors import adapters
+from fedlpp_hf.tensors.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter
+
+
+CONFIG = LoraConfig(r=2, target_modules=["q"], base_model_name_or_path="owner/secret")
+STEPS = 12  # more than there are writes in a commit
+
+
+def make_round(number: int) -> tuple[dict, dict, dict]:
+    generator = torch.Generator().manual_seed(number)
+    adapter = {"base_model.model.q.lora_A.weight": torch.randn(2, 3, generator=generator)}
+    return (
+        adapter,
+        {"optimizer:momentum.q": torch.tensor(number)},
+        {"round": number, "metrics": {"loss": 1 / (number + 1)}},
+    )
+
+
+def commit(store: RoundStore, number: int) -> None:
+    adapter, state, record = make_round(number)
+    store.commit(number, adapter, CONFIG, state, record)
+
+
+def check_round(store: RoundStore, number: int) -> None:
+    """The latest round is `number`, and it and all before it are what was committed."""
+    assert store.latest() == number
+    assert store.records() == [make_round(n)[2] for n in range(number + 1)]
+    for n in range(number + 1):
+        loaded, expected = store.load(n), make_round(n)[:2]
+        for one, other in zip(loaded, expected, strict=True):
+            assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in other)
+
+
+@pytest.fixture
+def store(tmp_path) -> RoundStore:
+    store = RoundStore(tmp_path / "out")
+    store.create({"federation_id": "f0"})
+    for number in (0, 1):
+        commit(store, number)
+    return store
+
+
+def write_half(path) -> None:
+    with open(path, "wb") as file:
+        file.write(b'{"ro')
+
+
+class Saboteur:
+    """Lets `count` writes through and fails the next one half-way, and every one after it."""
+
+    def __init__(self, monkeypatch, count: int, error: BaseException):
+        self.left, self.error = count, error
+        monkeypatch.setattr(os, "replace", self.wrap(os.replace))
+        monkeypatch.setattr(os, "fsync", self.wrap(os.fsync))
+        for name in ("write_text", "write_bytes"):
+            monkeypatch.setattr(Path, name, self.wrap(getattr(Path, name), lambda path, *_, **__: write_half(path)))
+        for module in (adapters, store_module):
+            half = self.wrap(module.save_file, lambda _, path, **__: write_half(path))
+            monkeypatch.setattr(module, "save_file", half)
+
+    def wrap(self, function, half=lambda *_, **__: None):
+        def call(*arguments, **options):
+            self.left -= 1
+            if self.left >= 0:
+                return function(*arguments, **options)
+            half(*arguments, **options)
+            raise self.error
+
+        return call
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_commit_that_dies_at_any_write_leaves_the_round_before_it(store, error):
+    died = 0
+    for step in range(STEPS):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            Saboteur(monkeypatch, step, error)
+            try:
+                commit(store, 2)
+            except type(error):
+                died += 1
+        marked = (store.round_dir(2) / ROUND_FILE).is_file()
+        assert marked or died > step  # without an error, the round is there
+        check_round(RoundStore(store.output_dir), 2 if marked else 1)
+        if marked:
+            break
+    assert died >= 7  # two files of the adapter, the state, their syncs, the record's text and its sync
+    commit(store, 2)
+    check_round(store, 2)
+
+
+def test_commit_mark_is_written_last_and_by_replacing(store, monkeypatch):
+    seen = []
+
+    def replace(source, target, _replace=os.replace):
+        seen.append((Path(target), {path.name for path in Path(target).parent.iterdir()} - {Path(source).name}))
+        _replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    commit(store, 2)
+    others = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, SERVER_STATE}
+    assert seen == [(store.round_dir(2) / ROUND_FILE, others)]
+    assert {path.name for path in store.round_dir(2).iterdir()} == others | {ROUND_FILE}
+
+
+def test_round_without_its_mark_does_not_count_and_is_written_anew(store):
+    (store.round_dir(2) / "nested").mkdir(parents=True)
+    (store.round_dir(2) / ADAPTER_WEIGHTS).write_bytes(b"half")
+    assert store.latest() == 1
+    commit(store, 2)
+    check_round(store, 2)
+    assert not (store.round_dir(2) / "nested").exists()
+
+
+def test_store_without_rounds_has_none(tmp_path):
+    store = RoundStore(tmp_path / "out")
+    assert (store.exists, store.latest(), store.records()) == (False, None, [])
+    with pytest.raises(ValueError, match="holds no federation to resume"):
+        store.read()
+
+
+def test_federation_in_the_way_is_kept_unless_overwritten(store):
+    with pytest.raises(ValueError, match=r"already holds a federation.*--resume_from_checkpoint.*--overwrite"):
+        store.create({"federation_id": "f1"})
+    check_round(store, 1)
+    assert store.read() == {"schema": 2, "federation_id": "f0"}
+    store.create({"federation_id": "f1"}, overwrite=True)
+    assert (store.read()["federation_id"], store.latest()) == ("f1", None)
+
+
+def test_federation_of_another_schema_is_refused(store):
+    path = store.root / FEDERATION_FILE
+    for schema in (1, 99):
+        path.write_text(json.dumps({"schema": schema}))
+        with pytest.raises(ValueError, match=f"has schema {schema}; this version of fedlpp_hf reads 2") as error:
+            store.read()
+        assert "\n" not in str(error.value)
+    path.write_text('{"schema": 2')
+    with pytest.raises(ValueError, match="federation.json` can't be read"):
+        store.read()
+
+
+@pytest.mark.parametrize("name", [ADAPTER_WEIGHTS, ADAPTER_CONFIG, SERVER_STATE])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "other"])
+def test_damaged_round_is_refused_and_the_one_before_it_loads(store, name, damage):
+    path = store.round_dir(1) / name
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-5] if damage == "truncated" else b"\xff\xfe nonsense")
+    with pytest.raises(ValueError, match="round-00001"):
+        store.load(1)
+    assert torch.equal(
+        *(tensors["base_model.model.q.lora_A.weight"] for tensors in (store.load(0)[0], make_round(0)[0]))
+    )
+
+
+def test_damaged_record_is_refused_by_its_path(store):
+    (store.round_dir(1) / ROUND_FILE).write_text("{")
+    with pytest.raises(ValueError, match=r"round-00001/round\.json` can't be read"):
+        store.records()
+
+
+def test_published_adapter_is_a_peft_repository_without_the_owners_name(store):
+    for number in (0, 1):  # the second replaces the first
+        store.publish(make_round(number)[0], CONFIG)
+    tensors, config = read_adapter(store.output_dir)
+    assert all(torch.equal(tensors[key], value) for key, value in make_round(1)[0].items())
+    assert config["base_model_name_or_path"] is None and "secret" not in json.dumps(config)
+    assert sorted(path.name for path in store.output_dir.iterdir()) == [
+        FEDERATION_DIR,
+        ADAPTER_CONFIG,
+        ADAPTER_WEIGHTS,
+    ]
+    for path in store.root.rglob("*.json"):
+        assert "secret" not in path.read_text()
