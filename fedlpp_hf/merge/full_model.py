@@ -2,7 +2,6 @@
 """The full model's files, on disk or on the Hub, its weights fetched shard by shard."""
 
 import functools
-import json
 import os
 import shutil
 import time
@@ -17,21 +16,8 @@ _LEFT_BEHIND_NAMES = ("adapter_config.json", "base_manifest.json", "training_arg
 
 
 _ATTEMPTS = 5
-UNDO_DIR = "_merge_undo"
-UNDO_STATE = "state.json"
 # Set in the `config.json` of a merge into Q(W), so that it is not taken, and pushed, for one into W.
 VIEW_MARK = "is_clients_view"
-
-
-def refuse_interrupted(directory: Path) -> None:
-    """Refuse a directory in which a merge in place was killed half-way.
-
-    Raises:
-        ValueError: if it was.
-    """
-    state = directory / UNDO_DIR / UNDO_STATE
-    if state.is_file() and not json.loads(state.read_text())["complete"]:
-        raise ValueError(f"A merge in place into `{directory}` was interrupted; run `undo_merge_` on it first.")
 
 
 class FullModel:
@@ -62,9 +48,8 @@ class FullModel:
         if scratch is not None:
             raise ValueError(
                 f"delete_source_shards: `{model}` is a directory, whose shards can't be fetched again when a merge is "
-                "interrupted. Use in_place, which needs no second copy either."
+                "interrupted. Leave it out, or name the model on the Hub."
             )
-        refuse_interrupted(self.directory)
         index = self.directory / WEIGHTS_INDEX
         # As from_pretrained does: a single file comes before an index.
         if (self.directory / WEIGHTS).is_file():

@@ -1,7 +1,6 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""What a merge reads besides the full model, one tensor at a time: adapters, clients' updates, the quantized base."""
+"""What a merge reads besides the full model, one tensor at a time: adapters, and the quantized base."""
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -17,65 +16,37 @@ from ..base.checkpoint import Checkpoint
 from ..base.manifest import read_manifest
 from ..base.tensors import unpack_nibbles
 from ..tensors.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from ..tensors.quantization import QuantizedTensor, dequantize, restore_from_levels
-from ..wire.messages import ClientTask, ClientUpdate
+from ..tensors.quantization import restore_from_levels
 
 
 class AdapterReader:
-    """A PEFT repository on disk, or one client's adapter θ = start + Δ, read tensor by tensor in float32.
+    """A PEFT adapter on disk, read tensor by tensor in float32.
 
     Raises:
-        ValueError: if a file is missing, truncated, no safetensors, or has values that are not finite.
+        ValueError: if the file is truncated, is not safetensors, or has values that are not finite.
     """
 
-    def __init__(self, file: Path, config: PeftConfig, start: "AdapterReader | ClientTask | None" = None):
+    def __init__(self, file: Path, config: PeftConfig):
         self.file, self.config = file, config
-        self._start = start.proxy_tensors() if isinstance(start, ClientTask) else start
         try:
             self._open = safe_open(file, "pt")
         except (SafetensorError, OSError) as error:
             raise ValueError(f"`{file}` can't be read ({error}); is it truncated?") from error
-        stored = set(self._open.keys())
-        metadata = (self._open.metadata() or {}).get("fedlpp_hf")
-        self._quantized: dict[str, Any] = json.loads(metadata)["quantized"] if metadata else {}
-        codes = {key + suffix for key in self._quantized for suffix in ("#codes", "#scales")}
-        self.keys = sorted((stored - codes) | set(self._quantized))
+        self.keys = sorted(self._open.keys())
         for key in self.keys:
             if not is_finite(self.read(key)):
                 raise ValueError(f"`{key}` in `{file}` has values that are NaN or infinite; did its training diverge?")
 
     def shape(self, key: str) -> tuple[int, ...]:
-        if key in self._quantized:
-            return tuple(self._quantized[key][0])
+        """A tensor's shape, from the header."""
         return tuple(self._open.get_slice(key).get_shape())
 
     def read(self, key: str) -> torch.Tensor:
         """One tensor as float32; a merge never computes in less."""
-        if key in self._quantized:
-            shape, bits, block_size = self._quantized[key]
-            codes, scales = self._open.get_tensor(f"{key}#codes"), self._open.get_tensor(f"{key}#scales")
-            tensor = dequantize(QuantizedTensor(codes, scales, tuple(shape), bits, block_size))
-        else:
-            tensor = self._open.get_tensor(key)
-            if not tensor.is_floating_point():
-                raise ValueError(f"`{key}` in `{self.file}` is of {tensor.dtype}; expected floating point values.")
-            tensor = tensor.float()
-        if self._start is None:
-            return tensor
-        known = self._start.keys if isinstance(self._start, AdapterReader) else self._start
-        start = (
-            None
-            if key not in known
-            else self._start.read(key)
-            if isinstance(self._start, AdapterReader)
-            else self._start[key]
-        )
-        if start is None or start.shape != tensor.shape:
-            raise ValueError(
-                f"`{key}` in `{self.file}` does not fit what the clients started from; are the updates of one round, and "
-                "of full rank?"
-            )
-        return tensor + start
+        tensor = self._open.get_tensor(key)
+        if not tensor.is_floating_point():
+            raise ValueError(f"`{key}` in `{self.file}` is of {tensor.dtype}; expected floating point values.")
+        return tensor.float()
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -91,27 +62,18 @@ def open_adapters(
     weights: Sequence[float] | None = None,
     token: str | None = None,
 ) -> tuple[list[AdapterReader], list[float]]:
-    """Readers of one adapter, of several, or of a directory of clients' updates, with weights that add up to one.
-
-    Weights default to equal ones, and for clients' updates to their numbers of examples. A directory of updates has the
-    updates (`*.safetensors`, at any depth), an `adapter_config.json`, and what the clients started from: the task with
-    the proxy, or an `adapter_model.safetensors`.
+    """Open one adapter or several. Returns their readers, and weights that add up to one (equal by default).
 
     Raises:
         ValueError: if an adapter can't be read, or the weights don't fit.
     """
-    several = not isinstance(adapter, str | os.PathLike)
-    paths = [Path(path) for path in adapter] if several else [Path(adapter)]  # type: ignore[union-attr, arg-type]
+    paths = [adapter] if isinstance(adapter, str | os.PathLike) else list(adapter)
     if not paths:
         raise ValueError("`adapter` is an empty list; give at least one PEFT directory.")
-    readers, counts = [], []
-    for path in paths:
-        if not path.is_dir():
-            path = _download_adapter(str(path), token)
-        for reader, examples in _open_directory(path):
-            readers.append(reader)
-            counts.append(float(examples))
-    given = list(weights) if weights is not None else counts
+    readers = [
+        _open_adapter(Path(path) if Path(path).is_dir() else _download_adapter(str(path), token)) for path in paths
+    ]
+    given = [1.0] * len(readers) if weights is None else list(weights)
     if len(given) != len(readers):
         raise ValueError(f"{len(given)} weights for {len(readers)} adapters; give one for each.")
     if not all(math.isfinite(w) and w >= 0 for w in given) or not sum(given) > 0:
@@ -129,45 +91,15 @@ def _download_adapter(repo_id: str, token: str | None) -> Path:
         raise ValueError(f"`{repo_id}` is neither a directory nor the name of an adapter on the Hub.") from error
 
 
-def _open_directory(directory: Path) -> list[tuple[AdapterReader, int]]:
-    if not (directory / ADAPTER_CONFIG).is_file():
-        raise ValueError(f"`{directory}` has no `{ADAPTER_CONFIG}`; expected a PEFT adapter, or clients' updates.")
+def _open_adapter(directory: Path) -> AdapterReader:
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (directory / name).is_file():
+            raise ValueError(f"`{directory}` has no `{name}`; expected a PEFT adapter saved as safetensors.")
     try:
         config = PeftConfig.from_pretrained(str(directory))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"`{directory / ADAPTER_CONFIG}` can't be read ({error}).") from error
-    start: AdapterReader | ClientTask | None = None
-    if (directory / ADAPTER_WEIGHTS).is_file():
-        start = AdapterReader(directory / ADAPTER_WEIGHTS, config)
-    updates: list[tuple[Path, int]] = []
-    if not (directory / "_federation").is_dir():  # in the server's repository, its adapter is what is meant
-        for file in sorted(directory.rglob("*.safetensors")):
-            kind = _message_kind(file)
-            if kind == "task":
-                task = ClientTask.from_bytes(file.read_bytes())
-                start = task if task.proxy is not None else start
-            elif kind == "update":
-                update = ClientUpdate.from_bytes(file.read_bytes())  # checks its digest
-                updates.append((file, update.num_examples))
-    if start is None:
-        raise ValueError(
-            f"`{directory}` has no `{ADAPTER_WEIGHTS}`"
-            + (" nor a task with the proxy that its updates started from." if updates else "; expected safetensors.")
-        )
-    if updates:
-        return [(AdapterReader(file, config, start), examples) for file, examples in updates]
-    if not isinstance(start, AdapterReader):
-        raise ValueError(f"`{directory}` has a task, but no client's update; nothing to merge.")
-    return [(start, 1)]
-
-
-def _message_kind(file: Path) -> str | None:
-    try:
-        with safe_open(file, "pt") as reader:
-            metadata = (reader.metadata() or {}).get("fedlpp_hf")
-    except SafetensorError as error:
-        raise ValueError(f"`{file}` can't be read ({error}); is it truncated?") from error
-    return json.loads(metadata).get("kind") if metadata else None
+    return AdapterReader(directory / ADAPTER_WEIGHTS, config)
 
 
 class BaseReader:

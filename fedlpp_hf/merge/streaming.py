@@ -20,15 +20,12 @@ from transformers.utils import logging
 
 from .editor import Copy, Editor, Rewrite
 from .full_model import VIEW_MARK, FullModel
-from .in_place import patch_model_, undo_merge_
 from .jobs import plan_jobs, plan_layouts, start_workers, verify_shard, write_shard
 from .plan import MergePlan, NeedsPeft, plan_merge
 from .shards import WEIGHTS_INDEX, Shard, shares_blocks, sync_file
 from .sources import BaseReader, open_adapters
 from .through_peft import merge_with_peft
 
-
-__all__ = ["LayerReport", "MergeReport", "merge_adapter", "undo_merge_"]
 
 logger = logging.get_logger(__name__)
 
@@ -73,12 +70,11 @@ class MergeReport:
 def merge_adapter(
     full_model: str | os.PathLike,
     adapter: str | os.PathLike | Sequence[str | os.PathLike],
-    output_dir: str | os.PathLike | None = None,
+    output_dir: str | os.PathLike,
     *,
     weights: Sequence[float] | None = None,
     target: str = "full",
     base_dir: str | os.PathLike | None = None,
-    in_place: bool = False,
     verify: bool = False,
     delete_source_shards: bool = False,
     model_class: Any = None,
@@ -95,14 +91,12 @@ def merge_adapter(
     appears under its name when it is complete, or not at all. It is PEFT's `merge_and_unload`, without loading the model.
 
     Args:
-        adapter: a PEFT directory or a name on the Hub; or several, or a directory of clients' updates, of which the exact
-            weighted mean of the products B·A is merged, in float64.
-        weights: of the adapters, in proportion; equal by default, and numbers of examples for clients' updates.
+        adapter: a PEFT directory or a name on the Hub; or several, of which the exact weighted mean of the products B·A
+            is merged, in float64.
+        weights: of the adapters, in proportion; equal by default.
         target: "full" merges into W; "base" into the dequantized Q(W) of `base_dir`, which reproduces what clients see and
             is not pushed.
         base_dir: the quantized base. With it the report has ‖E‖/‖ΔW‖, E = W − Q(W), for each layer.
-        in_place: patch `output_dir`, a copy of the full model (without `output_dir`: the full model itself), and keep
-            what was there in `_merge_undo`, from which [`undo_merge_`] puts it back.
         verify: read the result back and compare all of it with the source or a recomputation.
         delete_source_shards: delete each shard that was downloaded from the Hub when its merged one is written.
         model_class: the class the adapter was trained on, where the configurations don't tell.
@@ -116,23 +110,20 @@ def merge_adapter(
         RuntimeError: if verification fails, or another merge is writing there.
     """
     began = time.perf_counter()
-    _check_arguments(target, base_dir, output_dir, in_place, delete_source_shards, threads, device)
-    destination = Path(full_model if output_dir is None else output_dir)
-    if not in_place:
-        _check_destination(destination, full_model)
-    elif not destination.is_dir():
-        raise ValueError(f"in_place: `{destination}` is no directory; expected a copy of the full model.")
+    _check_arguments(target, base_dir, threads, device)
+    destination = Path(output_dir)
+    _check_destination(destination, full_model)
     adapters, shares = open_adapters(adapter, weights, token)
     report = MergeReport(str(destination), target, verified=verify)
     with contextlib.ExitStack() as stack:
-        work = destination if in_place else stack.enter_context(_working_directory(destination))
+        work = stack.enter_context(_working_directory(destination))
         scratch = work / ".source" if delete_source_shards else None
         source = FullModel(full_model, scratch, revision, token)
         config = _read_config(source)
         try:
             plan = plan_merge(config, source.names, adapters, model_class)
         except NeedsPeft as reason:
-            _hand_to_peft(str(reason), source, config, adapters, work, report, model_class, token, in_place, base_dir)
+            _hand_to_peft(str(reason), source, config, adapters, work, report, model_class, token, base_dir)
         else:
             base = (
                 stack.enter_context(BaseReader(base_dir, plan.shapes, plan.transposed))
@@ -143,14 +134,10 @@ def merge_adapter(
                 plan.config_changes[VIEW_MARK] = True
             editor = Editor(plan, adapters, shares, base, target == "base", torch.device(device))
             layouts = plan_layouts(source, plan, editor)
-            if in_place:
-                jobs: Sequence[Copy | Rewrite] = patch_model_(destination, source, layouts, editor, threads, verify)
-            else:
-                jobs = _write_model(work, source, layouts, editor, threads, verify, sync)
-                _write_companions(source, plan, layouts, work)
+            jobs = _write_model(work, source, layouts, editor, threads, verify, sync)
+            _write_companions(source, plan, layouts, work)
             _fill_report(report, editor, jobs)
-        if not in_place:
-            _publish(work, destination, sync)
+        _publish(work, destination, sync)
     report.seconds = time.perf_counter() - began
     return report
 
@@ -204,11 +191,11 @@ def _check_room(work: Path, needed: int) -> None:
         )
 
 
-def _hand_to_peft(reason, source, config, adapters, work, report, model_class, token, in_place, base_dir) -> None:
-    if len(adapters) > 1 or in_place or base_dir is not None or source.scratch is not None:
+def _hand_to_peft(reason, source, config, adapters, work, report, model_class, token, base_dir) -> None:
+    if len(adapters) > 1 or base_dir is not None or source.scratch is not None:
         raise ValueError(
-            f"The adapter needs PEFT's own merge ({reason}), which merges one adapter into W, in memory and to a new "
-            "directory. Leave out the other adapters, in_place, base_dir and delete_source_shards."
+            f"The adapter needs PEFT's own merge ({reason}), which merges one adapter into W, in memory. Leave out the "
+            "other adapters, base_dir and delete_source_shards."
         )
     _check_room(work, source.size)
     gigabytes = source.size / 1e9
@@ -243,23 +230,13 @@ def _publish(work: Path, destination: Path, sync: bool) -> None:
         sync_file(destination.absolute().parent)
 
 
-def _check_arguments(target, base_dir, output_dir, in_place, delete_source_shards, threads, device) -> None:
+def _check_arguments(target, base_dir, threads, device) -> None:
     if target not in ("full", "base"):
         raise ValueError(f"target={target!r}; expected 'full' (W) or 'base' (the dequantized Q(W)).")
     if target == "base" and base_dir is None:
         raise ValueError("target='base' needs `base_dir`, the quantized base to merge into.")
-    if target == "base" and in_place:
-        raise ValueError(
-            "target='base' makes what clients see; in_place would make it of the full model. Merge to a new copy."
-        )
     if threads is not None and threads < 1:
         raise ValueError(f"threads={threads}; expected at least one.")
-    if output_dir is None and not in_place:
-        raise ValueError("Give `output_dir`, or in_place=True to patch the full model itself.")
-    if in_place and delete_source_shards:
-        raise ValueError(
-            "in_place patches a copy that is there; delete_source_shards has nothing to do. Leave one out."
-        )
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it

@@ -7,9 +7,6 @@ import pytest
 import torch
 
 from fedlpp_hf.merge.streaming import merge_adapter
-from fedlpp_hf.tensors.adapters import read_adapter
-from fedlpp_hf.tensors.quantization import quantize
-from fedlpp_hf.wire.messages import ClientTask, ClientUpdate
 
 from ..helpers import make_others, make_pair, merge_with_peft
 
@@ -42,30 +39,3 @@ def test_several_adapters_are_averaged_as_products(tmp_path):
         merge_adapter(full, others, tmp_path / "bad", weights=[1, 2])
     with pytest.raises(ValueError, match="not negative"):
         merge_adapter(full, others, tmp_path / "bad", weights=[1, 2, -1])
-
-
-@pytest.mark.parametrize("quantized", [False, True])
-def test_a_directory_of_updates_is_averaged_from_the_proxy(tmp_path, quantized):
-    full, adapter, model_class = make_pair(tmp_path)
-    start, _ = read_adapter(adapter)
-    clients = make_others(tmp_path, full, 0) or [1, 3]
-    rounds = tmp_path / "updates"
-    rounds.mkdir()
-    (rounds / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
-    proxy = {key: quantize(tensor, 4, 64) for key, tensor in start.items()} if quantized else start
-    task = ClientTask("f", 0, 1, "a", 0, "print", proxy)
-    (rounds / "task.safetensors").write_bytes(task.to_bytes())
-    begin, thetas = task.proxy_tensors(), []
-    for number, examples in enumerate(clients):
-        generator = torch.Generator().manual_seed(number)
-        delta = {key: torch.empty_like(tensor).normal_(generator=generator) for key, tensor in start.items()}
-        thetas.append({key: begin[key] + delta[key] for key in delta})
-        update = ClientUpdate("f", 0, f"client-{number}", "print", examples, delta)
-        (rounds / f"client-{number}").mkdir()
-        (rounds / f"client-{number}" / "update.safetensors").write_bytes(update.to_bytes())
-    merge_adapter(full, rounds, tmp_path / "out", verify=True)
-    result, before = (model_class.from_pretrained(tmp_path / d).state_dict() for d in ("out", "full"))
-    prefix, name = "base_model.model.model.layers.0.self_attn.q_proj.", "model.layers.0.self_attn.q_proj.weight"
-    products = [t[prefix + "lora_B.weight"].double() @ t[prefix + "lora_A.weight"].double() * 1.5 for t in thetas]
-    expected = before[name].double() + 0.25 * products[0] + 0.75 * products[1]
-    torch.testing.assert_close(result[name].double(), expected, rtol=1e-6, atol=1e-6)

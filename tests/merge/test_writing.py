@@ -51,12 +51,8 @@ def test_destinations_that_can_not_be(tmp_path):
     for destination in (full / "out", full, tmp_path):
         with pytest.raises(ValueError, match="lie in each other|not an empty directory"):
             merge_adapter(full, adapter, destination)
-    with pytest.raises(ValueError, match="output_dir"):
-        merge_adapter(full, adapter)
     with pytest.raises(ValueError, match="base_dir"):
         merge_adapter(full, adapter, tmp_path / "out", target="base")
-    with pytest.raises(ValueError, match="what clients see"):
-        merge_adapter(full, adapter, in_place=True, target="base", base_dir=tmp_path / "base")
     for device in ("cuda:99", "nonsense"):
         with pytest.raises(ValueError, match=f"device='{device}' can't be used"):
             merge_adapter(full, adapter, tmp_path / "out", device=device)
@@ -218,3 +214,16 @@ def test_a_killed_merge_leaves_nothing_or_everything(tmp_path):
     assert read_files(out) == expected
     assert {path.name for path in tmp_path.iterdir()} == {"full", "adapter", "complete", "out"}
     assert False in outcomes
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_links_in_the_full_model_become_files_in_the_result(tmp_path, link):
+    """As in the Hub's cache: nothing is written through them."""
+    full, adapter, _ = make_pair(tmp_path)
+    before = read_files(full)
+    (tmp_path / "snapshot").mkdir()
+    for path in full.iterdir():
+        link(path, tmp_path / "snapshot" / path.name)
+    merge_adapter(tmp_path / "snapshot", adapter, tmp_path / "out")
+    assert not any(path.is_symlink() or path.stat().st_nlink > 1 for path in (tmp_path / "out").iterdir())
+    assert read_files(full) == before
