@@ -136,7 +136,7 @@ def run_method(method: str, full: Path, adapter: Path, out: Path, threads: int, 
                 save_file(merged, out / shard.name, metadata={"format": "pt"})
 
     elif method == "ours":
-        from fedlpp_hf.merge.streaming import merge_adapter
+        from fedlpp_hf.merge.merge import merge_adapter
 
         def merge():
             merge_adapter(full, adapter, out, threads=threads, sync=sync)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from fedlpp_hf.base.manifest import read_manifest
 from fedlpp_hf.cli import main as cli
 from fedlpp_hf.hub import push as hub
-from fedlpp_hf.merge.streaming import merge_adapter
+from fedlpp_hf.merge.merge import merge_adapter
 from fedlpp_hf.report.text import format_bytes
 from fedlpp_hf.server.store import RoundStore
 from fedlpp_hf.tensors.adapters import ADAPTER_CONFIG, adapter_parameters, copy_adapter, write_adapter

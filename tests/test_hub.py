@@ -11,9 +11,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedlpp_hf.base.export import export_base
+from fedlpp_hf.base.full_model import FullModel
 from fedlpp_hf.hub.push import push_adapter, push_merged
-from fedlpp_hf.merge.full_model import FullModel
-from fedlpp_hf.merge.streaming import merge_adapter
+from fedlpp_hf.merge.merge import merge_adapter
 
 from .fake_hub import Hub
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..report.text import format_table
-from ..server.store import RoundStore, write_atomically
+from ..server.store import RoundStore
+from ..tensors.atomic import write_atomically
 from .exposed import SentTensor, summarize_sent
 from .stolen_value import StolenValue
 

@@ -212,7 +212,7 @@ def run_merge(
     """`fedlpp-hf merge`: [`~fedlpp_hf.merge_adapter`], then what it did, then [`~fedlpp_hf.hub.push_merged`]."""
     if public and not push:
         raise ValueError("--public says how to push; give --push REPO_ID, too.")
-    from ..merge.streaming import merge_adapter
+    from ..merge.merge import merge_adapter
     from ..report.inspection import describe_merge
 
     report = merge_adapter(

@@ -13,13 +13,12 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..aggregation.products import lower_rank, pad_update, truncate_adapter
-from ..base.export import base_fingerprint
 from ..base.kernels import keep_layout_
-from ..base.manifest import BASE_MANIFEST, read_manifest
+from ..base.manifest import BASE_MANIFEST, base_fingerprint, read_manifest
 from ..config.rules import trainable_keys
 from ..privacy.clipping import add_control_gradient_, add_proximal_gradient_, clip_update, update_client_control
-from ..server.store import write_atomically
 from ..tensors.adapters import adapter_parameters, copy_adapter, load_adapter_, split_tensors
+from ..tensors.atomic import write_atomically
 from ..tensors.quantization import FULL_PRECISION
 from ..wire.compression import compress_update
 from ..wire.messages import ClientTask, ClientUpdate, Payload, restore_tensors

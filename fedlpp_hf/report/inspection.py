@@ -16,7 +16,7 @@ from .text import find_warnings, format_bytes, format_table, main_metric, mean_c
 
 
 if TYPE_CHECKING:
-    from ..merge.streaming import MergeReport
+    from ..merge.report import MergeReport
 
 _KINDS = {
     "linear4bit": "4-bit weights",

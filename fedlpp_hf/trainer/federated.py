@@ -20,7 +20,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ..audit.audit import audit_federation, check_auditable
 from ..base.dequantized import hold_dequantized_
-from ..base.export import load_base
+from ..base.load import load_base
 from ..base.manifest import BASE_MANIFEST
 from ..client.guard import QuantizedBaseCallback, audit_model
 from ..client.partition import check_client_sizes, partition_clients

@@ -17,12 +17,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from ..tensors.files import MAX_HEADER_BYTES
 from ..tensors.quantization import QuantizedTensor, check_bits, dequantize, packed_size
 
 
 SCHEMA_VERSION = 1
 _METADATA_KEY = "fedlpp_hf"
-_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _CODES, _SCALES = "#codes", "#scales"
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _MAX_DIMENSIONS = 64  # torch's own limit
@@ -231,7 +231,7 @@ def decode_message(kind: str, data: bytes) -> tuple[dict[str, Any], dict[str, to
     Raises:
         ValueError: if `data` is no intact message of that kind.
     """
-    if len(data) < 8 or (header_size := struct.unpack("<Q", data[:8])[0]) > min(len(data) - 8, _MAX_HEADER_BYTES):
+    if len(data) < 8 or (header_size := struct.unpack("<Q", data[:8])[0]) > min(len(data) - 8, MAX_HEADER_BYTES):
         raise ValueError(f"A {kind} of {len(data)} bytes is truncated, or its header claims more than there is.")
     try:
         body = _parse_json(_parse_json(data[8 : 8 + header_size])["__metadata__"][_METADATA_KEY])

@@ -10,8 +10,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedlpp_hf.base.dequantized import hold_dequantized_
-from fedlpp_hf.base.export import export_base, load_base
+from fedlpp_hf.base.export import export_base
 from fedlpp_hf.base.kernels import keep_layout_
+from fedlpp_hf.base.load import load_base
 
 
 def build_layer(rows, length, bias=True, double_quant=False, dtype=torch.float32):

@@ -20,8 +20,9 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from fedlpp_hf.base.export import base_fingerprint, describe_base, export_base, load_base
-from fedlpp_hf.base.manifest import check_base, read_manifest
+from fedlpp_hf.base.export import export_base
+from fedlpp_hf.base.load import load_base
+from fedlpp_hf.base.manifest import base_fingerprint, check_base, describe_base, read_manifest
 
 from ..helpers import compute_logits
 
@@ -78,7 +79,7 @@ def test_shard_that_cannot_be_written_fails_the_export(full_model, tmp_path, mon
     def fail(tensors, path, metadata):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("fedlpp_hf.base.manifest.save_file", fail)
+    monkeypatch.setattr("fedlpp_hf.base.directory.save_file", fail)
     before = torch.get_num_threads()
     for size in (50_000, 10**9):
         with pytest.raises(OSError, match="No space"):

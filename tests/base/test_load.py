@@ -14,7 +14,9 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from fedlpp_hf.base.export import base_fingerprint, export_base, load_base
+from fedlpp_hf.base.export import export_base
+from fedlpp_hf.base.load import load_base
+from fedlpp_hf.base.manifest import base_fingerprint
 
 from ..helpers import compute_logits, model_inputs
 

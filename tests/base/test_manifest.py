@@ -10,8 +10,8 @@ from transformers import (
     AutoModel,
 )
 
-from fedlpp_hf.base.export import describe_base, load_base
-from fedlpp_hf.base.manifest import check_base, read_manifest
+from fedlpp_hf.base.load import load_base
+from fedlpp_hf.base.manifest import check_base, describe_base, read_manifest
 
 
 def test_manifest_adds_up(base):

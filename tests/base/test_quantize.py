@@ -11,10 +11,10 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from fedlpp_hf.base.export import describe_base, load_base
 from fedlpp_hf.base.kernels import keep_layout_
-from fedlpp_hf.base.manifest import read_manifest
-from fedlpp_hf.base.tensors import pack_nibbles, quantize_nf4, unpack_nibbles
+from fedlpp_hf.base.load import load_base
+from fedlpp_hf.base.manifest import describe_base, read_manifest
+from fedlpp_hf.base.quantize import pack_nibbles, quantize_nf4, unpack_nibbles
 from fedlpp_hf.tensors.quantization import codebook, nf4_subset
 
 from ..helpers import SMALL_MODELS, compute_logits

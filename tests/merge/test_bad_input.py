@@ -8,7 +8,7 @@ import struct
 import pytest
 import torch
 
-from fedlpp_hf.merge.streaming import merge_adapter
+from fedlpp_hf.merge.merge import merge_adapter
 from fedlpp_hf.tensors.adapters import ADAPTER_WEIGHTS
 
 from ..helpers import LORA_KEY, change_tensor, make_pair
@@ -86,9 +86,9 @@ def _quantized(full, adapter):
 BAD_INPUT = {
     "truncated shard": (_truncate, "truncated"),
     "missing shard": (_lose_shard, "which its index names"),
-    "absurd header": (_lie_in_header, "truncated or no safetensors"),
+    "absurd header": (_lie_in_header, "truncated or not a safetensors"),
     "index that leaves its directory": (_escape, "beside it"),
-    "index that is wrong": (_misplace, "says it has"),
+    "index that is wrong": (_misplace, "index.json` says it does"),
     "NaN in the adapter": (
         lambda f, a: change_tensor(a / ADAPTER_WEIGHTS, LORA_KEY, lambda t: t / 0),
         "q_proj.lora_A.*NaN",
@@ -105,8 +105,8 @@ BAD_INPUT = {
     "key without a home": (_rename_key, "nearest are .*layers"),
     "truncated adapter": (lambda f, a: os.truncate(a / ADAPTER_WEIGHTS, 500), "truncated"),
     "no adapter": (lambda f, a: (a / ADAPTER_WEIGHTS).unlink(), ADAPTER_WEIGHTS),
-    "integer weights": (_as_integers, "is of I32"),
-    "unknown dtype": (_as_float4, "is of F4"),
+    "integer weights": (_as_integers, "has the dtype I32"),
+    "unknown dtype": (_as_float4, "has the dtype F4"),
     "NaN in the full model": (_as_nan, "layers.0.self_attn.q_proj.weight` would have values that are NaN"),
     "configuration of other weights": (_other_config, "mlp.*has shape"),
     "quantized full model": (_quantized, "is quantized"),

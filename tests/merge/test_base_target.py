@@ -5,8 +5,9 @@ import pytest
 import torch
 from peft import PeftModel
 
-from fedlpp_hf.base.export import export_base, load_base
-from fedlpp_hf.merge.streaming import merge_adapter
+from fedlpp_hf.base.export import export_base
+from fedlpp_hf.base.load import load_base
+from fedlpp_hf.merge.merge import merge_adapter
 
 from ..helpers import make_pair
 

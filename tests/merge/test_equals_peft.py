@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fedlpp_hf.merge.streaming import merge_adapter
+from fedlpp_hf.merge.merge import merge_adapter
 from fedlpp_hf.tensors.adapters import read_adapter
 
 from ..helpers import (

@@ -8,8 +8,8 @@ import torch
 import transformers
 from peft import PeftModel
 
-from fedlpp_hf.merge import streaming as merge
-from fedlpp_hf.merge.streaming import merge_adapter
+from fedlpp_hf.merge import through_peft
+from fedlpp_hf.merge.merge import merge_adapter
 from fedlpp_hf.tensors.adapters import read_adapter
 
 from ..helpers import ARCHITECTURES, assert_equal_states, build_model, make_pair, merge_with_peft
@@ -60,7 +60,7 @@ def test_a_head_of_another_size_is_replaced(tmp_path):
 def test_what_is_more_than_a_product_goes_through_peft(tmp_path, monkeypatch):
     full, adapter, model_class = make_pair(tmp_path, "llama", trainable_token_indices=[1, 5])
     warned = []
-    monkeypatch.setattr(merge.logger, "warning", warned.append)
+    monkeypatch.setattr(through_peft.logger, "warning", warned.append)
     report = merge_adapter(full, adapter, tmp_path / "out", verify=True)
     assert "trainable_token_indices" in report.through_peft and not report.verified
     assert any("PEFT, because" in line and "GB, is held in memory" in line for line in warned)

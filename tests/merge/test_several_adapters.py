@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from fedlpp_hf.merge.streaming import merge_adapter
+from fedlpp_hf.merge.merge import merge_adapter
 
 from ..helpers import make_others, make_pair, merge_with_peft
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from fedlpp_hf.merge import streaming as merge
-from fedlpp_hf.merge.streaming import merge_adapter
+from fedlpp_hf.merge import copying, jobs, rows, sinks, writing
+from fedlpp_hf.merge.merge import merge_adapter
 from fedlpp_hf.tensors.adapters import ADAPTER_WEIGHTS
 
 from ..helpers import (
@@ -28,18 +28,19 @@ from ..helpers import (
 
 def test_verify_finds_a_flipped_bit_anywhere(tmp_path, monkeypatch):
     full, adapter, _ = make_pair(tmp_path)
-    write_shard, offset = merge.write_shard, 0
+    offset = 0
 
-    def write_and_damage(source, destination, *arguments):
-        write_shard(source, destination, *arguments)
-        with open(destination, "r+b") as file:
-            file.seek(offset, os.SEEK_END if offset < 0 else os.SEEK_SET)
-            byte = file.read(1)
-            file.seek(-1, os.SEEK_CUR)
-            file.write(bytes([byte[0] ^ 1]))
+    class DamagingWriter(sinks.FileWriter):
+        def __exit__(self, *error):
+            super().__exit__(*error)
+            with open(self.path, "r+b") as file:
+                file.seek(offset, os.SEEK_END if offset < 0 else os.SEEK_SET)
+                byte = file.read(1)
+                file.seek(-1, os.SEEK_CUR)
+                file.write(bytes([byte[0] ^ 1]))
 
-    monkeypatch.setattr(merge, "write_shard", write_and_damage)
-    for offset in (20, 5000, -1, -7000):  # noqa: B007 (the function above reads it)
+    monkeypatch.setattr(writing, "FileWriter", DamagingWriter)
+    for offset in (20, 5000, -1, -7000):  # noqa: B007 (the class above reads it)
         with pytest.raises((RuntimeError, ValueError)):
             merge_adapter(full, adapter, tmp_path / "out", verify=True)
         assert not (tmp_path / "out").exists()
@@ -49,7 +50,7 @@ def test_verify_finds_a_flipped_bit_anywhere(tmp_path, monkeypatch):
 def test_destinations_that_can_not_be(tmp_path):
     full, adapter, _ = make_pair(tmp_path)
     for destination in (full / "out", full, tmp_path):
-        with pytest.raises(ValueError, match="lie in each other|not an empty directory"):
+        with pytest.raises(ValueError, match="is inside the other|not an empty directory"):
             merge_adapter(full, adapter, destination)
     with pytest.raises(ValueError, match="base_dir"):
         merge_adapter(full, adapter, tmp_path / "out", target="base")
@@ -114,8 +115,6 @@ def test_copies_without_the_kernels_help(tmp_path, monkeypatch):
 
 
 def test_file_systems_that_share_blocks(tmp_path, monkeypatch):
-    from fedlpp_hf.merge import jobs, shards
-
     full, adapter, _ = make_pair(tmp_path)
     copied = merge_adapter(full, adapter, tmp_path / "copied")
 
@@ -123,7 +122,7 @@ def test_file_systems_that_share_blocks(tmp_path, monkeypatch):
         os.copy_file_range(source, destination, os.fstat(source).st_size)
         return True
 
-    for module in (jobs, shards):
+    for module in (sinks, copying):
         monkeypatch.setattr(module, "clone_file", clone)
     # Room is needed for what is rewritten alone.
     room = shutil._ntuple_diskusage(1 << 30, 0, copied.bytes_rewritten)
@@ -137,13 +136,11 @@ def test_file_systems_that_share_blocks(tmp_path, monkeypatch):
 
 def test_a_file_system_that_shares_blocks(tmp_path, monkeypatch):
     """The same for real; run it with `--basetemp` on btrfs or XFS."""
-    from fedlpp_hf.merge import jobs, shards
-
     full, adapter, _ = make_pair(tmp_path)
-    if not shards.shares_blocks(next(full.glob("*.safetensors")), tmp_path):
+    if not copying.can_share_blocks(next(full.glob("*.safetensors")), tmp_path):
         pytest.skip("this file system has no reflinks")
-    before, cloned, clone_file = read_files(full), [], jobs.clone_file
-    monkeypatch.setattr(jobs, "clone_file", lambda *files: cloned.append(clone_file(*files)) or cloned[-1])
+    before, cloned, clone_file = read_files(full), [], sinks.clone_file
+    monkeypatch.setattr(sinks, "clone_file", lambda *files: cloned.append(clone_file(*files)) or cloned[-1])
     merge_adapter(full, adapter, tmp_path / "out", verify=True)
     assert cloned == [True] * len(list(full.glob("*.safetensors"))) and read_files(full) == before
     shutil.rmtree(full)
@@ -166,11 +163,9 @@ def test_untouched_files_and_ranges_are_the_same_bytes(tmp_path):
 
 
 def test_small_chunks_give_the_same_bits(tmp_path, monkeypatch):
-    from fedlpp_hf.merge import editor, jobs
-
     full, adapter, _ = make_pair(tmp_path, "mixtral", target_modules="all-linear")
     merge_adapter(full, adapter, tmp_path / "whole", threads=1)
-    monkeypatch.setattr(editor, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(rows, "CHUNK_BYTES", 1)
     monkeypatch.setattr(jobs, "BLOCK_BYTES", 4096)
     merge_adapter(full, adapter, tmp_path / "rows", threads=3, verify=True)
     assert read_files(tmp_path / "whole") == read_files(tmp_path / "rows")
@@ -183,7 +178,7 @@ def test_a_killed_merge_leaves_nothing_or_everything(tmp_path):
     merge_adapter(full, adapter, tmp_path / "complete", verify=True)
     expected = read_files(tmp_path / "complete")
     script = (
-        "import os, shutil, sys\nfrom fedlpp_hf.merge.streaming import merge_adapter\n"
+        "import os, shutil, sys\nfrom fedlpp_hf.merge.merge import merge_adapter\n"
         "for line in sys.stdin:\n"
         "    if os.fork():\n        print(os.wait()[1], flush=True)\n        continue\n"
         "    print('go', flush=True)\n    merge_adapter(*sys.argv[1:], sync=False)\n    os._exit(0)\n"
