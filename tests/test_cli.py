@@ -91,7 +91,7 @@ def test_wrong_arguments_end_in_one_line(run, arguments, text):
 
 
 def test_wrong_input_ends_in_one_line(run, tmp_path, full_llama, llama_base):
-    check_error(run("quantize", tmp_path / "absent", tmp_path / "base"), "absent` is no directory")
+    check_error(run("quantize", tmp_path / "absent", tmp_path / "base"), "absent` is neither a directory")
     check_error(run("quantize", full_llama, tmp_path / "base", "--bits", 5), "bits='5' has no codebook")
     check_error(run("quantize", llama_base, tmp_path / "base"), "is quantized already")
     check_error(run("quantize", full_llama, llama_base), "exists")

@@ -38,6 +38,7 @@ def pack_base(base_dir: str | os.PathLike, file: str | os.PathLike) -> int:
     manifest = check_base(base_dir)
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "base_manifest": json.dumps(manifest)}}
     body = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    whole = body.with_suffix(".whole")
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         with body.open("wb") as stream, tensor_threads() as pool:
@@ -47,7 +48,6 @@ def pack_base(base_dir: str | os.PathLike, file: str | os.PathLike) -> int:
                 header[name]["data_offsets"] = [header[name]["data_offsets"][0], stream.tell()]
         head = json.dumps(header).encode()
         head += b" " * (-len(head) % 8)
-        whole = body.with_suffix(".whole")
         with whole.open("wb") as stream, body.open("rb") as source:
             stream.write(len(head).to_bytes(8, "little") + head)
             while chunk := source.read(1 << 20):
@@ -55,6 +55,7 @@ def pack_base(base_dir: str | os.PathLike, file: str | os.PathLike) -> int:
         whole.replace(file)
     finally:
         body.unlink(missing_ok=True)
+        whole.unlink(missing_ok=True)
     return file.stat().st_size
 
 
