@@ -113,7 +113,14 @@ def _save_shard(tensors: dict[str, torch.Tensor], path: Path) -> str:
 
 
 def write_companions(paths: Sequence[Path], config: dict[str, Any], directory: Path, secrets: Sequence[str]) -> None:
-    """Write the configuration, and copy the files of the tokenizer or processor, without what tells of the owner."""
+    """Write the configuration, and copy the files of the tokenizer or processor, without what tells of the owner.
+
+    Args:
+        paths: the files to copy.
+        config: the configuration, as JSON values.
+        directory: the directory of the base.
+        secrets: strings that must not be in it.
+    """
     write_json(directory / "config.json", scrub(config, secrets))
     for path in paths:
         if path.name.endswith("config.json"):

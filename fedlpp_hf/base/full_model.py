@@ -136,7 +136,7 @@ class FullModel:
         """The path of a shard, which is downloaded if need be.
 
         Raises:
-            ValueError: if it is not the file whose header was read.
+            ValueError: if its header is not the one read before.
             RuntimeError: if it can't be downloaded.
         """
         if self._repository is None:
@@ -144,7 +144,9 @@ class FullModel:
         if file not in self._fetched:
             path = self._repository.download_shard(file, self.scratch)
             if read_shard(path).header != self.shards[file].header:
-                raise ValueError(f"`{file}` of `{self.model}` is not the file whose header was read. Clear the cache.")
+                raise ValueError(
+                    f"`{file}` of `{self.model}` has another header than the one read before. Clear the Hub's cache."
+                )
             self._fetched[file] = path
         return self._fetched[file]
 

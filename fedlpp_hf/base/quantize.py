@@ -97,9 +97,19 @@ def quantize_base_tensor(
 def quantize_nf4(
     name: str, weight: torch.Tensor, bits: int, block_size: int, double_quant: bool
 ) -> dict[str, torch.Tensor]:
-    """Quantize a weight `(out, in)` to the tensors of a bitsandbytes `Linear4bit` with `bits` (1 to 4) bits per code.
+    """Quantize a weight to the tensors of a bitsandbytes `Linear4bit`.
 
     At 4 bits these are bit-identical to those of `bitsandbytes.functional.quantize_4bit`.
+
+    Args:
+        name: of the weight; the other tensors' names begin with it.
+        weight: `(out, in)`.
+        bits: per code, 1 to 4.
+        block_size: values that share a scale.
+        double_quant: quantize the scales, too.
+
+    Raises:
+        ValueError: if a value is not finite.
     """
     code = get_4bit_type("nf4", device="cpu")
     subset = torch.tensor(nf4_subset(bits), dtype=torch.uint8)

@@ -51,6 +51,12 @@ class TensorPlan:
 def check_shape(name: str, stored: tuple[int, ...], expected: tuple[int, ...], model: PreTrainedModel) -> None:
     """Refuse a tensor of another shape than the model's parameter.
 
+    Args:
+        name: of the tensor.
+        stored: its shape.
+        expected: the parameter's shape.
+        model: the model.
+
     Raises:
         ValueError: naming it.
     """

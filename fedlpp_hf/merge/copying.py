@@ -32,7 +32,14 @@ def can_share_blocks(source: Path, directory: Path) -> bool:
 
 
 def copy_range(source: int, destination: int, start: int, length: int, to: int) -> None:
-    """Copy `length` bytes at `start` to offset `to`, inside the kernel where it can.
+    """Copy bytes from one file to another, inside the kernel where it can.
+
+    Args:
+        source: descriptor of the file to read.
+        destination: descriptor of the file to write.
+        start: offset in the source.
+        length: in bytes.
+        to: offset in the destination.
 
     Raises:
         OSError: as the system calls do, and if the source ends early.
@@ -59,7 +66,18 @@ def write_range(descriptor: int, data: bytes | memoryview, start: int) -> None:
 
 
 def find_difference(one: int, other: int, start: int, length: int, other_start: int) -> int | None:
-    """Find the first byte, counted from `start`, in which two ranges of `length` bytes differ; None if there is none."""
+    """Find the first byte in which two ranges differ.
+
+    Args:
+        one: descriptor of a file.
+        other: descriptor of another file.
+        start: offset in `one`.
+        length: in bytes.
+        other_start: offset in `other`.
+
+    Returns:
+        The byte's number in the ranges; None if they are equal.
+    """
     for at in range(0, length, _COPY_BLOCK):
         count = min(_COPY_BLOCK, length - at)
         a, b = os.pread(one, count, start + at), os.pread(other, count, other_start + at)

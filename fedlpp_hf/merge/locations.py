@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""Where each parameter is stored: which rows of which tensors of the checkpoint."""
+"""Where each parameter is stored: in which tensors of the checkpoint, and in which of their rows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,7 +63,14 @@ def locate_parameters(
 
 
 def whole_pieces(tensor: str, parameter: str, shape: tuple[int, ...], edit: Edit | None) -> list[Piece]:
-    """The pieces of a parameter that is one tensor as it is: one piece, or one for each expert."""
+    """The pieces of a parameter that is one tensor as it is: one piece, or one for each expert.
+
+    Args:
+        tensor: the tensor's name.
+        parameter: the parameter's name.
+        shape: of both.
+        edit: what is done to it, if anything.
+    """
     if edit is None or edit.experts == 1:
         return [Piece(tensor, 0, shape[0] if shape else 1, parameter)]
     return [Piece(tensor, expert * shape[1], shape[1], parameter, expert) for expert in range(shape[0])]

@@ -22,6 +22,12 @@ logger = logging.get_logger(__name__)
 def check_alone(reason: str, count: int, has_base: bool, source: FullModel) -> None:
     """Refuse what PEFT's own merge can't do.
 
+    Args:
+        reason: why PEFT has to merge.
+        count: of the adapters.
+        has_base: whether a base was given.
+        source: the full model.
+
     Raises:
         ValueError: for several adapters, a base, or shards that are to be deleted.
     """

@@ -67,7 +67,20 @@ def write_shards(
 def merge_shard(
     source: Path, jobs: ShardJobs, producer: RowProducer, sink: Sink, pool: ThreadPoolExecutor
 ) -> dict[str, Norms]:
-    """Give all bytes of one merged shard to `sink`. Returns the norms by parameter."""
+    """Compute one merged shard, and give all its bytes to a sink. Returns the norms by parameter.
+
+    Args:
+        source: the full model's shard.
+        jobs: the shard's jobs.
+        producer: computes the new rows.
+        sink: takes the bytes.
+        pool: the threads to work on.
+
+    Raises:
+        ValueError: if a result is not finite.
+        OSError: as the sink does.
+        RuntimeError: as the sink does.
+    """
     norms: dict[str, Norms] = {}
     with open(source, "rb", buffering=0) as reader, sink:
         descriptor = reader.fileno()

@@ -139,9 +139,13 @@ class TensorFile(Mapping[str, torch.Tensor]):
         return torch.Size(self._open().tensors[key].shape)
 
     def read_values(self, key: str, start: int, end: int, memory: memoryview | None = None) -> torch.Tensor:
-        """Read values `start` to `end` of a tensor in memory order.
+        """Read values of a tensor, in memory order.
 
-        They lie in `memory`, if it is given, until that is used again.
+        Args:
+            key: the tensor's name.
+            start: the first value.
+            end: the value after the last.
+            memory: where to put them; they are valid until it is used again. By default new memory.
         """
         file = self._open()
         tensor = file.tensors[key]

@@ -33,10 +33,16 @@ def tensor_threads(count: int | None = None) -> Iterator[ThreadPoolExecutor]:
 def map_in_order(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], limit: int | None = None
 ) -> Iterator[Result]:
-    """`map(function, items)` on the threads of `pool`, with at most `limit` items in hand.
+    """Call a function on each item, on several threads, and yield the results in order.
 
-    By default that is one item more than there are threads, so that memory does not grow with the number of items. When
-    an item fails, or the caller stops early, no thread works on the others any more.
+    When an item fails, or the caller stops early, no thread works on the others any more.
+
+    Args:
+        pool: the threads.
+        function: called with one item.
+        items: taken one by one.
+        limit: items in hand at a time; by default one more than there are threads, so that memory does not grow with the
+            number of items.
     """
     limit = limit or pool._max_workers + 1
     pending: deque[Future[Result]] = deque()
