@@ -3,7 +3,6 @@
 
 import json
 import math
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from fedlpp_hf.base.manifest import read_manifest
 from fedlpp_hf.cli import main as cli
 from fedlpp_hf.hub import push as hub
-from fedlpp_hf.merge.streaming import merge_adapter
+from fedlpp_hf.merge.merge import merge_adapter
 from fedlpp_hf.report.text import format_bytes
 from fedlpp_hf.server.store import RoundStore
 from fedlpp_hf.tensors.adapters import ADAPTER_CONFIG, adapter_parameters, copy_adapter, write_adapter
@@ -69,7 +68,7 @@ def check_error(result: tuple[int, str, str], text: str) -> None:
 def test_every_command_has_help_with_examples(run):
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("quantize", "inspect", "merge", "undo-merge", "push"):
+    for command in ("quantize", "inspect", "merge", "push"):
         assert command in out
         code, text, _ = run(command, "--help")
         assert code == 0 and f"examples:\n  fedlpp-hf {command}" in text
@@ -92,14 +91,13 @@ def test_wrong_arguments_end_in_one_line(run, arguments, text):
 
 
 def test_wrong_input_ends_in_one_line(run, tmp_path, full_llama, llama_base):
-    check_error(run("quantize", tmp_path / "absent", tmp_path / "base"), "absent` is no directory")
+    check_error(run("quantize", tmp_path / "absent", tmp_path / "base"), "absent` is neither a directory")
     check_error(run("quantize", full_llama, tmp_path / "base", "--bits", 5), "bits='5' has no codebook")
     check_error(run("quantize", llama_base, tmp_path / "base"), "is quantized already")
     check_error(run("quantize", full_llama, llama_base), "exists")
     check_error(run("quantize", full_llama, tmp_path / "base", "--model_class", "Llama"), "no model class `Llama`")
     check_error(run("merge", full_llama, tmp_path, tmp_path / "merged"), ADAPTER_CONFIG)
     check_error(run("merge", full_llama, full_llama, full_llama), "exists and is not an empty directory")
-    check_error(run("undo-merge", full_llama), "there is no merge in place to undo")
     check_error(run("inspect", tmp_path), "is no base")
     check_error(run("inspect", tmp_path / "absent"), "is no directory")
     check_error(run("inspect", full_llama, "--verify"), "is no base; --verify")
@@ -290,16 +288,6 @@ def test_merge_takes_several_adapters_with_weights(run, full_llama, adapters, tm
     merge_adapter(full_llama, adapters, tmp_path / "function", weights=[3, 1])
     assert (tmp_path / "cli" / WEIGHTS).read_bytes() == (tmp_path / "function" / WEIGHTS).read_bytes()
     check_error(run("merge", full_llama, *adapters, tmp_path / "x", "--weights", 1), "1 weights for 2 adapters")
-
-
-def test_merge_in_place_can_be_undone(run, full_llama, adapters, tmp_path):
-    copy = Path(shutil.copytree(full_llama, tmp_path / "copy"))
-    before = (copy / WEIGHTS).read_bytes()
-    assert run("merge", full_llama, adapters[0], copy, "--in-place")[0] == 0
-    assert (copy / WEIGHTS).read_bytes() != before
-    assert run("undo-merge", copy)[0] == 0
-    assert (copy / WEIGHTS).read_bytes() == before
-    assert (full_llama / WEIGHTS).read_bytes() == before
 
 
 @pytest.fixture

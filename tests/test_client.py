@@ -28,7 +28,6 @@ from fedlpp_hf.flower.loading import load_function, load_rows, load_trainer
 from fedlpp_hf.flower.trainer_process import ClientSettings, TrainerService, ask_trainer
 
 from .conftest import make_rows
-from .test_hub import hub  # noqa: F401
 
 
 FINGERPRINT = "a" * 64
@@ -365,7 +364,7 @@ class TestBaseInPieces:
         with pytest.raises(RuntimeError, match="The base differs"):
             client.train_task(trainer, b"task")
 
-    def test_own_base_from_a_private_repository(self, llama_base, tmp_path, hub, monkeypatch):  # noqa: F811
+    def test_own_base_from_a_private_repository(self, llama_base, tmp_path, hub, monkeypatch):
         files = {file.name: file.read_bytes() for file in Path(llama_base).iterdir()}
         hub.add_repo("owner/base", files)
         fingerprint = read_fingerprint(llama_base)

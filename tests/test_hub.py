@@ -7,37 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
-from huggingface_hub.utils import _http
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedlpp_hf.base.export import export_base
+from fedlpp_hf.base.full_model import FullModel
 from fedlpp_hf.hub.push import push_adapter, push_merged
-from fedlpp_hf.merge.full_model import FullModel
-from fedlpp_hf.merge.streaming import merge_adapter
+from fedlpp_hf.merge.merge import merge_adapter
 
-from .hub_server import Hub, run_hub
+from .fake_hub import Hub
 
 
 SOURCE_CARD = "---\nlicense: mit\ntags:\n- stories\nlanguage: en\n---\n# The full model\n"
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A Hub on loopback that huggingface_hub takes for the only one, with a writer's token."""
-    with run_hub() as server:
-        for module_values in (
-            (constants, "ENDPOINT", server.url),
-            (constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"),
-            (constants, "HF_HUB_OFFLINE", False),
-            (constants, "HF_HUB_DISABLE_XET", True),
-            (constants, "HF_HUB_CACHE", str(tmp_path / "cache")),
-            (_http.time, "sleep", lambda seconds: None),  # retries wait for real Hubs
-        ):
-            monkeypatch.setattr(*module_values)
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        monkeypatch.setenv("HF_TOKEN", "writer")
-        yield server
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def _end(code: int, message: str) -> NoReturn:
 
 
 def _underscored(argument: str) -> str:
-    """`--in-place` as `--in_place`: both are understood, as by transformers' own parsers."""
+    """`--base-dir` as `--base_dir`: both are understood, as by transformers' own parsers."""
     option, equals, value = argument.partition("=")
     return option.replace("-", "_").replace("__", "--", 1) + equals + value if argument.startswith("--") else argument
 
@@ -69,7 +69,6 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_audit(commands)
     _add_merge(commands)
-    _add_undo_merge(commands)
     _add_push(commands)
     _add_server(commands)
     _add_client(commands)
@@ -174,22 +173,16 @@ def _add_merge(commands: Any) -> None:
         "  fedlpp-hf merge org/full-model out/ merged/ --verify\n"
         "  fedlpp-hf merge org/full-model out/ merged/ --push org/merged    private; with a card from the federation\n"
         "  fedlpp-hf merge models/full a/ b/ c/ merged/ --weights 3 1 1     the exact mean of their products B·A\n"
-        "  fedlpp-hf merge models/full out/ merged/ --base_dir base/        measure W - Q(W) against the update\n"
-        "  fedlpp-hf merge models/full out/ models/full --in_place          patch the files; fedlpp-hf undo-merge undoes",
+        "  fedlpp-hf merge models/full out/ merged/ --base_dir base/        measure W - Q(W) against the update",
     )
     parser.add_argument("full_model", help="directory or Hub id of the full-precision model")
-    parser.add_argument("adapter", nargs="+", help="PEFT directories or Hub ids, or a directory of clients' updates")
-    parser.add_argument("output_dir", help="directory of the merged model; with --in_place, the copy to patch")
-    parser.add_argument(
-        "--weights", nargs="+", type=float, help="of the adapters (default: equal; of updates: their examples)"
-    )
+    parser.add_argument("adapter", nargs="+", help="PEFT directories or Hub ids")
+    parser.add_argument("output_dir", help="directory of the merged model")
+    parser.add_argument("--weights", nargs="+", type=float, help="of the adapters (default: equal)")
     parser.add_argument(
         "--target", choices=("full", "base"), default="full", help="merge into W (default), or into Q(W) of --base_dir"
     )
     parser.add_argument("--base_dir", help="the quantized base, to report how far it is from the full model")
-    parser.add_argument(
-        "--in_place", action="store_true", help="patch the files in OUTPUT_DIR, keeping what was there"
-    )
     parser.add_argument("--verify", action="store_true", help="read the result back and compare all of it")
     parser.add_argument(
         "--delete_source_shards", action="store_true", help="of a model from the Hub, as soon as they are merged"
@@ -219,13 +212,12 @@ def run_merge(
     """`fedlpp-hf merge`: [`~fedlpp_hf.merge_adapter`], then what it did, then [`~fedlpp_hf.hub.push_merged`]."""
     if public and not push:
         raise ValueError("--public says how to push; give --push REPO_ID, too.")
-    from ..merge.streaming import merge_adapter
+    from ..merge.merge import merge_adapter
     from ..report.inspection import describe_merge
 
     report = merge_adapter(
         full_model,
-        # One path may be a directory of updates, which has weights of its own.
-        adapter[0] if len(adapter) == 1 else adapter,
+        adapter,
         output_dir,
         model_class=_find_class(model_class),
         sync=not no_sync,
@@ -246,25 +238,6 @@ def run_merge(
             allow_public=allow_public,
         )
         print(f"Pushed to {commit.commit_url}")
-
-
-def _add_undo_merge(commands: Any) -> None:
-    parser = _add_command(
-        commands,
-        "undo-merge",
-        run_undo_merge,
-        "Put back what a merge in place changed",
-        "  fedlpp-hf undo-merge models/full",
-    )
-    parser.add_argument("directory", help="the model that was patched")
-
-
-def run_undo_merge(directory: str) -> None:
-    """`fedlpp-hf undo-merge`: [`~fedlpp_hf.merge.undo_merge_`]."""
-    from ..merge.in_place import undo_merge_
-
-    undo_merge_(directory)
-    print(f"`{directory}` is what it was before the merge.")
 
 
 def _add_push(commands: Any) -> None:

@@ -10,8 +10,8 @@ import torch
 from peft import PeftConfig
 from transformers import TrainerCallback
 
-from ..base.export import base_fingerprint
 from ..base.kernels import keep_layout_
+from ..base.manifest import base_fingerprint
 from ..config.rules import trainable_keys
 from ..privacy.clipping import clip_update
 from ..tensors.adapters import adapter_parameters, copy_adapter, load_adapter_

@@ -20,7 +20,8 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 from huggingface_hub.utils.sha import sha_fileobj
 from transformers.utils import logging
 
-from ..merge.full_model import VIEW_MARK, FullModel, refuse_interrupted
+from ..base.shards import read_shards
+from ..merge.destination import VIEW_MARK
 from ..server.store import FEDERATION_DIR
 from ..tensors.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .card import CARD, write_model_card
@@ -116,7 +117,6 @@ def _check_merged(directory: Path) -> None:
             raise ValueError(
                 f"`{directory}` has `{name}`, which must not leave its holder. Is it a client's directory?"
             )
-    refuse_interrupted(directory)
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -126,7 +126,7 @@ def _check_merged(directory: Path) -> None:
             f"`{directory}` is a quantized model, or one merged into its base: a client's view. Push the one that was merged "
             "into the full-precision weights."
         )
-    FullModel(directory)  # every shard whole, and where the index says
+    read_shards(directory)  # every shard whole, and where the index says
 
 
 def _push(

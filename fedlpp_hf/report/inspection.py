@@ -18,7 +18,7 @@ from .text import find_warnings
 
 
 if TYPE_CHECKING:
-    from ..merge.streaming import MergeReport
+    from ..merge.report import MergeReport
 
 _KINDS = {
     "linear4bit": "4-bit weights",

@@ -17,7 +17,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from transformers.trainer_utils import TrainOutput
 
 from ..audit.audit import audit_federation, check_auditable
-from ..base.export import load_base
+from ..base.load import load_base
 from ..base.manifest import BASE_MANIFEST
 from ..client.checks import check_model
 from ..client.guard import QuantizedBaseCallback

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedlpp_hf.base.kernels import keep_layout_
-from fedlpp_hf.base.tensors import unpack_nibbles
+from fedlpp_hf.base.quantize import unpack_nibbles
 
 
 def build_layer(rows, length, double_quant=False):

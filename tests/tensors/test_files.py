@@ -59,9 +59,9 @@ def change_header(change):
 
 
 DAMAGE = {
-    "nothing": (lambda data: b"", "truncated or no safetensors"),
-    "half a header": (lambda data: data[:20], "truncated or no safetensors"),
-    "a header of terabytes": (lambda data: struct.pack("<Q", 2**43) + data[8:], "truncated or no safetensors"),
+    "nothing": (lambda data: b"", "truncated or not a safetensors"),
+    "half a header": (lambda data: data[:20], "truncated or not a safetensors"),
+    "a header of terabytes": (lambda data: struct.pack("<Q", 2**43) + data[8:], "truncated or not a safetensors"),
     "no JSON": (lambda data: data[:8] + b"x" + data[9:], "can't be read"),
     "a list": (change_header(lambda header: [header]), "can't be read"),
     "no offsets": (change_header(lambda header: header["a"].pop("data_offsets") and None), "can't be read"),
@@ -89,7 +89,7 @@ def test_dtype_that_torch_lacks_is_refused_when_it_is_read(tmp_path):
     (tmp_path / "x").write_bytes(data)
     file = TensorFile(tmp_path / "x")
     assert torch.equal(file["b"], TENSORS["b"])
-    with pytest.raises(ValueError, match="`a` is of F4; expected one of F64"):
+    with pytest.raises(ValueError, match="`a` has the dtype F4; expected one of F64"):
         file["a"]
 
 

@@ -6,7 +6,7 @@ import zlib
 import pytest
 import torch
 
-from fedlpp_hf.base.entropy import restore_codes, shrink_codes
+from fedlpp_hf.base.huffman import restore_codes, shrink_codes
 from fedlpp_hf.tensors.quantization import codebook, pack_codes, packed_size, round_to_levels
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""One tensor of the full model as the base has it: bitsandbytes codes, or floats with few different values."""
+"""Quantizing one tensor of the full model: to bitsandbytes codes, or to floats with few different values."""
 
 import math
 from dataclasses import dataclass
@@ -27,36 +27,37 @@ _PAD_CODE = 7  # NF4's zero, which bitsandbytes pads with
 class BaseSettings:
     """How the tensors of a base are quantized.
 
-    `converted` maps each bitsandbytes module to whether it was a `Conv1D`; `bulk` names the parameters that stay floats
-    but get `bits`, not `embedding_bits`, because they are most of the model.
+    `quantized`: the modules that become bitsandbytes weights, and whether each was a `Conv1D`. `bulk`: parameters that
+    stay floats but get `bits`, not `embedding_bits`, because they are most of the model. The rest are arguments of
+    [`export_base`].
     """
 
     bits: int
     block_size: int
     double_quant: bool
     embedding_bits: int
-    converted: dict[str, bool]
+    quantized: dict[str, bool]
     bulk: set[str]
 
 
 def quantize_base_tensor(
     name: str, tensor: torch.Tensor, settings: BaseSettings
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The manifest's entry of a parameter and its tensors in the base.
+    """Quantize a parameter. Returns its entry in the manifest, and its tensors in the base.
 
-    `kind` is `linear4bit` or `linear8bit` for bitsandbytes weights, `codebook` for floats that have at most `2**bits`
-    values per block, and `full_precision`. `information_bytes` is what is left when codes are packed and scales have the
-    dtype of the source; [`pack_base`] writes at most that.
+    The entry's `kind` is `linear4bit` or `linear8bit` for bitsandbytes weights, `codebook` for floats with at most
+    `2**bits` values per block, or `full_precision`. `information_bytes` counts packed codes, and scales in the dtype of
+    the source; [`pack_base`] writes at most that.
 
     Raises:
-        ValueError: if a value is not finite, or the dtype is none that bitsandbytes quantizes.
+        ValueError: if a value is not finite, or bitsandbytes does not quantize the dtype.
     """
     module, _, leaf = name.rpartition(".")
     bits, block_size, source = settings.bits, settings.block_size, tensor.dtype
-    if leaf == "weight" and module in settings.converted:
+    if leaf == "weight" and module in settings.quantized:
         if source not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"`{name}` is of {source}; expected float32, float16 or bfloat16.")
-        weight = tensor.T.contiguous() if settings.converted[module] else tensor
+            raise ValueError(f"`{name}` has the dtype {source}; expected float32, float16 or bfloat16.")
+        weight = tensor.T.contiguous() if settings.quantized[module] else tensor
         kind = "linear8bit" if bits == 8 else "linear4bit"
         if bits == 8:
             tensors = quantize_int8(name, weight)
@@ -96,15 +97,25 @@ def quantize_base_tensor(
 def quantize_nf4(
     name: str, weight: torch.Tensor, bits: int, block_size: int, double_quant: bool
 ) -> dict[str, torch.Tensor]:
-    """The checkpoint entries of a bitsandbytes `Linear4bit` whose codes carry `bits` (1 to 4) bits of information.
+    """Quantize a weight to the tensors of a bitsandbytes `Linear4bit`.
 
-    `weight` `(out, in)`. At 4 bits they are those of `bitsandbytes.functional.quantize_4bit`, bit for bit.
+    At 4 bits these are bit-identical to those of `bitsandbytes.functional.quantize_4bit`.
+
+    Args:
+        name: of the weight; the other tensors' names begin with it.
+        weight: `(out, in)`.
+        bits: per code, 1 to 4.
+        block_size: values that share a scale.
+        double_quant: quantize the scales, too.
+
+    Raises:
+        ValueError: if a value is not finite.
     """
     code = get_4bit_type("nf4", device="cpu")
     subset = torch.tensor(nf4_subset(bits), dtype=torch.uint8)
     indices, absmax = round_to_levels(weight, code[subset.int()], block_size, name=name)
     if weight.numel() % block_size:
-        absmax[-1].clamp_(min=1e-38)  # bitsandbytes clamps the scale of a short last block, and of no other
+        absmax[-1].clamp_(min=1e-38)  # bitsandbytes clamps the scale of a short last block only
     state = QuantState(absmax, weight.shape, code, block_size, "nf4", weight.dtype)
     if double_quant:
         state.offset = absmax.mean()
@@ -116,7 +127,11 @@ def quantize_nf4(
 
 
 def quantize_int8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The checkpoint entries of a bitsandbytes `Linear8bitLt`: int8 with one scale per row of `weight` `(out, in)`."""
+    """Quantize a weight `(out, in)` to the tensors of a bitsandbytes `Linear8bitLt`: int8 with one scale per row.
+
+    Raises:
+        ValueError: if a value is not finite in float16.
+    """
     half = weight.half()  # bitsandbytes' int8 starts from float16
     if not torch.isfinite(half).all():
         raise ValueError(f"`{name}` has values that are NaN, infinite or beyond float16, from which int8 starts.")
@@ -126,13 +141,13 @@ def quantize_int8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """Two 4-bit codes per byte, the first in the high nibble, `(bytes, 1)` uint8: bitsandbytes' layout."""
+    """Pack 4-bit codes as bitsandbytes does: two per byte, the first in the high nibble, `(bytes, 1)` uint8."""
     if codes.numel() % 2:
         codes = torch.cat([codes, codes.new_tensor([_PAD_CODE])])
     return (codes[::2] << 4 | codes[1::2]).unsqueeze(1)
 
 
 def unpack_nibbles(packed: torch.Tensor, shape: list[int]) -> torch.Tensor:
-    """The inverse of [`pack_nibbles`]: one code per byte."""
+    """Invert [`pack_nibbles`]: one code per byte, as many as a tensor of `shape` has."""
     packed = packed.reshape(-1)
     return torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[: math.prod(shape)]

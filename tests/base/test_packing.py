@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from fedlpp_hf.base.export import export_base, load_base
+from fedlpp_hf.base.export import export_base
+from fedlpp_hf.base.load import load_base
 from fedlpp_hf.base.manifest import check_base
 from fedlpp_hf.base.packing import pack_base, unpack_base
 
@@ -93,7 +94,7 @@ def test_damage_is_noticed(packed, tmp_path):
 
 
 def test_other_files_are_no_packed_base(packed, tmp_path):
-    with pytest.raises(ValueError, match="no packed base"):
+    with pytest.raises(ValueError, match="not a packed base"):
         unpack_base(tmp_path / "base" / "model.safetensors", tmp_path / "new")
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""Codes in fewer bits than their number of levels needs, because some levels are far more frequent than others."""
+"""Huffman coding of quantization codes: some levels are far more frequent than others, and take fewer bits."""
 
 import zlib
 
@@ -13,11 +13,11 @@ _LARGEST_RATIO = 8  # a Huffman code has at least one bit for each byte
 
 
 def shrink_codes(codes: torch.Tensor, bits: int) -> bytes:
-    """Codes `(n,)` uint8 of `bits` bits in the fewest bytes: Huffman-coded, or as [`pack_codes`] packs them.
+    """Encode codes `(n,)` uint8 of `bits` bits in few bytes: Huffman-coded, or packed by [`pack_codes`].
 
-    Weights are normally distributed and levels are not equally far apart, so that a code of 2 bits carries 1.46, and one
-    of 3 bits 2.64. zlib finds a Huffman code within a percent of that, at several hundred million codes a second; its
-    search for repetitions would cost ten times as long, and bytes.
+    Weights are normally distributed and levels are not equally far apart: a code of 2 bits carries 1.46 bits, one of 3
+    bits 2.64. zlib's Huffman code is within a percent of that, at several hundred million codes a second. Its search for
+    repetitions finds none: it takes ten times as long and makes the result larger.
     """
     coder = zlib.compressobj(strategy=zlib.Z_HUFFMAN_ONLY)
     data = coder.compress(_group(codes, bits).numpy().data) + coder.flush()
@@ -26,10 +26,10 @@ def shrink_codes(codes: torch.Tensor, bits: int) -> bytes:
 
 
 def restore_codes(data: bytes, bits: int, count: int) -> torch.Tensor:
-    """The inverse of [`shrink_codes`]: `count` codes, uint8. The size of `data` tells which form they are in.
+    """Invert [`shrink_codes`]: `count` codes, uint8. The size of `data` tells whether they are Huffman-coded.
 
     Raises:
-        ValueError: if the data are damaged, or would become more than `count` codes.
+        ValueError: if the data are damaged, or hold more than `count` codes.
     """
     packed = packed_size(bits, count)
     if len(data) >= _WORTH * packed:
@@ -53,7 +53,7 @@ def restore_codes(data: bytes, bits: int, count: int) -> torch.Tensor:
 
 
 def _group(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Whole codes in each byte, so that bytes are as uneven as codes: three bits are packed over the edges of bytes."""
+    """Put whole codes into each byte, so that bytes are as uneven as codes; packed codes of 3 bits span two bytes."""
     if bits != 3:
         return pack_codes(codes, bits)
     if codes.numel() % 2:
