@@ -6,9 +6,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from .conftest import make_rows
-from .test_hub import hub  # noqa: F401
-from .test_trainer import make_trainer
+from ..conftest import make_rows
+from ..helpers import make_trainer
 
 
 def logits_of(model):
@@ -17,7 +16,7 @@ def logits_of(model):
         return model.eval()(**rows).logits
 
 
-def test_push_adapter_and_merged_model(full_llama, lora, tmp_path, hub, monkeypatch):  # noqa: F811
+def test_push_adapter_and_merged_model(full_llama, lora, tmp_path, hub, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # for the owner's process
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     trainer = make_trainer(

@@ -1,4 +1,6 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""Pushes to a Hub on loopback: what is sent, copied, refused and resumed, and what the card says."""
+
 import json
 import os
 import shutil
@@ -7,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
-from huggingface_hub.utils import _http
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -16,28 +17,10 @@ from fedlpp_hf.hub.push import push_adapter, push_merged
 from fedlpp_hf.merge.full_model import FullModel
 from fedlpp_hf.merge.streaming import merge_adapter
 
-from .hub_server import Hub, run_hub
+from ..fake_hub import Hub
 
 
 SOURCE_CARD = "---\nlicense: mit\ntags:\n- stories\nlanguage: en\n---\n# The full model\n"
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A Hub on loopback that huggingface_hub takes for the only one, with a writer's token."""
-    with run_hub() as server:
-        for module_values in (
-            (constants, "ENDPOINT", server.url),
-            (constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"),
-            (constants, "HF_HUB_OFFLINE", False),
-            (constants, "HF_HUB_DISABLE_XET", True),
-            (constants, "HF_HUB_CACHE", str(tmp_path / "cache")),
-            (_http.time, "sleep", lambda seconds: None),  # retries wait for real Hubs
-        ):
-            monkeypatch.setattr(*module_values)
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        monkeypatch.setenv("HF_TOKEN", "writer")
-        yield server
 
 
 @pytest.fixture
@@ -230,7 +213,7 @@ def test_a_card_that_the_hub_does_not_take(hub, pair, tmp_path):
     full, adapter = pair
     (full / "README.md").write_text(SOURCE_CARD.replace("mit", "all rights reserved"))
     merge_adapter(full, adapter, tmp_path / "merged")
-    with pytest.raises(ValueError, match="does not take the model card .*license"):
+    with pytest.raises(ValueError, match="does not accept the model card .*license"):
         push_merged(tmp_path / "merged", "owner/merged", source=full)
     assert "owner/merged" not in hub.repos
 
@@ -239,7 +222,7 @@ def test_a_commit_in_between_is_a_conflict(hub, pair, tmp_path, monkeypatch):
     full, adapter = pair
     merge_adapter(full, adapter, tmp_path / "merged")
     repo = hub.add_repo("owner/merged", {})
-    from fedlpp_hf.hub import push as module
+    from fedlpp_hf.hub import upload as module
 
     same = module._is_same
 
@@ -295,7 +278,7 @@ def _merge_into_base(directory):
         (lambda d: (d / "base_manifest.json").write_text("{}"), "base_manifest"),
         (lambda d: (d / "training_args.bin").write_text(""), "training_args"),
         (lambda d: sorted(d.glob("*.safetensors"))[0].unlink(), "index names"),
-        (lambda d: shutil.rmtree(d), "no directory"),
+        (lambda d: shutil.rmtree(d), "not a directory"),
     ],
 )
 def test_what_is_no_merged_model_is_not_pushed(hub, pair, tmp_path, damage, message):
