@@ -27,7 +27,9 @@ from peft import LoraConfig
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
 
-from fedlpp_hf.aggregation.rules import aggregate, average_updates
+from fedlpp_hf.aggregation.mean import average_updates
+from fedlpp_hf.aggregation.round import RoundUpdates
+from fedlpp_hf.aggregation.rules import aggregate
 from fedlpp_hf.tensors.files import TensorFile
 
 
@@ -149,17 +151,18 @@ def find_flower_methods() -> dict[str, Method]:
 
 def find_other_methods(shapes: dict[str, tuple[int, int]]) -> dict[str, Method]:
     zeros = {key: torch.zeros(shape) for key, shape in shapes.items()}
-    options = {"adapter": zeros, "proxy": zeros, "peft_config": LoraConfig(r=RANK)}
 
-    def run(rule: str, **kwargs) -> Method:
-        return lambda paths: aggregate(
-            rule, [TensorFile(path) for path in paths], [1.0] * len(paths), **options, **kwargs
-        )
+    def run(rule: str, robust: str = "none", num_attackers: int = 0) -> Method:
+        def method(paths: list[Path]) -> None:
+            files, weights = [TensorFile(path) for path in paths], [1.0] * len(paths)
+            updates = RoundUpdates(files, weights, zeros, zeros, LoraConfig(r=RANK), num_attackers=num_attackers)
+            aggregate(rule, updates, robust)
+
+        return method
 
     return {
         "exact": run("exact"),
-        "krum": run("fedavg", robust="krum", num_attackers=1),
-        "geometric_median": run("fedavg", robust="geometric_median"),
+        "multi_krum": run("fedavg", robust="multi_krum", num_attackers=1),
         "median": run("fedavg", robust="median"),
     }
 

@@ -23,16 +23,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load
 
 from fedlpp_hf import FederatedConfig
-from fedlpp_hf.aggregation.products import lower_rank, truncate_adapter
 from fedlpp_hf.server.admission import Admission
 from fedlpp_hf.tensors.quantization import QuantizedTensor, quantize
 from fedlpp_hf.wire.compression import GAPS, VALUES, compress_update
-from fedlpp_hf.wire.messages import ClientTask, ClientUpdate, LocalOptions, _digest, restore_tensors
+from fedlpp_hf.wire.encoding import compute_digest, restore_tensors
+from fedlpp_hf.wire.messages import ClientTask, ClientUpdate, LocalOptions
 
 
 MEMORY_LIMIT = 512 * 2**20  # over what the process holds at the start
@@ -52,19 +51,16 @@ def make_messages() -> list[tuple[Message, ClientTask | None]]:
         f"layers.{place}": quantize(torch.randn(4, 6, generator=generator), bits, 8)
         for place, bits in enumerate((1, 2, 3, 4, 8, 2))
     }
-    task = ClientTask(
-        "federation", 3, 10, "client-1", 7, "ab" * 32, quantized, LocalOptions(clip_norm=2.0), {"a": torch.ones(4, 6)}
-    )
-    empty = dataclasses.replace(task, proxy=None, options=LocalOptions(rank=2), control={})
-    adapter, config = make_adapter()
-    small = truncate_adapter(adapter, config, lower_rank(adapter, config, 2))
+    task = ClientTask("federation", 3, 10, "client-1", 7, "ab" * 32, quantized, LocalOptions(clip_norm=2.0))
+    empty = dataclasses.replace(task, proxy=None)
+    adapter = make_adapter()
     updates = [
         (task, {key: tensor.half() if "head" in key else tensor for key, tensor in adapter.items()}),
-        (empty, small),
+        (empty, adapter),
         (task, compress_update(adapter, bits=4, block_size=8)[0]),
         (task, compress_update(adapter, bits=4, block_size=8, density=0.1)[0]),
         (task, compress_update(adapter, density=0.1)[0]),
-        (empty, compress_update(small, bits=2, block_size=8, density=0.3)[0]),
+        (empty, compress_update(adapter, bits=2, block_size=8, density=0.3)[0]),
     ]
     return [
         (task, None),
@@ -76,7 +72,7 @@ def make_messages() -> list[tuple[Message, ClientTask | None]]:
     ]
 
 
-def make_adapter() -> tuple[dict[str, torch.Tensor], LoraConfig]:
+def make_adapter() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     shapes = {"lora_A": (4, 96), "lora_B": (24, 4)}
     adapter = {
@@ -85,16 +81,14 @@ def make_adapter() -> tuple[dict[str, torch.Tensor], LoraConfig]:
         for factor, shape in shapes.items()
     }
     adapter["base_model.model.head.weight"] = torch.randn(3, 5, generator=generator)
-    return adapter, LoraConfig(r=4, lora_alpha=8, target_modules=["q"])
+    return adapter
 
 
 def make_admissions() -> list[Admission]:
     """The rounds that take updates: one bounds their norm, one does not."""
-    adapter, config = make_adapter()
+    adapter = make_adapter()
     return [
-        Admission(
-            FederatedConfig("unused", use_cpu=True, max_update_norm=bound), adapter, config, {"client-1": 12}, Path()
-        )
+        Admission(FederatedConfig("unused", use_cpu=True, max_update_norm=bound), adapter, {"client-1": 12}, Path())
         for bound in (MAX_NORM, None)
     ]
 
@@ -152,7 +146,7 @@ def rewrite_header(data: bytes, chance: random.Random, forge: bool) -> bytes:
         body.pop("sha256", None)
         # What is not even safetensors must be refused without a checksum, too.
         with contextlib.suppress(SafetensorError, KeyError, RuntimeError, TypeError, ValueError):
-            body["sha256"] = _digest(body, load(_join(header, buffer)))
+            body["sha256"] = compute_digest(body, load(_join(header, buffer)))
     header["__metadata__"]["fedlpp_hf"] = json.dumps(body, sort_keys=True)
     return _join(header, buffer)
 
@@ -165,7 +159,7 @@ def rewrite_tensors(data: bytes, chance: random.Random) -> bytes:
         buffer[chance.randrange(len(buffer))] = chance.choice((0, 127, 128, 254, 255, chance.randrange(256)))
     body = json.loads(header["__metadata__"]["fedlpp_hf"])
     del body["sha256"]
-    body["sha256"] = _digest(body, load(_join(header, bytes(buffer))))
+    body["sha256"] = compute_digest(body, load(_join(header, bytes(buffer))))
     header["__metadata__"]["fedlpp_hf"] = json.dumps(body, sort_keys=True)
     return _join(header, bytes(buffer))
 
@@ -271,7 +265,6 @@ def receive(
     received = type(sent).from_bytes(data)
     if isinstance(received, ClientTask):
         restore_tensors(received.proxy or {})
-        restore_tensors(received.control)
     # Equal messages make equal bytes, and these hold all there is of a message.
     outcome = "equal" if received.to_bytes() == original else "read"
     if outcome == "read" and not forged:

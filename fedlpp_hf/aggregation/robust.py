@@ -1,9 +1,9 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Robust aggregation: means that some of the clients can't move where they like. Pure functions.
 
-Krum, the geometric median and norm clipping need only the inner products of the updates: they turn the Gram matrix into
-weights, and the mean with these weights is [`average_updates`]. The trimmed mean and the median work coordinate by
-coordinate. All read a few megabytes of every update at a time.
+Multi-Krum needs only the inner products of the updates: it turns the Gram matrix into weights, and the mean with these
+weights is [`average_updates`]. The trimmed mean and the median work coordinate by coordinate. All read a few megabytes of
+every update at a time.
 """
 
 import math
@@ -39,11 +39,11 @@ def gram_matrix(updates: Updates) -> torch.Tensor:
     return gram
 
 
-def krum_weights(gram: torch.Tensor, num_attackers: int, num_selected: int = 1) -> list[float]:
-    """Equal weights for the `num_selected` updates with the lowest Krum scores, 0 for the others.
+def krum_weights(gram: torch.Tensor, num_attackers: int, num_selected: int) -> list[float]:
+    """Equal weights for the `num_selected` updates with the lowest Krum scores, 0 for the others (multi-Krum).
 
     The score of an update is the sum of its squared distances to its n − f − 2 nearest neighbours (Blanchard et al., arXiv
-    1703.02757, §4; multi-Krum for more than one). Withstands f attackers among n ≥ 2f + 3 clients.
+    1703.02757, §4). Withstands f attackers among n ≥ 2f + 3 clients.
 
     Raises:
         ValueError: if there are fewer clients than that, or fewer than `num_selected` honest ones.
@@ -62,41 +62,6 @@ def krum_weights(gram: torch.Tensor, num_attackers: int, num_selected: int = 1) 
     scores = distances.sort(1).values[:, : count - num_attackers - 2].sum(1)
     selected = scores.argsort(stable=True)[:num_selected].tolist()
     return [float(place in selected) for place in range(count)]
-
-
-def geometric_median_weights(
-    gram: torch.Tensor, weights: Sequence[float], max_steps: int = 1000, smoothing: float = 1e-6
-) -> list[float]:
-    """Weights, summing to 1, of the mean that is the geometric median argmin_z Σ p_i ‖Δ_i − z‖.
-
-    Weiszfeld's iteration w_i ∝ p_i / ‖Δ_i − z‖ (RFA, arXiv 1912.13445, algorithm 2), in the space of the weights: z = Σ w_i
-    Δ_i needs no vectors, since ‖Δ_i − z‖² = G_ii − 2(Gw)_i + w·Gw. Distances count as at least `smoothing` times the median
-    norm (RFA's ν), else the iteration stops at the first update that it hits. Withstands attackers with less than half of the weight.
-    """
-    shares = torch.tensor(weights, dtype=torch.float64)
-    shares = current = shares / shares.sum()
-    floor = smoothing * float(gram.diagonal().sqrt().median()) or smoothing
-    for _ in range(max_steps):
-        products = gram @ current
-        squares = gram.diagonal() - 2 * products + current @ products
-        new = shares / squares.clamp(min=floor**2).sqrt()
-        new /= new.sum()
-        if float((new - current).abs().max()) < 1e-10:
-            return new.tolist()
-        current = new
-    return current.tolist()
-
-
-def norm_clipping_scales(gram: torch.Tensor, quantile: float = 0.5) -> list[float]:
-    """Factors at most 1 that bring every update's norm down to the `quantile` of this round's norms.
-
-    The bound moves with the training and needs no setting; with the median, attackers below a half can't raise it beyond
-    the honest clients' largest norm. Clipping bounds what each attacker adds (Sun et al., arXiv 1911.07963), not its
-    direction.
-    """
-    norms = gram.diagonal().clamp(min=0).sqrt()
-    bound = norms.quantile(quantile, interpolation="lower")
-    return (bound / norms.clamp(min=1e-300)).clamp(max=1.0).tolist()
 
 
 def trimmed_mean(updates: Updates, num_attackers: int) -> dict[str, torch.Tensor]:

@@ -5,22 +5,19 @@ Attackers are adapters on the base. What they can't have (the server's adapter, 
 is nowhere a parameter here.
 """
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.data import ConcatDataset
 from transformers import TrainerCallback
 
-from ..aggregation.products import lower_rank, pad_update
+from ..server.loop import FederatedServer
 from ..tensors.adapters import copy_adapter
-from ..wire.messages import ClientTask, restore_tensors
+from ..wire.encoding import restore_tensors
+from ..wire.messages import ClientTask
 
-
-if TYPE_CHECKING:
-    from ..server.loop import FederatedServer
 
 Adapter = dict[str, torch.Tensor]
 
@@ -30,49 +27,23 @@ SMOOTHING = 0.5
 MOST_PROXIES = 5  # that the best of is chosen from, spread over the rounds
 
 
-def find_broadcasts(
-    records: Iterable[Mapping[str, Any]], clients: Iterable[str], interval: int | None
-) -> list[tuple[str, int, int]]:
-    """(client, round, anchor) of every proxy that any of `clients` was sent: in that round, made of the server's adapter
-    after round `anchor`. A client that was asked has the proxy, whether or not its update was accepted."""
-    if interval is None:
-        return []
-    return [
-        (client, record["round"], (record["round"] - 1) // interval * interval)
-        for record in records
-        if record["round"]
-        for client in sorted(set(clients) & set(record["asked"]))
-    ]
+def find_broadcasts(records: Iterable[Mapping[str, Any]], clients: Iterable[str], broadcasts: bool) -> list[int]:
+    """The rounds in which any of `clients` was sent a proxy, oldest first.
 
-
-def restore_proxies(server: "FederatedServer", clients: Iterable[str]) -> list[Adapter]:
-    """The proxies that `clients` were sent between them, oldest first, as tensors in the shapes of the server's adapter.
-
-    They are made again from the committed rounds, as the server's quantizer is deterministic. Of proxies of one adapter
-    that differ in rank, those of the highest rank stand for all; where each client's is rounded by a key, their mean
-    does, in which the errors of rounding cancel.
+    A client that was asked has the proxy, whether or not its update was accepted.
     """
-    sent: defaultdict[int, dict[str, int]] = defaultdict(dict)
-    full = server.peft_config.r
-    for client, number, anchor in find_broadcasts(server.store.records(), clients, server.args.broadcast_interval):
-        sent[anchor][client] = max(sent[anchor].get(client, 0), server.rank_of(client, number) or full)
-    proxies = []
-    for anchor, ranks in sorted(sent.items()):
-        rank = max(ranks.values())
-        best = sorted(client for client in ranks if ranks[client] == rank)
-        best = best if server.args.keyed_rounding else best[:1]
-        proxies.append(
-            average_proxies([_restore_proxy(server, anchor, rank if rank < full else 0, client) for client in best])
-        )
-    return proxies
+    if not broadcasts:
+        return []
+    return [record["round"] for record in records if record["round"] and set(clients) & set(record["asked"])]
 
 
-def _restore_proxy(server: "FederatedServer", anchor: int, rank: int, client: str) -> Adapter:
-    adapter, _ = server.store.load(anchor)
-    proxy = restore_tensors(server.make_proxy(adapter, rank, client))
-    if rank:
-        proxy = pad_update(proxy, adapter, server.peft_config, lower_rank(adapter, server.peft_config, rank))
-    return proxy
+def restore_proxies(server: FederatedServer, clients: Iterable[str]) -> list[Adapter]:
+    """The proxies that `clients` were sent between them, oldest first, as float32 tensors.
+
+    They are made again from the committed rounds, as the server's quantizer is deterministic.
+    """
+    rounds = find_broadcasts(server.store.records(), list(clients), server.args.broadcasts)
+    return [restore_tensors(server.make_proxy(server.store.load(number - 1)[0])) for number in rounds]
 
 
 def average_proxies(proxies: Sequence[Mapping[str, torch.Tensor]]) -> Adapter:
@@ -114,13 +85,21 @@ def fine_tune(
     """Train the base with the adapter `start` on `rows`, as a client would; the adapters by the number of steps.
 
     They are taken at half of `steps` and at the end, so that one run serves for a search over steps.
+
+    Args:
+        trainer: The federation's trainer.
+        rows: Prepared rows.
+        start: The adapter to start from.
+        steps: Steps of the run.
+        learning_rate: Constant over the run.
+        seed: Of batches and dropout.
     """
-    snapshots = _Snapshots(trainer, {max(1, steps // 2), steps})
+    snapshots = _Snapshots(trainer.guard.parameters, {max(1, steps // 2), steps})
     task = ClientTask(
         federation_id="audit",
         round=1,
         num_rounds=1,
-        client_id=f"audit-{seed}-{id(rows)}",
+        client_id="audit",
         seed=seed,
         base_fingerprint=trainer.guard.fingerprint,
         proxy=start,
@@ -131,14 +110,14 @@ def fine_tune(
         "lr_scheduler_type": "constant",
         "warmup_steps": 0,
     }
-    with _replaced(trainer.args, options), _client(trainer, task.client_id, rows), _callback(trainer, snapshots):
-        trainer.train_client(task)
+    with _replaced(trainer.args, options), _callback(trainer, snapshots):
+        trainer.train_client(task, rows)
     return snapshots.taken
 
 
 class _Snapshots(TrainerCallback):
-    def __init__(self, trainer: Any, steps: set[int]):
-        self.parameters, self.steps = trainer.guard.parameters, steps
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], steps: set[int]):
+        self.parameters, self.steps = parameters, steps
         self.taken: dict[int, Adapter] = {}
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -156,16 +135,6 @@ def _replaced(args: Any, options: Mapping[str, Any]) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(args, name, value)
-
-
-@contextmanager
-def _client(trainer: Any, name: str, rows: Any) -> Iterator[None]:
-    trainer.client_datasets[name] = rows
-    try:
-        yield
-    finally:
-        del trainer.client_datasets[name]
-        trainer._trimmed.discard(name)
 
 
 @contextmanager

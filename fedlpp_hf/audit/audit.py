@@ -49,8 +49,7 @@ def audit_federation(trainer: Any, coalitions: Sequence[Sequence[str]] | None = 
     """Attack the federation that `trainer.train()` has run, with what its clients hold.
 
     `trainer` is a [`FederatedMixin`] trainer. `coalitions` are lists of clients that pool proxies and rows; by default
-    the `args.audit_clients` that hold the most, each alone, and the half of all clients that holds the most, or, as
-    `args.audit_coalitions` says, two of them, three, and so on to all.
+    the client that holds the most, and the half of all clients that does.
 
     Raises:
         ValueError: if the federation can't be audited, or a client is unknown.
@@ -68,7 +67,7 @@ def audit_federation(trainer: Any, coalitions: Sequence[Sequence[str]] | None = 
     rows = choose_rows(trainer.eval_dataset, args.audit_rows, args.seed)
     initial, _ = server.store.load(0)
     before = trainer.owner.measure_rows(initial)
-    after = trainer.owner.measure_rows(server.adapter, server.residual)
+    after = trainer.owner.measure_rows(server.adapter, server.state.residual)
     scale = _Scale(trainer, rows)
     base = scale.measure(dict(trainer.guard.initial))
     if base is None or not np.isfinite(before.loss).all():
@@ -84,7 +83,7 @@ def audit_federation(trainer: Any, coalitions: Sequence[Sequence[str]] | None = 
         notes.append(
             "The full model was loaded by a name of the Hub. If it is public there, its base protects nothing."
         )
-    if args.broadcast_interval is None:
+    if not args.broadcasts:
         notes.append("Nothing was broadcast: clients have the base, and what their own rows give them.")
     if not after.loss.mean() < before.loss.mean():  # NaN is no gain either
         notes.append(
@@ -114,14 +113,12 @@ def _choose_coalitions(trainer: Any) -> list[list[str]]:
     server, records = trainer.server, trainer.server.store.records()
 
     def strength(client: str) -> tuple[int, int]:
-        return len(find_broadcasts(records, [client], server.args.broadcast_interval)), len(
-            trainer.client_datasets[client]
-        )
+        proxies = find_broadcasts(records, [client], server.args.broadcasts)
+        return len(proxies), len(trainer.client_datasets[client])
 
     strongest = sorted(trainer.client_datasets, key=strength, reverse=True)
     count = len(strongest)
-    sizes = range(2, count + 1) if server.args.audit_coalitions == "all" else [count // 2] * (count > 3)
-    return [[client] for client in strongest[: server.args.audit_clients]] + [strongest[:size] for size in sizes]
+    return [strongest[:1]] + ([strongest[: count // 2]] if count > 3 else [])
 
 
 class _Scale:

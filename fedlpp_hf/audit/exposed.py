@@ -34,7 +34,7 @@ class SentTensor:
 
 def list_sent(trainer: Any) -> list[SentTensor]:
     """The tensors of the base and of a proxy of the federation that `trainer` has run."""
-    base_dir = trainer._blueprint.base_dir
+    base_dir = trainer.blueprint.base_dir
     if base_dir:
         entries = read_manifest(base_dir)["tensors"]
         sent = [
@@ -46,7 +46,7 @@ def list_sent(trainer: Any) -> list[SentTensor]:
             SentTensor("base", name.removeprefix(PREFIX), "full_precision", p.numel(), p.nbytes)
             for name, p in trainer.guard.frozen
         ]
-    if trainer.args.broadcast_interval is None:
+    if not trainer.args.broadcasts:
         return sent
     for name, tensor in trainer.server.make_proxy(trainer.server.adapter).items():
         kind = "quantized" if isinstance(tensor, QuantizedTensor) else "full_precision"

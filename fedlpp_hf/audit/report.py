@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..report.text import format_table
-from ..server.store import RoundStore, write_atomically
+from ..report.tables import format_table
+from ..report.text import AttackerRow
+from ..server.store import RoundStore
+from ..tensors.atomic import write_atomically
 from .exposed import SentTensor, summarize_sent
 from .stolen_value import StolenValue
 
@@ -75,14 +77,16 @@ class AuditReport:
         found = [c for c in self.coalitions if fewest <= len(c.clients) <= most]
         return min(found, key=lambda c: c.stolen["loss"].attacker, default=None)
 
-    def summarize(self) -> list[tuple[str, dict[str, float], str]]:
-        """The rows of a federation's report: label, metrics on the whole evaluation dataset, stolen value."""
+    def summarize(self) -> list[AttackerRow]:
+        """The best attackers, for the table of the federation's report."""
         half = self.worst_half
         rows = [
             ("best attacker (one client)", self.worst_single),
             (f"best coalition of half ({len(half.clients) if half else 0} clients)", half),
         ]
-        return [(label, found.metrics, format_stolen(found.stolen["loss"])) for label, found in rows if found]
+        return [
+            AttackerRow(label, found.metrics, format_stolen(found.stolen["loss"])) for label, found in rows if found
+        ]
 
     def check_threshold(self) -> None:
         """
@@ -100,8 +104,8 @@ class AuditReport:
                 raise RuntimeError(
                     f"The audit fails: {', '.join(coalition.clients)} with `{stolen.best_attack}`: stolen value "
                     f"{format_stolen(stolen)}, audit_threshold={self.threshold:.0%}. {stolen.reason} The run is "
-                    f"complete and {AUDIT_TABLE} has the details. What was never sent can't be stolen: broadcast less "
-                    "often (`broadcast`), or never."
+                    f"complete and {AUDIT_TABLE} has the details. What was never sent can't be stolen: set "
+                    "broadcast='never'."
                 )
 
     def write(self, output_dir: str | os.PathLike) -> bool:

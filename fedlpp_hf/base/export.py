@@ -18,7 +18,6 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from ..tensors.quantization import FULL_PRECISION, check_bits
 from ..tensors.threads import map_in_order, tensor_threads
 from .checkpoint import Checkpoint, plan_tensors
-from .dequantized import hold_dequantized_
 from .kernels import keep_layout_
 from .manifest import (
     BASE_MANIFEST,
@@ -42,7 +41,6 @@ __all__ = [
     "default_skip_modules",
     "describe_base",
     "export_base",
-    "hold_dequantized_",
     "keep_layout_",
     "load_base",
     "pack_base",

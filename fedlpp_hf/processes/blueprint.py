@@ -11,16 +11,24 @@ import torch
 from peft import PeftConfig
 
 from ..config.federated import FederatedConfig
+from ..config.options import options_beside, reference_options
 from ..tensors.quantization import FULL_PRECISION
 
 
 @dataclass(slots=True)
 class TrainerBlueprint:
-    """The arguments of a [`FederatedMixin`] trainer, picklable; `trainer_class` makes an overridden `compute_loss` count.
+    """The arguments of a [`FederatedMixin`] trainer, picklable.
 
-    `full_model` is the owner's, and empty in what clients' processes get; `base_dir` holds the base. `owner_dataset` has
-    the owner's rows. `client_datasets` are the clients' own: the owner's process gets them for the full-precision
-    reference alone (`compare_full_precision`). `trainer_arguments` are those of `__init__` that are not named here.
+    Args:
+        full_model: The owner's full model, and empty in what clients' processes get.
+        args: The federation's options.
+        trainer_class: The trainer's own class, so that an overridden `compute_loss` counts.
+        model_class: The class that the full model and the base are loaded as.
+        peft_config: Of the adapter.
+        base_dir: The directory of the base.
+        owner_dataset: The owner's rows.
+        client_datasets: The clients' rows by id. The owner's process gets them for the full-precision reference alone.
+        trainer_arguments: Those of the trainer's `__init__` that are not named here.
     """
 
     full_model: str
@@ -33,25 +41,24 @@ class TrainerBlueprint:
     client_datasets: Any = None
     trainer_arguments: dict[str, Any] = field(default_factory=dict)
 
-    def build(self, datasets: Mapping[str, Any], output_dir: Path, base_dir: str = "", **options: Any) -> Any:
-        """A trainer of `datasets` by client on the base, or on the full model where `base_dir` is empty.
+    def build(self, datasets: Mapping[str, Any], output_dir: Path, base_dir: str = "", reference: bool = False) -> Any:
+        """A trainer of `datasets` by client, which has no owner, no audit, no trackers and no progress bar.
 
-        It has no owner, no audit, no trackers and no progress bar. `options` replace some of its configuration.
+        Args:
+            datasets: Rows by client.
+            output_dir: Its directory.
+            base_dir: The base that it trains on; empty, it trains on the full model.
+            reference: Run the federation in full precision, with plain updates and a plain mean.
         """
         args = copy.copy(self.args)
-        args.output_dir = str(output_dir)
-        args.full_model = None
-        args.report_to, args.push_to_hub, args.merge, args.disable_tqdm = [], False, False, True
-        args.compare_full_precision, args.fit_server_step, args.overwrite = False, False, True
-        args.audit, args.control_variate, args.client_workers, args.round_timeout = False, 0.0, 1, None
+        values = {"output_dir": str(output_dir)} | options_beside(type(args))
+        if reference:
+            values |= reference_options(type(args))
         if not base_dir:
-            args.base_bits = FULL_PRECISION
-        # The owner is one client; the federation may want more than one in a round.
-        if args.clients_per_round is not None:
-            args.clients_per_round = min(args.clients_per_round, max(len(datasets), 1))
-        args.min_clients = min(args.min_clients, max(len(datasets), 1))
-        for name, value in options.items():
+            values["base_bits"] = FULL_PRECISION
+        for name, value in values.items():
             setattr(args, name, value)
+        args.fit_to(len(datasets))
         return self.trainer_class(
             model=base_dir or load_full_model(self.full_model, self.model_class, args),
             args=args,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate.utils import patch_environment
 
-from ..wire.messages import Payload, decode_message, encode_message
+from ..wire.encoding import Payload, decode_message, encode_message
 
 
 # What `accelerate launch` and `torchrun` tell a worker. These processes are no workers of theirs.
@@ -34,21 +34,21 @@ Answer = tuple[dict[str, Any], Payload]
 
 
 class Service:
-    """A spawned process with a desk, `make_desk(setup, scratch)`: a request names one of its methods.
+    """A spawned process with a handler, `make_handler(setup, scratch)`: a request names one of its methods.
 
     A method takes the request's tensors and its JSON arguments by name, and returns (JSON values, tensors); `scratch` is
     a directory that ends with the process. `environment` is set in the process from its very beginning, before it imports
     anything.
 
     Raises:
-        ValueError: if `setup` can't be sent there; from [`receive`], if the desk refused its input with one.
+        ValueError: if `setup` can't be sent there; from [`receive`], if the handler rejected its input with one.
         RuntimeError: from [`send`] and [`receive`], if the process died or failed unexpectedly.
     """
 
     def __init__(
         self,
         name: str,
-        make_desk: Callable[[Any, Path], Any],
+        make_handler: Callable[[Any, Path], Any],
         setup: Any,
         environment: Mapping[str, str] = MappingProxyType({}),
     ):
@@ -56,7 +56,7 @@ class Service:
         context = multiprocessing.get_context("spawn")
         self.pipe, child = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(child, name, make_desk, setup), name=f"fedlpp-{name}", daemon=True
+            target=_serve, args=(child, name, make_handler, setup), name=f"fedlpp-{name}", daemon=True
         )
         try:
             with patch_environment(**environment):  # what is spawned inside begins with it
@@ -110,7 +110,7 @@ class Service:
         self._process.join(timeout=5)
         return RuntimeError(
             f"The {self.name}'s process died during `{self._command}` (exit code {self._process.exitcode}). Its own "
-            "messages are above. The rounds that are committed are safe: mend the cause and resume."
+            "messages are above. The rounds that are committed are safe: correct the cause and resume."
         )
 
 
@@ -122,13 +122,13 @@ def _end(pipe, process) -> None:
         process.join()
 
 
-def _serve(pipe, name: str, make_desk: Callable[[Any, Path], Any], setup: Any) -> None:
+def _serve(pipe, name: str, make_handler: Callable[[Any, Path], Any], setup: Any) -> None:
     # ^C reaches the whole process group; the process that asks decides what it means and then closes the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for variable in _LAUNCHER_VARIABLES:
         os.environ.pop(variable, None)
     with tempfile.TemporaryDirectory(prefix=f"fedlpp-{name}-") as scratch:
-        desk = make_desk(setup, Path(scratch))
+        handler = make_handler(setup, Path(scratch))
         while True:
             try:
                 request, payload = decode_message("request", pipe.recv_bytes())
@@ -138,7 +138,7 @@ def _serve(pipe, name: str, make_desk: Callable[[Any, Path], Any], setup: Any) -
             tensors: Mapping[str, torch.Tensor] = {}
             error = None
             try:
-                answer, tensors = getattr(desk, request["command"])(payload, **request["arguments"])
+                answer, tensors = getattr(handler, request["command"])(payload, **request["arguments"])
             except Exception as exception:
                 sys.excepthook(type(exception), exception, exception.__traceback__)
                 error = [type(exception).__name__, f"{type(exception).__name__}: {exception}"]

@@ -22,19 +22,23 @@ class ClientWorkers:
 
     A client's update depends on its task and rows alone, so that any number of workers ends in the same bits as one
     (given equal threads: `threads` of each worker, by default the cores shared out evenly). Where there are several GPUs,
-    each worker has one, in turn. A worker that dies, or is busy with one client for longer than `client_timeout` seconds,
-    is replaced, and that client counts as failed; so do all that have not answered when a round's `round_timeout` is over.
+    each worker has one, in turn. A worker that dies is replaced, and its client counts as failed; so do all that have not
+    answered when a round's `round_timeout` is over.
+
+    Args:
+        blueprint: Of the trainer that each worker builds.
+        count: Workers.
+        threads: Threads of each worker.
     """
 
     def __init__(self, blueprint: TrainerBlueprint, count: int, threads: int | None = None):
         self.blueprint = blueprint
-        self.timeout = blueprint.args.client_timeout or math.inf
         self.round_timeout = blueprint.args.round_timeout or math.inf
         self.threads = threads or max((os.cpu_count() or 1) // count, 1)
         self.num_examples = {client: len(rows) for client, rows in blueprint.client_datasets.items()}
         self._starting: set[Service] = set()
         self._idle = [self._start(environment) for environment in share_gpus(count)]
-        self._busy: dict[Service, tuple[str, float]] = {}  # the client that it trains, and since when
+        self._busy: dict[Service, str] = {}  # the client that it trains
 
     def train_clients(self, tasks: list[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
         """An answer to each of `tasks`, as they come; the clients with most rows begin, because they take longest."""
@@ -43,7 +47,7 @@ class ClientWorkers:
         try:
             while waiting or self._busy:
                 if time.monotonic() > deadline:
-                    late = [*(client for client, _ in self._busy.values()), *(task.client_id for task in waiting)]
+                    late = [*self._busy.values(), *(task.client_id for task in waiting)]
                     yield from (ClientFailure(client, late_reason(self.round_timeout)) for client in late)
                     return
                 while waiting and self._idle:
@@ -51,7 +55,7 @@ class ClientWorkers:
                     if worker in self._starting:  # loading the base is no part of a client's time
                         worker.receive()
                         self._starting.remove(worker)
-                    self._busy[worker] = (task.client_id, time.monotonic())
+                    self._busy[worker] = task.client_id
                     worker.send("train", {"task": as_tensor(task.to_bytes())})
                 yield from self._answers(deadline)
         finally:
@@ -69,23 +73,18 @@ class ClientWorkers:
         self._busy.clear()
 
     def _answers(self, deadline: float) -> Iterator[ClientUpdate | ClientFailure]:
-        first = min(deadline, *(since + self.timeout for _, since in self._busy.values()))
-        left = max(first - time.monotonic(), 0.0)
+        left = max(deadline - time.monotonic(), 0.0)
         ready = wait([worker.pipe for worker in self._busy], None if math.isinf(left) else left)
-        for worker, (client, since) in list(self._busy.items()):
-            if worker.pipe in ready:
-                try:
-                    _, payload = worker.receive()
-                except (ValueError, RuntimeError) as error:
-                    self._replace(worker)
-                    yield ClientFailure(client, str(error))
-                    continue
-                del self._busy[worker]
-                self._idle.append(worker)
-                yield ClientUpdate.from_bytes(as_bytes(payload["update"]))
-            elif time.monotonic() - since > self.timeout:
+        for worker, client in [(worker, self._busy[worker]) for worker in self._busy if worker.pipe in ready]:
+            try:
+                _, payload = worker.receive()
+            except (ValueError, RuntimeError) as error:
                 self._replace(worker)
-                yield ClientFailure(client, f"it took longer than client_timeout={self.timeout:g} seconds")
+                yield ClientFailure(client, str(error))
+                continue
+            del self._busy[worker]
+            self._idle.append(worker)
+            yield ClientUpdate.from_bytes(as_bytes(payload["update"]))
 
     def _replace(self, worker: Service) -> None:
         del self._busy[worker]
@@ -93,15 +92,17 @@ class ClientWorkers:
         self._idle.append(self._start(worker.environment))
 
     def _start(self, environment: Mapping[str, str]) -> Service:
-        worker = Service("client worker", make_desk, (self.blueprint, self.threads), environment)
+        worker = Service("client worker", make_handler, (self.blueprint, self.threads), environment)
         worker.send("start")
         self._starting.add(worker)
         return worker
 
 
-class _Desk:
+class WorkerHandler:
+    """One method for each request to a worker, which returns (JSON values, tensors)."""
+
     def __init__(self, blueprint: TrainerBlueprint):
-        # Error feedback and SCAFFOLD remember in files under output_dir, where the next worker finds them.
+        # What compression left of an update is in files under output_dir, where the next worker finds it.
         self.trainer = blueprint.build(blueprint.client_datasets, Path(blueprint.args.output_dir), blueprint.base_dir)
         gc.collect()
         gc.freeze()
@@ -114,11 +115,11 @@ class _Desk:
         return {}, {"update": as_tensor(update.to_bytes())}
 
 
-def make_desk(setup: tuple[TrainerBlueprint, int], scratch: Path) -> _Desk:
+def make_handler(setup: tuple[TrainerBlueprint, int], scratch: Path) -> WorkerHandler:
     """What a worker's process runs."""
     blueprint, threads = setup
     torch.set_num_threads(threads)
-    return _Desk(blueprint)
+    return WorkerHandler(blueprint)
 
 
 def share_gpus(count: int) -> list[dict[str, str]]:

@@ -12,7 +12,9 @@ from ..config.federated import FederatedConfig
 from ..server.store import FEDERATION_DIR, FEDERATION_FILE, RoundStore
 from ..tensors.adapters import ADAPTER_CONFIG, lora_factors, read_adapter
 from ..tensors.quantization import BITS, packed_size
-from .text import find_warnings, format_bytes, format_table, main_metric, mean_client_loss
+from .metrics import main_metric, mean_client_loss
+from .tables import format_bytes, format_table
+from .text import find_warnings
 
 
 if TYPE_CHECKING:

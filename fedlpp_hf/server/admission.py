@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""Which updates a round takes. Nothing from a client is trusted: each is checked, or refused by its client's name."""
+"""Which updates a round takes. Nothing from a client is trusted: each is checked, or rejected by its client's name."""
 
 import math
 import shutil
@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftConfig
 from safetensors.torch import save_file
 
-from ..aggregation.products import lower_rank, pad_update, truncate_adapter
 from ..config.federated import FederatedConfig
 from ..config.rules import trainable_keys
 from ..privacy.clipping import check_norm
@@ -41,13 +39,11 @@ class Admission:
         self,
         args: FederatedConfig,
         adapter: Mapping[str, torch.Tensor],
-        peft_config: PeftConfig,
         num_examples: Mapping[str, int | None],
         updates_dir: Path,
     ):
         self.args = args
         self.shapes = {key: torch.empty_like(tensor, device="meta") for key, tensor in adapter.items()}
-        self.peft_config = peft_config
         self.num_examples = num_examples
         self.updates_dir = updates_dir
 
@@ -81,7 +77,7 @@ class Admission:
                 file = self.updates_dir / f"{len(accepted):05d}.safetensors"
                 save_file(delta, file)
                 accepted[client] = AcceptedUpdate(
-                    answer.num_examples, answer.metrics, len(answer.to_bytes()), TensorFile(file)
+                    answer.num_examples, answer.metrics, answer.num_bytes, TensorFile(file)
                 )
             if len(accepted) == wanted < len(tasks):
                 break  # over-sampled: the round closes with those who were first
@@ -112,14 +108,8 @@ class Admission:
                 raise ValueError(f"its metrics lack `{name}`")
         if not 1 <= update.metrics["steps"] < math.inf:
             raise ValueError(f"it claims {update.metrics['steps']} steps")
-        shapes = self.shapes
-        config = lower_rank(shapes, self.peft_config, task.options.rank) if task.options.rank else None
-        if config is not None:
-            shapes = truncate_adapter(shapes, self.peft_config, config)
-        trained = {key: shapes[key] for key in trainable_keys(self.args.aggregation, task.round, shapes)}
+        trained = {key: self.shapes[key] for key in trainable_keys(self.args.aggregation, self.shapes)}
         delta = decompress_update(update.delta, trained)
-        if config is not None:
-            delta = pad_update(delta, self.shapes, self.peft_config, config)
         if self.args.max_update_norm is not None:
             check_norm(delta, self.args.max_update_norm)
         return delta

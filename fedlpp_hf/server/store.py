@@ -14,13 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..tensors.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter, write_adapter
+from ..tensors.atomic import sync_path, write_atomically
 
 
 FEDERATION_DIR = "_federation"  # `push_to_hub` skips names that begin with an underscore
 FEDERATION_FILE = "federation.json"
 ROUND_FILE = "round.json"
 SERVER_STATE = "server_state.safetensors"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class RoundStore:
@@ -71,7 +72,7 @@ class RoundStore:
         if federation.get("schema") != SCHEMA_VERSION:
             raise ValueError(
                 f"The federation in `{self.output_dir}` has schema {federation.get('schema')}; this version of "
-                f"fedlpp_hf reads {SCHEMA_VERSION}."
+                f"fedlpp_hf reads {SCHEMA_VERSION}. Resume it with the version that began it, or start another one."
             )
         return federation
 
@@ -92,7 +93,7 @@ class RoundStore:
         write_adapter(directory, adapter, peft_config)
         save_file({key: value.contiguous() for key, value in server_state.items()}, directory / SERVER_STATE)
         for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG, SERVER_STATE):
-            _sync(directory / name)
+            sync_path(directory / name)
         _write_json(directory / ROUND_FILE, record)
 
     def latest(self) -> int | None:
@@ -129,16 +130,6 @@ class RoundStore:
         staging.rmdir()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all, whatever happens meanwhile."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    _sync(temporary)
-    os.replace(temporary, path)
-    _sync(path.parent)
-
-
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
@@ -148,11 +139,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"`{path}` can't be read ({error}).") from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -49,6 +49,11 @@ def copy_adapter(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
     return {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in parameters.items()}
 
 
+def global_norm(tensors: Mapping[str, torch.Tensor]) -> float:
+    """The Euclidean norm of all tensors together."""
+    return math.sqrt(math.fsum(float(tensor.double().square().sum()) for tensor in tensors.values()))
+
+
 def split_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """Those of `tensors` whose key begins with `prefix`, without it."""
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

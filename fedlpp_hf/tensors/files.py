@@ -27,7 +27,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_MAX_HEADER = 100_000_000  # safetensors' own limit
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def read_header(size: int, read: Callable[[int, int], bytes]) -> bytes:
     Raises:
         ValueError: if it claims more than there is; the message begins with what the file does.
     """
-    if size < 8 or (length := struct.unpack("<Q", read(0, 8))[0]) > min(size - 8, _MAX_HEADER):
+    if size < 8 or (length := struct.unpack("<Q", read(0, 8))[0]) > min(size - 8, MAX_HEADER_BYTES):
         raise ValueError(f"has {size} bytes: it is truncated or no safetensors file")
     return read(0, 8 + length)
 

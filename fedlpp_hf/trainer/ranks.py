@@ -1,7 +1,41 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""What the processes of one launch tell each other, as tensors: torch's own way for objects would unpickle them."""
+"""The ranks of one launch, which train each client together: rank 0 leads, and the others do the same runs.
+
+What they tell each other travels as tensors: torch's own way for objects would unpickle them.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import Trainer
+
+from ..wire.encoding import decode_message, restore_tensors
+from ..wire.messages import ClientTask
+
+
+_Parent: Any = Trainer if TYPE_CHECKING else object
+
+
+class RanksMixin(_Parent):
+    """The part of [`FederatedMixin`] that keeps the ranks of a launch together."""
+
+    def share(self, command: str, make_data: Callable[[], bytes] = bytes) -> None:
+        """Tell the other ranks to do the same; does nothing where there are none, and makes no data."""
+        if self.args.world_size > 1:
+            broadcast_bytes(command.ljust(8).encode() + make_data(), self.args.device)
+
+    def follow(self) -> None:
+        """What ranks other than 0 do: the same runs and evaluations as rank 0, which alone speaks to the server."""
+        while True:
+            data = broadcast_bytes(None, self.args.device)
+            command, data = data[:8].decode().strip(), data[8:]
+            if command == "train":
+                self.train_client(ClientTask.from_bytes(data))
+            elif command == "evaluate":
+                self.evaluate_proxy(restore_tensors(decode_message("adapter", data)[1]))
+            else:
+                return
 
 
 def broadcast_bytes(data: bytes | None, device: torch.device) -> bytes:

@@ -1,0 +1,101 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""Options of aggregation: from a round's updates to the server's next adapter."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from .options import OptionFacts, check_choice, check_positive
+from .rules import ROBUST_RULES, RULES, SERVER_OPTIMIZERS, check_rules
+
+
+@dataclass
+class AggregationOptions:
+    """How updates are bounded, averaged and applied. docs/aggregation.md says what each does and does not.
+
+    Args:
+        aggregation: `fedavg` averages the factors, `freeze_a` trains B alone, `exact` averages the products B·A.
+        weighting: Weight of an update in the mean: `examples` or `uniform`.
+        robust: `none`, `median`, `trimmed_mean` or `multi_krum`.
+        num_attackers: Attackers in a round that the robust rule shall withstand.
+        max_update_norm: Norm above which the server rejects an update.
+        clip_update_norm: Norm to which clients scale a longer update down.
+        fedprox_mu: Weight of FedProx's pull towards the proxy (arXiv 1812.06127).
+        server_optimizer: `sgd` or `yogi` (FedOpt, arXiv 2003.00295).
+        server_learning_rate: Step of the server along the mean update. 1 with momentum 0 is the paper's rule; Yogi's
+            is a step per coordinate, 0.01 rather than 1.
+        server_momentum: Momentum of `sgd` (FedAvgM, arXiv 1909.06335).
+        control_variate: Share of the quantizer's part in the mean update that is subtracted, as the owner estimates
+            it on its rows (`owner_dataset`).
+        control_variate_runs: Pairs of the owner's runs that the estimate is the mean of.
+    """
+
+    FACTS: ClassVar[OptionFacts] = OptionFacts(
+        card={
+            "aggregation": "aggregation",
+            "robust": "robust rule",
+            "clip_update_norm": "updates clipped to the norm",
+            "server_optimizer": "server optimizer",
+            "control_variate": "control variate",
+        },
+        beside={"control_variate": 0.0},
+        reference={"robust": "none", "num_attackers": 0},
+    )
+
+    aggregation: str = field(
+        default="fedavg",
+        metadata={
+            "help": "fedavg (mean of the factors), freeze_a (B alone is trained), exact (mean of the products B·A). "
+            "docs/aggregation.md has the table of what each does and does not."
+        },
+    )
+    weighting: str = field(
+        default="examples", metadata={"help": "Weight of an update in the mean: examples, or uniform."}
+    )
+    robust: str = field(default="none", metadata={"help": "none, median, trimmed_mean or multi_krum."})
+    num_attackers: int = field(
+        default=0, metadata={"help": "Attackers in a round that a robust rule shall withstand."}
+    )
+    max_update_norm: float | None = field(
+        default=None, metadata={"help": "Norm above which the server rejects an update."}
+    )
+    clip_update_norm: float | None = field(
+        default=None, metadata={"help": "Norm to which clients scale a longer update down."}
+    )
+    fedprox_mu: float = field(default=0.0, metadata={"help": "Weight of FedProx's pull towards the proxy."})
+    server_optimizer: str = field(default="sgd", metadata={"help": "sgd, or yogi (FedOpt)."})
+    server_learning_rate: float = field(
+        default=1.0,
+        metadata={"help": "Step of the server along the mean update. 1 with momentum 0 is the paper's rule."},
+    )
+    server_momentum: float = field(default=0.0, metadata={"help": "Momentum of the server's sgd (FedAvgM)."})
+    control_variate: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the quantizer's part in the mean update that is subtracted: in each round the owner trains "
+            "on its own rows (`owner_dataset`) from the base and from the full model. 1: all of it; 0: none."
+        },
+    )
+    control_variate_runs: int = field(
+        default=1,
+        metadata={
+            "help": "Pairs of the owner's runs, with other batches and dropout, that the estimate is the mean of. More "
+            "runs take out chance, at the owner's cost alone; 4 is a good number."
+        },
+    )
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: naming the options that are out of range or do not go together.
+        """
+        check_choice(self, "aggregation", tuple(RULES))
+        check_choice(self, "robust", tuple(ROBUST_RULES))
+        check_choice(self, "weighting", ("examples", "uniform"))
+        check_choice(self, "server_optimizer", SERVER_OPTIMIZERS)
+        check_positive(self, "server_learning_rate", "control_variate_runs")
+        check_positive(self, "max_update_norm", "clip_update_norm", optional=True)
+        if not self.fedprox_mu >= 0:
+            raise ValueError(f"fedprox_mu={self.fedprox_mu}; expected 0 or more.")
+        if not 0 <= self.server_momentum < 1:
+            raise ValueError(f"server_momentum={self.server_momentum}; expected a number in [0, 1).")
+        check_rules(self)

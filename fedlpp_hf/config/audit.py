@@ -1,0 +1,64 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""Options of the audit and of the references in the report."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from .options import OptionFacts, check_positive
+
+
+@dataclass
+class AuditOptions:
+    """What is measured beyond the rounds, all of it for simulations: it needs the clients' data in one process.
+
+    Args:
+        audit: At the end, let clients attack with what they hold, and report their share of the owner's gain.
+        audit_threshold: Largest share that passes; above it the run fails, with everything written.
+        audit_rows: Evaluation rows that the audit compares models on.
+        audit_steps: Steps that an attacker trains on its rows, and that local-only training has.
+        compare_full_precision: Also run the federation without quantization, and the owner alone on its rows.
+    """
+
+    FACTS: ClassVar[OptionFacts] = OptionFacts(
+        free=(
+            "audit",
+            "audit_threshold",
+            "audit_rows",
+            "audit_steps",
+            "compare_full_precision",
+        ),
+        beside={"audit": False, "audit_threshold": None, "compare_full_precision": False},
+    )
+
+    audit: bool = field(
+        default=False,
+        metadata={
+            "help": "At the end, let clients attack with what they hold, and report how much of the owner's gain they "
+            "have. It needs the clients' data here: for simulations only. docs/threat-model.md explains the result."
+        },
+    )
+    audit_threshold: float | None = field(
+        default=None,
+        metadata={"help": "Fail the run if a client, or a coalition of half of them, has a larger share of the gain."},
+    )
+    audit_rows: int = field(default=128, metadata={"help": "Evaluation rows that the audit compares models on."})
+    audit_steps: int = field(
+        default=20, metadata={"help": "Steps that an attacker trains on its own rows, and local-only training has."}
+    )
+    compare_full_precision: bool = field(
+        default=False,
+        metadata={
+            "help": "Also run the federation without quantization, as the reference of the report, and, with an "
+            "`owner_dataset`, the owner alone on its rows. It needs the full model and the clients' data in one process: "
+            "for simulations only."
+        },
+    )
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: naming the options that are out of range or do not go together.
+        """
+        check_positive(self, "audit_rows", "audit_steps")
+        if self.audit_threshold is not None and not self.audit:
+            raise ValueError(f"audit_threshold={self.audit_threshold} with audit=False; set audit=True.")

@@ -1,0 +1,45 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""The rounds as a picture."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .metrics import Record, main_metric
+
+
+def draw_rounds(
+    records: Sequence[Record], path: Path, references: Mapping[str, Mapping[str, float]] | None = None
+) -> bool:
+    """Draw the main metric of proxy and server over the rounds; False if matplotlib is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    metrics: Mapping[str, float] = next(
+        (record["metrics"][view] for record in records for view in record["metrics"]), {}
+    )
+    name = main_metric(metrics) or ""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for view, label, color in (
+        ("server", "server's model (owner)", "#0b6e4f"),
+        ("proxy", "base + proxy (clients)", "#c8553d"),
+    ):
+        points = [(r["round"], r["metrics"][view][name]) for r in records if name in r["metrics"].get(view, {})]
+        if len(points) > 1:
+            axes.plot(*zip(*points, strict=True), marker="o", label=label, color=color)
+        elif points:
+            axes.axhline(points[0][1], linestyle=":", label=f"{label}, before", color=color)
+    for style, (label, reference) in zip(("--", ":"), (references or {}).items(), strict=False):
+        if name in reference:
+            axes.axhline(reference[name], linestyle=style, color="#555555", label=label)
+    axes.set_xlabel("round")
+    axes.set_ylabel(name.removeprefix("eval_"))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    return True

@@ -1,0 +1,73 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""Rounds as they come: a progress bar, a line for each, trackers, and at the end the report's files."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tqdm.auto import tqdm
+from transformers import TrainerControl, TrainerState
+from transformers.trainer_callback import CallbackHandler
+
+from ..config.federated import FederatedConfig
+from .metrics import Record, flatten_record
+from .picture import draw_rounds
+from .text import AttackerRow, describe_round, render_report
+
+
+class RoundReporter:
+    """Shows a federation's rounds as they come, and hands them to the trackers of `report_to`."""
+
+    def __init__(self, args: FederatedConfig, trackers: CallbackHandler):
+        self.args = args
+        self.trackers = trackers
+        self.output_dir = Path(args.output_dir)
+        self.state, self.control = TrainerState(is_world_process_zero=True), TrainerControl()
+        self._bar = tqdm(total=args.num_rounds, unit="round", disable=args.disable_tqdm, leave=False, delay=0.1)
+
+    def __enter__(self) -> "RoundReporter":
+        self.trackers.on_train_begin(self.args, self.state, self.control)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.trackers.on_train_end(self.args, self.state, self.control)
+        self._bar.close()
+
+    def on_client(self, client_id: str) -> None:
+        self._bar.set_postfix_str(f"{client_id} done")
+
+    def on_round(self, record: Record) -> None:
+        number = record["round"]
+        self._bar.n = number
+        self._bar.refresh()
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        with open(self.output_dir / "metrics.jsonl", "a" if number else "w", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        self.state.global_step = number
+        self.trackers.on_log(self.args, self.state, self.control, logs=flatten_record(record))
+        if not self.args.disable_tqdm:
+            tqdm.write(describe_round(record, self.args.num_rounds))
+
+    def finish(
+        self,
+        records: Sequence[Record],
+        references: Mapping[str, Mapping[str, float]] | None = None,
+        attackers: Sequence[AttackerRow] = (),
+    ) -> None:
+        """Write `report.md`, `metrics.jsonl` and `rounds.png`, and print the report.
+
+        Args:
+            records: Of all rounds, from round 0.
+            references: Metrics of models that nobody holds, by label.
+            attackers: What the audit adds to the table.
+        """
+        text = render_report(records, self.args, references, attackers)
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (self.output_dir / "metrics.jsonl").write_text(lines, encoding="utf-8")
+        (self.output_dir / "report.md").write_text(text, encoding="utf-8")
+        drawn = draw_rounds(records, self.output_dir / "rounds.png", references)
+        if not self.args.disable_tqdm:
+            self._bar.clear()
+            tqdm.write(f"\n{text}")
+            if not drawn:
+                tqdm.write("No rounds.png: it needs matplotlib (pip install fedlpp_hf[demo]).")

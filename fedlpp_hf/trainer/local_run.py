@@ -1,0 +1,142 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""One client's run through the Trainer's own `train()`, and what makes many of them in one process cheap."""
+
+import gc
+import time
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import Trainer, set_seed
+
+from ..client.guard import QuantizedBaseCallback
+from ..processes.workers import late_reason
+from ..tensors.adapters import load_adapter_
+from ..wire.messages import ClientFailure, ClientTask, ClientUpdate
+
+
+# For type checkers the mixin is the Trainer that it will be mixed with.
+_Parent: Any = Trainer if TYPE_CHECKING else object
+
+_FREEZE_EVERY = 100  # clients
+_TIMINGS = ("_runtime", "_samples_per_second", "_steps_per_second", "model_preparation_time")
+
+
+class LocalRunMixin(_Parent):
+    """The part of [`FederatedMixin`] that is a client.
+
+    `client_datasets` maps client ids to rows that are ready to train on; `guard` is the [`QuantizedBaseCallback`].
+    """
+
+    client_datasets: dict[str, Any]
+    guard: QuantizedBaseCallback
+
+    def prepare_local_runs(self) -> None:
+        """Set up what runs share. Called once, when the trainer is made."""
+        self._adapter = torch.nn.ParameterList(self.guard.parameters.values())
+        self._horizon = (0, 1)
+        self._decay_names: list[str] | None = None
+        self._trimmed: set[str] = set()  # clients whose rows have only the columns that the model takes
+
+    def train_client(self, task: ClientTask, rows: Any = None) -> ClientUpdate:
+        """One client's local run: from the task's proxy, on the client's rows, by the parent's `train()`.
+
+        Args:
+            task: What to start from and how to train.
+            rows: Prepared rows to train on instead of the client's, as the audit's attackers do.
+
+        Raises:
+            ValueError: if the task is for another base, or for a client whose rows are not here.
+        """
+        if rows is None and task.client_id not in self.client_datasets:
+            raise ValueError(f"The task is for client {task.client_id!r}, whose data are not here.")
+        self.train_dataset = self.client_datasets[task.client_id] if rows is None else rows
+        # A fresh sampler seeds itself from both: with one alone every client would see the order of the first.
+        set_seed(task.seed)
+        self.accelerator.dataloader_config.data_seed = task.seed
+        self.optimizer = self.lr_scheduler = None
+        self.guard.accept(task)
+        federation = self.args.learning_rate_horizon == "federation"
+        self._horizon = (task.round - 1, task.num_rounds) if federation else (0, 1)
+        super().train()
+        if self.guard.update is None:
+            raise RuntimeError("The local run ended without an update; was QuantizedBaseCallback removed?")
+        return self.guard.update
+
+    def train_clients(self, tasks: list[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
+        """An answer to each of `tasks`, one after the other in this process."""
+        began, timeout = time.monotonic(), self.args.round_timeout
+        for place, task in enumerate(tasks, 1):
+            if timeout is not None and time.monotonic() - began > timeout:
+                yield ClientFailure(task.client_id, late_reason(timeout))
+                continue
+            self.share("train", task.to_bytes)
+            yield self.train_client(task)
+            if place % _FREEZE_EVERY == 0:
+                # What is kept of each client would be walked in every later run. The last run's optimizer must not be
+                # among it: what is frozen is not collected.
+                self.optimizer = self.lr_scheduler = None
+                self.accelerator.free_memory()
+                gc.freeze()
+
+    def evaluate_metrics(self, eval_dataset: Any = None) -> dict[str, float]:
+        """The trainer's evaluation without its timings; empty where there is no evaluation dataset."""
+        if eval_dataset is None and self.eval_dataset is None:
+            return {}
+        metrics = self.evaluate(eval_dataset)
+        return {key: value for key, value in metrics.items() if key != "epoch" and not key.endswith(_TIMINGS)}
+
+    def evaluate_proxy(self, adapter: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """Metrics of what a client would hold: the base with `adapter`."""
+        load_adapter_(self.guard.parameters, adapter)
+        return self.evaluate_metrics()
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """The local schedule, or this round's part of one that runs over the federation."""
+        place, rounds = self._horizon
+        scheduler = super().create_scheduler(num_training_steps * rounds, optimizer)
+        if rounds > 1:
+            start_schedule_at_(scheduler, place * num_training_steps)
+        return scheduler
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        """The parent's, once for each client: every call makes `datasets` take a fingerprint of the table."""
+        client = None if self.guard.task is None else self.guard.task.client_id
+        if client is None or dataset is not self.client_datasets.get(client):
+            return super()._remove_unused_columns(dataset, description)
+        if client not in self._trimmed:
+            self.client_datasets[client] = self.train_dataset = super()._remove_unused_columns(dataset, description)
+            self._trimmed.add(client)
+        return self.train_dataset
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """The parent's, found once: it walks the whole model, and each client's run makes a new optimizer."""
+        if self._decay_names is None:
+            self._decay_names = super().get_decay_parameter_names(model)
+        return self._decay_names
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        """The parent's, of the adapter alone: nothing else has gradients, but it would ask every parameter for its own."""
+        return super()._clip_grad_norm(model if self.is_fsdp_enabled else self._adapter)
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """Not counted: the parent counts all parameters anew in every step, longer than a small model's step takes."""
+        return 0
+
+
+def start_schedule_at_(scheduler: LRScheduler, step: int) -> None:
+    """Put a new schedule where it would be after `step` steps.
+
+    Raises:
+        ValueError: if its learning rate is no function of the step alone.
+    """
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError(
+            f"learning_rate_horizon='federation' needs a schedule in closed form, not {type(scheduler).__name__}."
+        )
+    scheduler.last_epoch = step
+    for group, rate, factor in zip(
+        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = rate * factor(step)
