@@ -18,6 +18,8 @@ def make_client_trainer(settings: ClientSettings, base_dir: str | os.PathLike) -
         ValueError: if the base contains a linear layer in full precision, or the data can't be read.
     """
     from ..base.manifest import read_manifest
+    from ..config.federated import FederatedConfig
+    from ..config.options import options_beside
     from .loading import load_rows, load_trainer
 
     exposed = read_manifest(base_dir)["full_precision_linears"]
@@ -26,16 +28,10 @@ def make_client_trainer(settings: ClientSettings, base_dir: str | os.PathLike) -
             f"The base in `{base_dir}` contains {len(exposed)} linear layers in full precision ({exposed[0]}); this client "
             "rejects it. Ask the owner for a base exported with fewer `embedding_bits`."
         )
-    # Options that concern the whole federation, or would send something off this machine, do not apply to a client.
-    overrides: dict[str, Any] = {
+    overrides = options_beside(FederatedConfig) | {
         "output_dir": str(Path(settings.state_dir) / "trainer"),
-        "full_model": None,
-        "clients_per_round": None,
+        "clients_per_round": None,  # and the next: of the federation, which has more clients than are here
         "min_clients": 1,
-        "compare_full_precision": False,
-        "report_to": [],
-        "push_to_hub": False,
-        "disable_tqdm": True,
     }
     rows = {settings.client_id: load_rows(settings.data)}
     trainer, _ = load_trainer(
@@ -59,5 +55,5 @@ def train_task(trainer: Any, task: bytes) -> bytes:
     from ..wire.messages import ClientTask
 
     trainer.guard.prove_base_unmoved()
-    trainer.share("train", task)  # with the other ranks under `accelerate launch`
+    trainer.share("train", lambda: task)  # with the other ranks under `accelerate launch`
     return trainer.train_client(ClientTask.from_bytes(task)).to_bytes()

@@ -9,6 +9,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..config.federated import FederatedConfig
+from ..config.options import card_labels
 from ..server.store import RoundStore
 
 
@@ -19,23 +21,6 @@ _KEPT = (
     "license", "license_name", "license_link", "language", "tags", "datasets", "pipeline_tag", "extra_gated_prompt",
     "extra_gated_fields",
 )  # fmt: skip
-# The options that a card shows, and their labels.
-_OPTION_LABELS = {
-    "num_rounds": "rounds",
-    "clients_per_round": "clients per round",
-    "base_bits": "bits per weight of the clients' base",
-    "adapter_bits": "bits per value of the broadcast adapter",
-    "update_bits": "bits per value of the clients' updates",
-    "broadcast": "broadcast",
-    "aggregation": "aggregation",
-    "robust": "robust rule",
-    "server_optimizer": "server optimizer",
-    "num_train_epochs": "local epochs",
-    "max_steps": "local steps (-1: whole epochs)",
-    "learning_rate": "local learning rate",
-    "clip_update_norm": "updates clipped to the norm",
-    "seed": "seed",
-}
 
 
 def write_model_card(
@@ -133,7 +118,11 @@ def _describe_federation(federation: Path | None) -> str:
     if state is None or federation is None:
         return "The federation's records were not available when this card was written."
     config, clients = state["config"], state.get("clients") or {}
-    rows = [f"| {label} | {config[key]} |" for key, label in _OPTION_LABELS.items() if config.get(key) is not None]
+    rows = [
+        f"| {label} | {config[key]} |"
+        for key, label in card_labels(FederatedConfig).items()
+        if config.get(key) is not None
+    ]
     done = RoundStore(federation).latest()
     rows += [f"| rounds done | {done} |", f"| clients | {len(clients)} |"]
     rows += [f"| examples of all clients | {sum(clients.values())} |"] if clients else []

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..base.manifest import BASE_MANIFEST, check_base, read_manifest
 from ..config.federated import FederatedConfig
+from ..config.options import card_labels
 from ..server.store import FEDERATION_DIR, FEDERATION_FILE, RoundStore
 from ..tensors.adapters import ADAPTER_CONFIG, lora_factors, read_adapter
 from ..tensors.quantization import BITS, packed_size
@@ -26,11 +27,6 @@ _KINDS = {
     "codebook": "floats of few values",
     "full_precision": "full precision",
 }
-# The options of a federation that are shown.
-_SHOWN_OPTIONS = (
-    "partition", "clients_per_round", "base_bits", "embedding_bits", "adapter_bits", "broadcast", "weighting",
-    "server_learning_rate", "server_momentum", "learning_rate", "num_train_epochs", "max_steps", "seed",
-)  # fmt: skip
 _SCALE_BYTES = 4
 _LISTED = 5
 
@@ -164,7 +160,8 @@ def describe_federation(output_dir: str | os.PathLike) -> list[str]:
     store = RoundStore(output_dir)
     federation, records = store.read(), store.records()
     config = federation["config"]
-    shown = [f"{name}={config[name]}" for name in _SHOWN_OPTIONS if config.get(name) not in (None, -1)]
+    names = [name for name in card_labels(FederatedConfig) if name != "num_rounds"]  # which is in the first line
+    shown = [f"{name}={config[name]}" for name in names if config.get(name) not in (None, -1)]
     lines = [
         f"Federation {federation['federation_id']}: {max(len(records) - 1, 0)} of {config['num_rounds']} rounds committed, "
         f"{len(federation['clients'])} clients",

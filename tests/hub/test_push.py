@@ -16,6 +16,7 @@ from fedlpp_hf.base.export import export_base
 from fedlpp_hf.hub.push import push_adapter, push_merged
 from fedlpp_hf.merge.full_model import FullModel
 from fedlpp_hf.merge.streaming import merge_adapter
+from fedlpp_hf.server.store import SCHEMA_VERSION
 
 from ..fake_hub import Hub
 
@@ -295,7 +296,11 @@ def test_the_adapter_is_pushed_alone(hub, pair, tmp_path):
     federation = adapter / "_federation"
     (federation / "rounds" / "round-00000").mkdir(parents=True)
     (federation / "rounds" / "round-00000" / "round.json").write_text('{"round": 0}')
-    state = {"schema": 1, "config": {"num_rounds": 3, "base_bits": 4, "adapter_bits": 2}, "clients": {"a": 5, "b": 6}}
+    state = {
+        "schema": SCHEMA_VERSION,
+        "config": {"num_rounds": 3, "base_bits": 4, "adapter_bits": 2},
+        "clients": {"a": 5, "b": 6},
+    }
     (federation / "federation.json").write_text(json.dumps(state))
     (adapter / "training_args.bin").write_text("a token")
     (adapter / "report.md").write_text("# Federation report\n\n| model | loss |\n|---|---|\n| server | 1.5 |\n")
