@@ -63,16 +63,13 @@ def load_trainer(
         ValueError: if the configuration names no usable `trainer`, or no model.
     """
     make_trainer = load_function(str(read_yaml(Path(config)).get("trainer", "")), Path(config).parent)
-    types = typing.get_type_hints(make_trainer)
-    try:
-        task_class, config_class = (types[name] for name in list(types)[:2])
-        assert issubclass(config_class, FederatedConfig)
-    except (ValueError, TypeError, AssertionError):
+    types = list(typing.get_type_hints(make_trainer).values())
+    if len(types) < 2 or not isinstance(types[1], type) or not issubclass(types[1], FederatedConfig):
         raise ValueError(
             f"`{make_trainer.__name__}`, the config's `trainer`, must declare the types of its first two parameters: a "
             "dataclass with the task's own options, and FederatedConfig or a subclass of it."
-        ) from None
-    task, args, network = parse_args((task_class, config_class, NetworkConfig), ["--config", str(config), *flags])
+        )
+    task, args, network = parse_args((types[0], types[1], NetworkConfig), ["--config", str(config), *flags])
     for name, value in (overrides or {}).items():
         setattr(args, name, value)
     model = model or args.full_model or network.base

@@ -59,11 +59,14 @@ def run_federation(grid: Grid, config: str, flags: list[str]) -> None:
     exported = directory / "base"
     base_dir = exported if network.base is None or trainer.owner is not None else network.base
     base = PackedBase(base_dir, directory / "base.packed")
-    # A resumed federation keeps the clients that it started with, whoever is connected now: sampling depends on them.
-    known = store.read()["clients"] if args.resume_from_checkpoint and store.latest() is not None else None
     clients = FlowerClients(grid, network, base, args.round_timeout)
-    present = clients.gather(args.num_clients if known is None else len(known), known and args.min_clients)
-    trainer.train_remotely(clients.train, present if known is None else known, args.resume_from_checkpoint)
+    if args.resume_from_checkpoint and store.latest() is not None:
+        # The same clients as at the start, whoever is connected now: sampling depends on them.
+        num_examples = store.read()["clients"]
+        clients.gather(len(num_examples), at_least=args.min_clients)
+    else:
+        num_examples = clients.gather(args.num_clients)
+    trainer.train_remotely(clients.train, num_examples, args.resume_from_checkpoint)
 
 
 @contextlib.contextmanager

@@ -88,7 +88,7 @@ class Machines:
         options = ["--state_dir", "server", "--port", str(self.port), "--output_dir", "out", *self.server_options]
         return self.start("server", *options, *self.overrides, *flags)
 
-    def start_client(self, client, port=None):
+    def start_client(self, client, *flags, port=None):
         options = [
             "--state_dir",
             client,
@@ -98,7 +98,7 @@ class Machines:
             str(self.rows / f"{client}.jsonl"),
         ]
         options += ["--server", f"127.0.0.1:{port or self.port}", "--certificate", "server/ca.crt"]
-        return self.start("client", *options)
+        return self.start("client", *options, *flags)
 
     def wait_for(self, pattern, server):
         while not any(self.directory.glob(pattern)):

@@ -18,7 +18,7 @@ pytest.importorskip("flwr", reason="flwr is not installed: pip install fedlpp_hf
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.slow,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found in /proc"),
 ]
 

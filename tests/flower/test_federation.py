@@ -20,8 +20,8 @@ pytestmark = [
 ]
 
 
-def test_equals_in_process(tmp_path, write_config, rows):
-    """TLS, node keys, warm trainers. In the end nothing is left of what was started."""
+def test_equals_in_process(tmp_path, write_config, rows, llama_base):
+    """TLS, node keys, warm trainers; one client is sent the base, and one has a copy. In the end nothing is left running."""
     clients = CLIENTS[:2]
     config = write_config(num_clients=2, num_rounds=2, join_timeout=200, lost_timeout=60, round_timeout=200)
     machines = Machines(tmp_path, config, rows)
@@ -29,8 +29,8 @@ def test_equals_in_process(tmp_path, write_config, rows):
     try:
         server = machines.start_server()
         machines.wait_for("server/registered/site-1.pub", server)  # an earlier start would be in vain
-        for client in clients:
-            machines.start_client(client)
+        machines.start_client("site-0")
+        machines.start_client("site-1", "--base", str(llama_base))
         machines.wait_for_round(1, server)
         running = machines.find_processes()
         assert server.wait() == 0
@@ -44,6 +44,7 @@ def test_equals_in_process(tmp_path, write_config, rows):
     assert {environment["FLWR_TELEMETRY_ENABLED"] for _, environment in running.values()} == {"0"}
     assert {environment["FLWR_DISABLE_UPDATE_CHECK"] for _, environment in running.values()} == {"1"}
     assert not any("--allow-runtime-dependency-installation" in command for command in commands)
+    assert list((tmp_path / "cache-site-0").iterdir()) and not (tmp_path / "cache-site-1").exists()
     records = RoundStore(tmp_path / "out").records()
     assert [record["rejected"] for record in records] == [{}, {}, {}]
     assert_equal(

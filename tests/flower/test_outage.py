@@ -22,7 +22,7 @@ from fedlpp_hf.flower.certificates import make_node_key
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.slow,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found in /proc"),
 ]
 
@@ -37,7 +37,7 @@ def test_outage_and_killed_trainer_cost_nobody_the_round(make_machines, tmp_path
     wire = Wire(machines.port)
     server = machines.start_server()
     intruder = machines.start_client("intruder")
-    clients = [machines.start_client(client, wire.port if client == "site-1" else None) for client in CLIENTS]
+    clients = [machines.start_client(client, port=wire.port if client == "site-1" else None) for client in CLIENTS]
 
     machines.wait_for_round(0, server)
     wire.cut(CUT_SECONDS)
