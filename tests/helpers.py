@@ -31,7 +31,17 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from fedlpp_hf import FederatedConfig, FederatedMixin, FederatedServer, FederatedTrainer, QuantizedBaseCallback
+from fedlpp_hf import (
+    FederatedConfig,
+    FederatedMixin,
+    FederatedServer,
+    FederatedTrainer,
+    QuantizedBaseCallback,
+    RoundStore,
+)
+from fedlpp_hf.flower.loading import load_rows, load_trainer
+from fedlpp_hf.tensors.adapters import adapter_parameters, copy_adapter, read_adapter, write_adapter
+from fedlpp_hf.wire.messages import ClientFailure
 
 
 ROOT = Path(__file__).parents[1]
@@ -353,3 +363,67 @@ def change_tensor(file: Path, name: str, change) -> None:
     tensors = load_file(file)
     tensors[name] = change(tensors[name])
     save_file({key: value for key, value in tensors.items() if value is not None}, file, metadata={"format": "pt"})
+
+
+# --- Federations on disk and over Flower.
+def make_llama_adapter(full_llama: Path, directory: Path, seed: int) -> Path:
+    """An adapter on `full_llama` that is not zero."""
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(full_llama), config)
+    torch.manual_seed(seed)
+    tensors = {key: torch.randn_like(value) / 10 for key, value in copy_adapter(adapter_parameters(model)).items()}
+    write_adapter(directory, tensors, config)
+    return directory
+
+
+def make_federation(output_dir: Path, adapter_dir: Path) -> RoundStore:
+    """The state of a federation of two clients after its first round."""
+    store, config = RoundStore(output_dir), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"])
+    settings = {"num_rounds": 5, "base_bits": 3, "adapter_bits": 2, "broadcast": "every_round", "max_steps": -1}
+    store.create(
+        {"federation_id": "f0", "base_fingerprint": "ab" * 32, "clients": {"a": 3, "b": 1}, "config": settings}
+    )
+    adapter = read_adapter(adapter_dir)[0]
+    for number, (proxy, server) in enumerate([(0.4, 0.5), (0.8, 0.7)]):
+        clients = {"a": {"num_examples": 3, "loss": 2.0}, "b": {"num_examples": 1, "loss": 4.0}} if number else {}
+        record = {"round": number, "clients": clients, "rejected": {}, "seconds": 2.5 * number}
+        record |= {"bytes_down": 2000 * number, "bytes_up": 3000 * number}
+        record["metrics"] = {"proxy": {"eval_accuracy": proxy}, "server": {"eval_accuracy": server}}
+        store.commit(number, adapter, config, {}, record)
+    return store
+
+
+def read_table(text: str) -> list[list[str]]:
+    """The cells of the lines of Markdown tables."""
+    return [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+
+
+def assert_fails_in_one_line(result: tuple[int, str, str], text: str) -> None:
+    """Check exit code, standard output and standard error of a command that can't do what it is told."""
+    code, out, err = result
+    lines = [line for line in err.splitlines() if line.startswith("fedlpp-hf: ")]
+    assert code == 2 and out == "" and len(lines) == 1
+    assert lines[0].startswith("fedlpp-hf: error: ") and text in lines[0] and "Traceback" not in err
+
+
+FINGERPRINT = "a" * 64  # of a base that is only a manifest
+
+
+CLIENTS = [f"site-{number}" for number in range(3)]
+
+
+def run_in_process(config, rows, output_dir, failures=(), flags=(), clients=CLIENTS):
+    """The federation of `config` with all clients in this process; `failures` are (round, client)."""
+    datasets = {client: load_rows(rows / f"{client}.jsonl") for client in clients}
+    flags = ["--output_dir", str(output_dir), *flags]
+    trainer, _ = load_trainer(config, flags, model=None, train_dataset=datasets)
+
+    def train(tasks):
+        for task in tasks:
+            failed = (task.round, task.client_id) in failures
+            yield ClientFailure(task.client_id, "as planned") if failed else trainer.train_client(task)
+
+    trainer.train_remotely(train, {client: len(dataset) for client, dataset in datasets.items()})
+    if trainer.owner is not None:
+        trainer.owner.close()
+    return read_adapter(output_dir)[0]

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from fedlpp_hf.base.export import export_base
-
-from ..helpers import SMALL_MODELS
+from tests.helpers import SMALL_MODELS
 
 
 @pytest.fixture(scope="session")

@@ -23,8 +23,7 @@ from transformers import (
 from fedlpp_hf.base.export import export_base
 from fedlpp_hf.base.load import load_base
 from fedlpp_hf.base.manifest import base_fingerprint, check_base, describe_base, read_manifest
-
-from ..helpers import compute_logits
+from tests.helpers import compute_logits
 
 
 def test_full_precision_is_declared_loudly(full_model, base):

@@ -11,8 +11,7 @@ from transformers import LlamaForCausalLM
 
 from fedlpp_hf.base.export import export_base
 from fedlpp_hf.base.full_model import FullModel
-
-from ..helpers import read_files
+from tests.helpers import read_files
 
 
 def test_pickles_are_not_opened(copied, tmp_path):

@@ -17,8 +17,7 @@ from transformers import (
 from fedlpp_hf.base.export import export_base
 from fedlpp_hf.base.load import load_base
 from fedlpp_hf.base.manifest import base_fingerprint
-
-from ..helpers import compute_logits, model_inputs
+from tests.helpers import compute_logits, model_inputs
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta"])

@@ -10,8 +10,7 @@ import torch
 
 from fedlpp_hf.merge.merge import merge_adapter
 from fedlpp_hf.tensors.adapters import ADAPTER_WEIGHTS
-
-from ..helpers import LORA_KEY, change_tensor, make_pair
+from tests.helpers import LORA_KEY, change_tensor, make_pair
 
 
 def _truncate(full, adapter):

@@ -8,8 +8,7 @@ from peft import PeftModel
 from fedlpp_hf.base.export import export_base
 from fedlpp_hf.base.load import load_base
 from fedlpp_hf.merge.merge import merge_adapter
-
-from ..helpers import make_pair
+from tests.helpers import make_pair
 
 
 def test_an_untied_head_of_the_base_is_the_bases(tmp_path):

@@ -9,8 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from fedlpp_hf.merge.merge import merge_adapter
 from fedlpp_hf.tensors.adapters import read_adapter
-
-from ..helpers import (
+from tests.helpers import (
     ARCHITECTURES,
     LORA_KEY,
     assert_equal_states,

@@ -11,8 +11,7 @@ from peft import PeftModel
 from fedlpp_hf.merge import through_peft
 from fedlpp_hf.merge.merge import merge_adapter
 from fedlpp_hf.tensors.adapters import read_adapter
-
-from ..helpers import ARCHITECTURES, assert_equal_states, build_model, make_pair, merge_with_peft
+from tests.helpers import ARCHITECTURES, assert_equal_states, build_model, make_pair, merge_with_peft
 
 
 @pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["lm_head", "q_proj"]])

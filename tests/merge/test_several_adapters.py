@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from fedlpp_hf.merge.merge import merge_adapter
-
-from ..helpers import make_others, make_pair, merge_with_peft
+from tests.helpers import make_others, make_pair, merge_with_peft
 
 
 def test_adapters_of_other_ranks_and_scales_are_averaged(tmp_path):

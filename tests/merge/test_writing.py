@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM
 from fedlpp_hf.merge import copying, jobs, rows, sinks, writing
 from fedlpp_hf.merge.merge import merge_adapter
 from fedlpp_hf.tensors.adapters import ADAPTER_WEIGHTS
-
-from ..helpers import (
+from tests.helpers import (
     make_pair,
     read_files,
 )

@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""The trainer of the federations in `test_flower.py`, named there by the configuration as users name theirs."""
+"""The trainer of the federations in these tests; their configurations name it as users name theirs."""
 
 from dataclasses import dataclass
 

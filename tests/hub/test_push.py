@@ -1,4 +1,6 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""Pushes to a Hub on loopback: what is sent, copied, refused and resumed, and what the card says."""
+
 import json
 import os
 import shutil
@@ -14,8 +16,8 @@ from fedlpp_hf.base.export import export_base
 from fedlpp_hf.base.full_model import FullModel
 from fedlpp_hf.hub.push import push_adapter, push_merged
 from fedlpp_hf.merge.merge import merge_adapter
-
-from .fake_hub import Hub
+from fedlpp_hf.server.store import SCHEMA_VERSION
+from tests.fake_hub import Hub
 
 
 SOURCE_CARD = "---\nlicense: mit\ntags:\n- stories\nlanguage: en\n---\n# The full model\n"
@@ -211,7 +213,7 @@ def test_a_card_that_the_hub_does_not_take(hub, pair, tmp_path):
     full, adapter = pair
     (full / "README.md").write_text(SOURCE_CARD.replace("mit", "all rights reserved"))
     merge_adapter(full, adapter, tmp_path / "merged")
-    with pytest.raises(ValueError, match="does not take the model card .*license"):
+    with pytest.raises(ValueError, match="does not accept the model card .*license"):
         push_merged(tmp_path / "merged", "owner/merged", source=full)
     assert "owner/merged" not in hub.repos
 
@@ -220,7 +222,7 @@ def test_a_commit_in_between_is_a_conflict(hub, pair, tmp_path, monkeypatch):
     full, adapter = pair
     merge_adapter(full, adapter, tmp_path / "merged")
     repo = hub.add_repo("owner/merged", {})
-    from fedlpp_hf.hub import push as module
+    from fedlpp_hf.hub import upload as module
 
     same = module._is_same
 
@@ -276,7 +278,7 @@ def _merge_into_base(directory):
         (lambda d: (d / "base_manifest.json").write_text("{}"), "base_manifest"),
         (lambda d: (d / "training_args.bin").write_text(""), "training_args"),
         (lambda d: sorted(d.glob("*.safetensors"))[0].unlink(), "index names"),
-        (lambda d: shutil.rmtree(d), "no directory"),
+        (lambda d: shutil.rmtree(d), "not a directory"),
     ],
 )
 def test_what_is_no_merged_model_is_not_pushed(hub, pair, tmp_path, damage, message):
@@ -293,7 +295,11 @@ def test_the_adapter_is_pushed_alone(hub, pair, tmp_path):
     federation = adapter / "_federation"
     (federation / "rounds" / "round-00000").mkdir(parents=True)
     (federation / "rounds" / "round-00000" / "round.json").write_text('{"round": 0}')
-    state = {"schema": 1, "config": {"num_rounds": 3, "base_bits": 4, "adapter_bits": 2}, "clients": {"a": 5, "b": 6}}
+    state = {
+        "schema": SCHEMA_VERSION,
+        "config": {"num_rounds": 3, "base_bits": 4, "adapter_bits": 2},
+        "clients": {"a": 5, "b": 6},
+    }
     (federation / "federation.json").write_text(json.dumps(state))
     (adapter / "training_args.bin").write_text("a token")
     (adapter / "report.md").write_text("# Federation report\n\n| model | loss |\n|---|---|\n| server | 1.5 |\n")
