@@ -37,7 +37,7 @@ from transformers import (
 from benchmarks.convergence import SHARED, compute_accuracy, read_rows
 from benchmarks.encoder import find_encoder
 from fedlpp_hf import AuditReport, FederatedConfig, FederatedTrainer
-from fedlpp_hf.tensors.quantization import FULL_PRECISION
+from fedlpp_hf.tensors.codebooks import FULL_PRECISION
 
 
 STEPS, ROUNDS = 40, 4  # of each client, 8 rows each: 4 × 10, or one run of 40 where nothing is broadcast

@@ -44,6 +44,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from fedlpp_hf.tensors.quantization import dequantize, quantize
+
     from .audit.audit import audit_federation
     from .audit.report import AuditReport
     from .base.export import export_base
@@ -55,7 +57,6 @@ if TYPE_CHECKING:
     from .merge.merge import merge_adapter
     from .server.loop import FederatedServer
     from .server.store import RoundStore
-    from .tensors.quantization import dequantize, quantize
     from .trainer.federated import FederatedMixin, FederatedTrainer
 
 

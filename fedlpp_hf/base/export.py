@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from ..tensors.quantization import FULL_PRECISION, check_bits
+from ..tensors.codebooks import FULL_PRECISION, check_bits
 from ..tensors.threads import map_in_order, tensor_threads
 from .directory import COMPANIONS, ShardWriter, new_base_directory, write_companions
 from .full_model import FullModel

@@ -5,7 +5,7 @@ import zlib
 
 import torch
 
-from ..tensors.quantization import pack_codes, packed_size, unpack_codes
+from ..tensors.packing import pack_codes, packed_size, unpack_codes
 
 
 _WORTH = 0.95  # of the packed size; what saves less stays as it is

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..tensors.codebooks import codebook, nf4_subset
 from ..tensors.files import read_tensor
-from ..tensors.quantization import codebook, look_up, nf4_subset, restore_from_levels, round_to_levels
+from ..tensors.packing import look_up
+from ..tensors.quantization import restore_from_levels, round_to_levels
 from ..tensors.threads import map_in_order, tensor_threads
 from .directory import new_base_directory
 from .huffman import restore_codes, shrink_codes

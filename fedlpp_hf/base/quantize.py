@@ -8,15 +8,9 @@ from typing import Any
 import torch
 from bitsandbytes.functional import QuantState, get_4bit_type, int8_vectorwise_quant, quantize_blockwise
 
-from ..tensors.quantization import (
-    FULL_PRECISION,
-    codebook,
-    look_up,
-    nf4_subset,
-    packed_size,
-    restore_from_levels,
-    round_to_levels,
-)
+from ..tensors.codebooks import FULL_PRECISION, codebook, nf4_subset
+from ..tensors.packing import look_up, packed_size
+from ..tensors.quantization import restore_from_levels, round_to_levels
 
 
 _NESTED_BLOCK_SIZE = 256

@@ -12,7 +12,8 @@ from ..config.federated import FederatedConfig
 from ..config.options import card_labels
 from ..server.store import FEDERATION_DIR, FEDERATION_FILE, RoundStore
 from ..tensors.adapters import ADAPTER_CONFIG, lora_factors, read_adapter
-from ..tensors.quantization import BITS, packed_size
+from ..tensors.codebooks import BITS
+from ..tensors.packing import packed_size
 from .metrics import main_metric, mean_client_loss
 from .tables import format_bytes, format_table
 from .text import find_warnings

@@ -29,7 +29,7 @@ from ..processes.workers import ClientWorkers
 from ..report.rounds import RoundReporter
 from ..server.loop import FederatedServer, TrainClients
 from ..server.store import FEDERATION_DIR, RoundStore
-from ..tensors.quantization import FULL_PRECISION
+from ..tensors.codebooks import FULL_PRECISION
 from ..wire.encoding import encode_message
 from ..wire.messages import ClientFailure, ClientTask, ClientUpdate
 from .local_run import LocalRunMixin

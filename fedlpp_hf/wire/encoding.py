@@ -16,8 +16,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from ..tensors.codebooks import check_bits
 from ..tensors.files import DTYPES, MAX_HEADER_BYTES
-from ..tensors.quantization import QuantizedTensor, check_bits, dequantize, packed_size
+from ..tensors.packing import packed_size
+from ..tensors.quantization import QuantizedTensor, dequantize
 
 
 SCHEMA_VERSION = 2

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from fedlpp_hf.base.huffman import restore_codes, shrink_codes
-from fedlpp_hf.tensors.quantization import codebook, pack_codes, packed_size, round_to_levels
+from fedlpp_hf.tensors.codebooks import codebook
+from fedlpp_hf.tensors.packing import pack_codes, packed_size
+from fedlpp_hf.tensors.quantization import round_to_levels
 
 
 def gaussian_codes(bits, count=2**16):

@@ -15,7 +15,7 @@ from fedlpp_hf.base.kernels import keep_layout_
 from fedlpp_hf.base.load import load_base
 from fedlpp_hf.base.manifest import describe_base, read_manifest
 from fedlpp_hf.base.quantize import pack_nibbles, quantize_nf4, unpack_nibbles
-from fedlpp_hf.tensors.quantization import codebook, nf4_subset
+from fedlpp_hf.tensors.codebooks import codebook, nf4_subset
 from tests.helpers import SMALL_MODELS, compute_logits
 
 

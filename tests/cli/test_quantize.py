@@ -4,8 +4,8 @@
 from fedlpp_hf.base.manifest import read_manifest
 from fedlpp_hf.cli.arguments import BITS
 from fedlpp_hf.report.text import format_bytes
-from fedlpp_hf.tensors.quantization import BITS as CODEBOOKS
-from fedlpp_hf.tensors.quantization import check_bits
+from fedlpp_hf.tensors.codebooks import BITS as CODEBOOKS
+from fedlpp_hf.tensors.codebooks import check_bits
 
 
 def test_makes_the_base_that_the_function_makes(run, full_llama, llama_base, tmp_path):
