@@ -131,7 +131,7 @@ def test_imports_are_found_where_they_are():
     assert {"server.loop", "processes.owner", "trainer.local_run"} <= ours
     assert {"torch", "transformers", "peft"} <= others
     assert "bitsandbytes" in find_imports("client.checks")[1]  # inside a function
-    assert "merge.merge" in find_imports("report.inspection")[0]  # for type checkers only
+    assert "merge.report" in find_imports("report.inspection")[0]  # for type checkers only
     assert "aggregation.mean" in reach("server.loop")  # through aggregation.rules
 
 
