@@ -152,18 +152,19 @@ def find_flower_methods() -> dict[str, Method]:
 def find_other_methods(shapes: dict[str, tuple[int, int]]) -> dict[str, Method]:
     zeros = {key: torch.zeros(shape) for key, shape in shapes.items()}
 
-    def run(rule: str, robust: str = "none") -> Method:
-        def aggregate_files(paths: list[Path]) -> object:
-            files = [TensorFile(path) for path in paths]
-            return aggregate(
-                rule,
-                RoundUpdates(files, [1.0] * len(files), zeros, zeros, LoraConfig(r=RANK), num_attackers=1),
-                robust,
-            )
+    def run(rule: str, robust: str = "none", num_attackers: int = 0) -> Method:
+        def method(paths: list[Path]) -> None:
+            files, weights = [TensorFile(path) for path in paths], [1.0] * len(paths)
+            updates = RoundUpdates(files, weights, zeros, zeros, LoraConfig(r=RANK), num_attackers=num_attackers)
+            aggregate(rule, updates, robust)
 
-        return aggregate_files
+        return method
 
-    return {"exact": run("exact"), "multi_krum": run("fedavg", "multi_krum"), "median": run("fedavg", "median")}
+    return {
+        "exact": run("exact"),
+        "multi_krum": run("fedavg", robust="multi_krum", num_attackers=1),
+        "median": run("fedavg", robust="median"),
+    }
 
 
 def measure(methods: dict[str, Method], files: list[Path], paths: list[Path], repeats: int, values: int) -> None:

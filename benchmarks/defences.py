@@ -24,13 +24,16 @@ from transformers import AutoModelForCausalLM, Trainer
 from benchmarks.convergence import SHARED
 from benchmarks.privacy_frontier import STEPS, STORIES, prepare_stories, read_lines, warm_up, write_lines
 from fedlpp_hf import FederatedConfig, FederatedTrainer, export_base
-from fedlpp_hf.aggregation.rules import aggregate, average_updates
-from fedlpp_hf.aggregation.variate import average_repairs
-from fedlpp_hf.privacy.clipping import update_norm
-from fedlpp_hf.processes.owner import Owner
-from fedlpp_hf.tensors.adapters import lora_factors
-from fedlpp_hf.tensors.quantization import codebook, nf4_subset, restore_from_levels, round_to_levels
-from fedlpp_hf.wire.messages import ClientTask, restore_tensors
+from fedlpp_hf.aggregation.mean import average_updates
+from fedlpp_hf.aggregation.round import RoundUpdates
+from fedlpp_hf.aggregation.rules import aggregate
+from fedlpp_hf.aggregation.variate import average_variates
+from fedlpp_hf.processes.owner import OwnerProcess
+from fedlpp_hf.tensors.adapters import global_norm, lora_factors
+from fedlpp_hf.tensors.codebooks import codebook, nf4_subset
+from fedlpp_hf.tensors.quantization import restore_from_levels, round_to_levels
+from fedlpp_hf.wire.encoding import restore_tensors
+from fedlpp_hf.wire.messages import ClientTask
 
 
 Adapter = dict[str, torch.Tensor]
@@ -60,10 +63,10 @@ def loss_of(metrics: Mapping[str, float]) -> float:
     return metrics["eval_loss"]
 
 
-def move(start: Adapter, delta: Adapter, repair: Adapter | None = None, coefficient: float = 1.0) -> Adapter:
-    """θ₀ + Δ̄ − coefficient · repair."""
+def move(start: Adapter, delta: Adapter, variate: Adapter | None = None, coefficient: float = 1.0) -> Adapter:
+    """θ₀ + Δ̄ − coefficient · variate."""
     return {
-        key: value + delta[key] - (coefficient * repair[key] if repair is not None else 0.0)
+        key: value + delta[key] - (coefficient * variate[key] if variate is not None else 0.0)
         for key, value in start.items()
     }
 
@@ -94,7 +97,7 @@ def relabel(rows: Dataset, data: Mapping[str, Any]) -> Dataset:
 def try_estimates(
     data: Mapping[str, Any], other_rows: Mapping[str, Dataset], bits: int, seed: int, scratch: Path
 ) -> Lines:
-    """The owner's estimate of the repair, from what rows, of how many runs, and with what coefficient."""
+    """The owner's estimate of the control variate, from what rows, of how many runs, and with what coefficient."""
     trainer = make_trainer(
         data, scratch / "estimates", seed, base_bits=bits, num_rounds=1, max_steps=STEPS, broadcast="never"
     )
@@ -109,15 +112,15 @@ def try_estimates(
     yield "no variate", evaluate(move(start, delta))
     for rows in ("the owner's rows", *other_rows):
         dataset = other_rows.get(rows, data["owner_dataset"])
-        owner = Owner(dataclasses.replace(trainer._blueprint, owner_dataset=dataset))
-        repairs = [owner.estimate_repair(start, 1, [seed * RUNS + run])[0] for run in range(RUNS)]
+        owner = OwnerProcess(dataclasses.replace(trainer.blueprint, owner_dataset=dataset))
+        estimates = [owner.estimate_variate(start, 1, [seed * RUNS + run])[0] for run in range(RUNS)]
         owner.close()
         for runs in (1, RUNS):
             for coefficient in (0.5, 1.0):
                 name = f"variate of {rows}, {runs} run{'s' * (runs > 1)}, coefficient {coefficient}"
-                yield name, evaluate(move(start, delta, average_updates(repairs[:runs], [1.0] * runs), coefficient))
-        mean, share = average_repairs(repairs)
-        yield f"variate of {rows}, {RUNS} runs: share that is no chance (no loss)", share
+                yield name, evaluate(move(start, delta, average_updates(estimates[:runs], [1.0] * runs), coefficient))
+        mean, share = average_variates(estimates)
+        yield f"variate of {rows}, {RUNS} runs: share that is not chance (no loss)", share
         yield (
             f"variate of {rows}, {RUNS} runs, coefficient by that share",
             evaluate(move(start, delta, mean, share)),
@@ -128,7 +131,7 @@ def try_estimates(
 
 @torch.no_grad()
 def try_error_aware_merge(data: Mapping[str, Any], trainer: Any, delta: Adapter, start: Adapter, bits: int) -> Lines:
-    """The owner knows E = W − Q(W): is the repair the part of ΔW along it? Layer by layer it is taken out of W + ΔW."""
+    """The owner knows E = W − Q(W): is the control variate the part of ΔW along it? Layer by layer it is taken out of W + ΔW."""
     model = AutoModelForCausalLM.from_pretrained(data["full_model"])
     adapter = move(start, delta)
     inner, updates, errors = 0.0, 0.0, 0.0
@@ -169,10 +172,8 @@ def try_compensation(data: Mapping[str, Any], bits: int, seed: int, scratch: Pat
         task = ClientTask("defences", 1, 1, client, 100 * seed + number, trainer.guard.fingerprint, proxy=sent)
         updates.append(restore_tensors(trainer.train_client(task).delta))
     # The product moves by the mean step of the clients from what they were sent, which so never gets into the server's.
-    result = aggregate(
-        "exact", updates, [len(rows) for rows in trainer.client_datasets.values()], adapter=initial, proxy=sent,
-        peft_config=trainer.model.peft_config["default"],
-    )  # fmt: skip
+    weights = [len(rows) for rows in trainer.client_datasets.values()]
+    result = aggregate("exact", RoundUpdates(updates, weights, sent, initial, trainer.model.peft_config["default"]))
     adapter = {key: value + result.delta.get(key, 0.0) for key, value in initial.items()}
     yield "server, compensation taken off", loss_of(trainer.owner.evaluate(adapter, result.residual))
     trainer.owner.close()
@@ -205,7 +206,7 @@ def try_mixed_bits(data: Mapping[str, Any], name: str, seed: int, scratch: Path)
 
 
 def try_steps(data: Mapping[str, Any], bits: int, seed: int, scratch: Path) -> Lines:
-    """Local steps in the one round, and how much of the update is repair."""
+    """Local steps in the one round, and how much of the update is the quantizer's."""
     for steps in (10, 20, STEPS, 2 * STEPS):
         trainer = make_trainer(
             data, scratch / "steps", seed, base_bits=bits, num_rounds=1, max_steps=steps, broadcast="never"
@@ -213,10 +214,10 @@ def try_steps(data: Mapping[str, Any], bits: int, seed: int, scratch: Path) -> L
         trainer.train()
         start, _ = trainer.server.store.load(0)
         delta = {key: value - start[key] for key, value in trainer.server.adapter.items()}
-        repair, _ = trainer.owner.estimate_repair(start, 1, [seed * RUNS + run for run in range(RUNS)])
-        yield f"{steps} steps: ‖repair‖/‖Δ̄‖ (no loss)", update_norm(repair) / update_norm(delta)
+        variate, _ = trainer.owner.estimate_variate(start, 1, [seed * RUNS + run for run in range(RUNS)])
+        yield f"{steps} steps: ‖variate‖/‖Δ̄‖ (no loss)", global_norm(variate) / global_norm(delta)
         yield f"{steps} steps: no variate", loss_of(trainer.owner.evaluate(move(start, delta)))
-        yield f"{steps} steps: variate of {RUNS} runs", loss_of(trainer.owner.evaluate(move(start, delta, repair)))
+        yield f"{steps} steps: variate of {RUNS} runs", loss_of(trainer.owner.evaluate(move(start, delta, variate)))
         trainer.owner.close()
 
 

@@ -3,12 +3,12 @@
 
     python -m benchmarks.export [--gigabytes 0.5] [--bits 4 3 2 1] [--repeats 5] [--threads 2]
 
-Writes a float32 Llama of random weights in shards, which stay in the page cache, and works on it by every method in turn:
-`read` reads the files; `bitsandbytes` quantizes its Linears by `quantize_4bit` and keeps nothing; `transformers` is
+Writes a float32 Llama of random weights in shards, which stay in the page cache, and runs every method on it in turn:
+`read` reads the files; `bitsandbytes` quantizes the Linears by `quantize_4bit` and keeps nothing; `transformers` is
 `from_pretrained(quantization_config=...)` and `save_pretrained`; `export` is `export_base`, which also hashes what it
-writes, and `pack` and `unpack` are `pack_base` and `unpack_base`. Then an adapter of 42 M parameters is quantized and
-dequantized. Rates are millions of parameters per second of the clock and per second of the processor; ratios are those of
-rates to that of `export` (or `quantize`) in the same turn. On a machine that has other work look at the processor's.
+writes; `pack` and `unpack` are `pack_base` and `unpack_base`. Then an adapter of 42 M parameters is quantized and
+dequantized. Rates are in millions of parameters per second of the clock and of the processor; ratios are to the rate of
+`export` (or `quantize`) in the same turn. On a machine that has other work, look at the processor's.
 """
 
 import argparse

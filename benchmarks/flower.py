@@ -1,11 +1,11 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""What a round over Flower costs over the same round in one process: the transport, with warm trainers and without.
+"""Measure what Flower adds to a round, compared to the same round in one process, with warm trainers or without.
 
     python -m benchmarks.flower [--clients 2] [--rounds 4] [--cold]
 
 Server and clients run on this machine as users start them, over TLS with node keys. The model is a Llama of 2 layers, so
-that training is next to nothing and the transport nearly all. The first round, in which trainers warm up, is left out.
-The machine's own load counts: the processes of all clients share its cores, which no federation's do.
+training takes almost no time and transport nearly all. The first round, in which trainers start, is left out. All
+clients share this machine's cores, unlike in a real federation, and any other load on it counts.
 """
 
 import argparse
@@ -113,7 +113,9 @@ def read_peak_memory(pid_file: Path) -> int:
 
 
 def median_round(output_dir: Path) -> float:
-    rounds = sorted((output_dir / "_federation" / "rounds").iterdir())[2:]  # without the start and the first round
+    rounds = sorted((output_dir / "_federation" / "rounds").iterdir())[
+        2:
+    ]  # without the initial state and the first round
     return statistics.median(json.loads((path / "round.json").read_text())["seconds"] for path in rounds)
 
 

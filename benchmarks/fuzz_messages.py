@@ -30,7 +30,7 @@ from fedlpp_hf import FederatedConfig
 from fedlpp_hf.server.admission import Admission
 from fedlpp_hf.tensors.quantization import QuantizedTensor, quantize
 from fedlpp_hf.wire.compression import GAPS, VALUES, compress_update
-from fedlpp_hf.wire.encoding import _digest, restore_tensors
+from fedlpp_hf.wire.encoding import compute_digest, restore_tensors
 from fedlpp_hf.wire.messages import ClientTask, ClientUpdate, LocalOptions
 
 
@@ -52,7 +52,7 @@ def make_messages() -> list[tuple[Message, ClientTask | None]]:
         for place, bits in enumerate((1, 2, 3, 4, 8, 2))
     }
     task = ClientTask("federation", 3, 10, "client-1", 7, "ab" * 32, quantized, LocalOptions(clip_norm=2.0))
-    empty = dataclasses.replace(task, proxy=None, options=LocalOptions())
+    empty = dataclasses.replace(task, proxy=None)
     adapter = make_adapter()
     updates = [
         (task, {key: tensor.half() if "head" in key else tensor for key, tensor in adapter.items()}),
@@ -146,7 +146,7 @@ def rewrite_header(data: bytes, chance: random.Random, forge: bool) -> bytes:
         body.pop("sha256", None)
         # What is not even safetensors must be refused without a checksum, too.
         with contextlib.suppress(SafetensorError, KeyError, RuntimeError, TypeError, ValueError):
-            body["sha256"] = _digest(body, load(_join(header, buffer)))
+            body["sha256"] = compute_digest(body, load(_join(header, buffer)))
     header["__metadata__"]["fedlpp_hf"] = json.dumps(body, sort_keys=True)
     return _join(header, buffer)
 
@@ -159,7 +159,7 @@ def rewrite_tensors(data: bytes, chance: random.Random) -> bytes:
         buffer[chance.randrange(len(buffer))] = chance.choice((0, 127, 128, 254, 255, chance.randrange(256)))
     body = json.loads(header["__metadata__"]["fedlpp_hf"])
     del body["sha256"]
-    body["sha256"] = _digest(body, load(_join(header, bytes(buffer))))
+    body["sha256"] = compute_digest(body, load(_join(header, bytes(buffer))))
     header["__metadata__"]["fedlpp_hf"] = json.dumps(body, sort_keys=True)
     return _join(header, bytes(buffer))
 

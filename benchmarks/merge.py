@@ -1,12 +1,12 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """How fast an adapter gets into a full model: this library, PEFT, a plain stream, and the floor, copying the files.
 
-    python benchmarks/merge.py --gigabytes 1 --dtypes float32 bfloat16 --repeats 5
+    python -m benchmarks.merge --gigabytes 1 --dtypes float32 bfloat16 --repeats 5
 
-Writes a Llama of random weights in shards, merges with every method in turn, each in a fresh process with the source in
-the page cache and the destination not synced, and prints medians as ratios to the floor, with the peak of anonymous and
-resident memory: of the whole process, and of the merge above what the imports take. Processor time is what to look at
-on a machine that has other work: there, seconds say little.
+Writes a Llama of random weights in shards and merges with every method in turn, each in a fresh process, with the source
+in the page cache and the destination not synced. Prints medians as ratios to the floor, and the peak of anonymous and
+resident memory, of the whole process and above what the imports take. On a machine that has other work, look at
+processor time: there, seconds say little.
 """
 
 import argparse
@@ -136,7 +136,7 @@ def run_method(method: str, full: Path, adapter: Path, out: Path, threads: int, 
                 save_file(merged, out / shard.name, metadata={"format": "pt"})
 
     elif method == "ours":
-        from fedlpp_hf.merge.streaming import merge_adapter
+        from fedlpp_hf.merge.merge import merge_adapter
 
         def merge():
             merge_adapter(full, adapter, out, threads=threads, sync=sync)
@@ -175,7 +175,7 @@ def measure(methods: list[str], full: Path, adapter: Path, scratch: Path, args: 
                     while file.read(1 << 24):
                         pass
             out = scratch / "out"
-            command = [sys.executable, __file__, "--run", method, str(full), str(adapter), str(out)]
+            command = [sys.executable, "-m", "benchmarks.merge", "--run", method, str(full), str(adapter), str(out)]
             flags = ["--threads", str(args.threads)] + ["--sync"] * args.sync
             printed = subprocess.run(command + flags, check=True, capture_output=True, text=True).stdout
             runs[method].append(json.loads(printed.splitlines()[-1]))

@@ -28,16 +28,16 @@ from datasets import Dataset
 from peft import LoraConfig
 from benchmarks.many_clients import make_base
 from fedlpp_hf import FederatedConfig, FederatedTrainer
-from fedlpp_hf.messages import ClientUpdate
+from fedlpp_hf.wire.messages import ClientUpdate
 
 class IdleTrainer(FederatedTrainer):
     def train_client(self, task):
         ids, metrics = (task.federation_id, task.round, task.client_id, task.base_fingerprint), {"loss": 0, "steps": 1}
         return ClientUpdate(*ids, 1, task.proxy_tensors(), metrics)
 
-    def _train_clients(self, tasks):
+    def train_clients(self, tasks):
         print("round")
-        yield from super()._train_clients(tasks)
+        yield from super().train_clients(tasks)
 
 clients, rounds = map(int, sys.argv[1:])
 args = FederatedConfig(

@@ -37,13 +37,12 @@ from transformers import (
 from benchmarks.convergence import SHARED, compute_accuracy, read_rows
 from benchmarks.encoder import find_encoder
 from fedlpp_hf import AuditReport, FederatedConfig, FederatedTrainer
-from fedlpp_hf.tensors.quantization import FULL_PRECISION
+from fedlpp_hf.tensors.codebooks import FULL_PRECISION
 
 
 STEPS, ROUNDS = 40, 4  # of each client, 8 rows each: 4 × 10, or one run of 40 where nothing is broadcast
 EVERY: dict[str, Any] = {"num_rounds": ROUNDS, "max_steps": STEPS // ROUNDS, "adapter_bits": 4}
 NEVER: dict[str, Any] = {"num_rounds": 1, "max_steps": STEPS, "broadcast": "never"}
-FITTED = {**NEVER, "fit_server_step": True}
 VARIATE = {"control_variate": 1.0}
 FOUR = {**VARIATE, "control_variate_runs": 4}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -51,24 +50,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "every round, 4 bits, one variate": {**EVERY, **VARIATE, "base_bits": 4},
     "every round, 4 bits, four variates": {**EVERY, **FOUR, "base_bits": 4},
     "every round, 4 bits, proxies of 2 bits": {**EVERY, "base_bits": 4, "adapter_bits": 2},
-    "every round, 4 bits, keyed proxies of 2 bits": {
-        **EVERY, "base_bits": 4, "adapter_bits": 2, "keyed_rounding": True
-    },
-    "every round, 4 bits, 2 of 8 ranks sent": {**EVERY, "base_bits": 4, "aggregation": "exact", "client_ranks": 2},
-    "every round, 4 bits, every second sent": {**EVERY, **FOUR, "base_bits": 4, "broadcast": "2"},
     "every round, 3 bits": {**EVERY, "base_bits": 3},
     "every round, 3 bits, one variate": {**EVERY, **VARIATE, "base_bits": 3},
     "every round, 3 bits, four variates": {**EVERY, **FOUR, "base_bits": 3},
     "nothing, full precision": {**NEVER, "base_bits": FULL_PRECISION, "adapter_bits": FULL_PRECISION},
-    "nothing, 4 bits, fitted step": {**FITTED, "base_bits": 4},
-    "nothing, 4 bits, one variate, fitted step": {**FITTED, **VARIATE, "base_bits": 4},
     "nothing, 4 bits, four variates": {**NEVER, **FOUR, "base_bits": 4},
     "nothing, 4 bits, four variates, 120 steps": {**NEVER, **FOUR, "base_bits": 4, "max_steps": 3 * STEPS},
-    "nothing, 4 bits, four variates, fitted step": {**FITTED, **FOUR, "base_bits": 4},
-    "nothing, 3 bits, fitted step": {**FITTED, "base_bits": 3},
-    "nothing, 3 bits, one variate, fitted step": {**FITTED, **VARIATE, "base_bits": 3},
     "nothing, 3 bits, four variates": {**NEVER, **FOUR, "base_bits": 3},
-    "nothing, 2 bits, one variate, fitted step": {**FITTED, **VARIATE, "base_bits": 2},
     "nothing, 2 bits, four variates": {**NEVER, **FOUR, "base_bits": 2},
 }  # fmt: skip
 QUICK = (
@@ -166,9 +154,6 @@ def run_setting(
     began = time.perf_counter()
     data = dict(data)
     setting = dict(SETTINGS[name])
-    if "client_ranks" in setting:
-        clients = set(data["train_dataset"]["domain"])
-        setting["client_ranks"] = dict.fromkeys(sorted(clients), setting["client_ranks"])
     args = FederatedConfig(
         str(scratch / f"{task}-{seed}"),
         **setting,

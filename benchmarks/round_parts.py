@@ -5,8 +5,7 @@
 
 The round, the model and the loop of benchmarks.round_overhead, on one thread, but the model's forward is a sum over the
 adapter: what is around it would drown in the noise of a real one. A timer of processor time interrupts the work, and each
-interruption counts for the innermost function on the stack that has a part of its own. `before` is the round when the
-model is walked anew wherever the Trainer asks it for modules, parameters or modes, as a plain Trainer does.
+interruption counts for the innermost function on the stack that has a part of its own.
 """
 
 import argparse
@@ -16,13 +15,10 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
-from unittest import mock
 
 import torch
-from transformers import Trainer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from benchmarks.round_overhead import make_trainer, run_bare_loop
@@ -40,7 +36,6 @@ PARTS = {
         "callbacks.on_train_end",
     ],
     "setting the mode": ["module.train"],
-    "listing modules and parameters": ["remember_walks_"],
     "a dataloader": ["get_train_dataloader", "dataloader.__init__"],
     "an optimizer and a schedule": ["create_optimizer", "create_scheduler", "get_scheduler", "adamw.__init__"],
     "wrapping model and optimizer": ["_prepare_for_training"],
@@ -90,8 +85,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10, help="of the processor, for each column")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print("| milliseconds of the processor | round of 1 step | bare loop | before | round of", end=" ")
-    print(f"{options.steps} steps | bare loop | before |\n|---|---|---|---|---|---|---|")
+    print("| milliseconds of the processor | round of 1 step | bare loop | round of", end=" ")
+    print(f"{options.steps} steps | bare loop |\n|---|---|---|---|---|")
     columns = []
     for steps in (1, options.steps):
         with tempfile.TemporaryDirectory() as folder:
@@ -115,11 +110,6 @@ def main() -> None:
             run_bare_loop(trainer, task, steps)
 
         columns += [sample(run_round, options.seconds), sample(run_loop, options.seconds)]
-        with (
-            mock.patch("fedlpp_hf.trainer.federated.remember_walks_", lambda _: nullcontext()),
-            mock.patch.object(FederatedTrainer, "_clip_grad_norm", Trainer._clip_grad_norm),
-        ):
-            columns.append(sample(run_round, options.seconds))
         gc.unfreeze()
     for part in [*PARTS, REST, "in all"]:
         print(f"| {part} | " + " | ".join(f"{column.get(part, 0.0):.1f}" for column in columns) + " |")

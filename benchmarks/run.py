@@ -43,11 +43,10 @@ BENCHMARKS = (
     Benchmark(
         "round_parts",
         "Where a round's milliseconds go",
-        "The same round and loop without the model's own work, sampled. `before`: a Trainer walks all modules of the model in each "
-        "step, to set their mode, to clip and to clear gradients, and as often again before the first; a client's run "
-        "remembers the walk, and clips the adapter alone. What is left in a step is accelerate's optimizer around the optimizer, one "
-        "more parameter group, and the Trainer's batches and loss; in a round it is the guard (which loads the proxy, takes Δ and "
-        "checks the version of each frozen parameter), the lists of modules, and what wraps the model.",
+        "The same round and loop without the model's own work, sampled. In each step a Trainer walks all modules of the model, to set "
+        "their mode and to clear gradients; a client's run clips the adapter alone. What is left in a step is accelerate's optimizer "
+        "around the optimizer, one more parameter group, and the Trainer's batches and loss; in a round it is the guard (which loads "
+        "the proxy, takes Δ and checks the version of each frozen parameter), and what wraps the model.",
         ("--seconds", "6"),
         ("--seconds", "30"),
     ),

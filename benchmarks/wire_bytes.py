@@ -28,12 +28,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.encoder import find_encoder
 from fedlpp_hf import FederatedConfig, export_base
-from fedlpp_hf.base.entropy import shrink_codes
+from fedlpp_hf.base.huffman import shrink_codes
 from fedlpp_hf.base.packing import pack_base
-from fedlpp_hf.base.tensors import unpack_nibbles
+from fedlpp_hf.base.quantize import unpack_nibbles
 from fedlpp_hf.config.arguments import read_yaml
 from fedlpp_hf.tensors.adapters import adapter_parameters
-from fedlpp_hf.tensors.quantization import codebook, pack_codes, packed_size, quantize_tensors, round_to_levels
+from fedlpp_hf.tensors.codebooks import codebook
+from fedlpp_hf.tensors.packing import pack_codes, packed_size
+from fedlpp_hf.tensors.quantization import quantize_tensors, round_to_levels
 from fedlpp_hf.wire.compression import compress_update
 from fedlpp_hf.wire.messages import ClientTask, ClientUpdate
 

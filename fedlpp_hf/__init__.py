@@ -17,11 +17,11 @@ _EXPORTS = {
     "QuantizedBaseCallback": "client.guard",
     "RoundStore": "server.store",
     "audit_federation": "audit.audit",
-    "describe_base": "base.export",
+    "describe_base": "base.manifest",
     "dequantize": "tensors.quantization",
     "export_base": "base.export",
-    "load_base": "base.export",
-    "merge_adapter": "merge.streaming",
+    "load_base": "base.load",
+    "merge_adapter": "merge.merge",
     "parse_args": "config.arguments",
     "quantize": "tensors.quantization",
 }
@@ -44,16 +44,19 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from fedlpp_hf.tensors.quantization import dequantize, quantize
+
     from .audit.audit import audit_federation
     from .audit.report import AuditReport
-    from .base.export import describe_base, export_base, load_base
+    from .base.export import export_base
+    from .base.load import load_base
+    from .base.manifest import describe_base
     from .client.guard import QuantizedBaseCallback
     from .config.arguments import parse_args
     from .config.federated import FederatedConfig
-    from .merge.streaming import merge_adapter
+    from .merge.merge import merge_adapter
     from .server.loop import FederatedServer
     from .server.store import RoundStore
-    from .tensors.quantization import dequantize, quantize
     from .trainer.federated import FederatedMixin, FederatedTrainer
 
 

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
+    set_seed,
 )
 
 from fedlpp_hf import parse_args
@@ -97,6 +98,7 @@ def main() -> None:
     name = arguments.model_name_or_path or str(find_package_model())
     tokenizer = AutoTokenizer.from_pretrained(name)
     rows = read_rows(arguments.train_data, arguments.train_split)
+    set_seed(args.seed)  # a head that the checkpoint lacks is drawn when the model is loaded
     if arguments.task == "sequence_classification":
         labels = rows[arguments.label_column]
         names = json.loads(Path(arguments.class_names).read_text()) if arguments.class_names else None

@@ -7,8 +7,8 @@
 
 Hardware: two CPU cores and 4 GB of memory are enough for the quickstart. Expected: see the head of its config.
 
-This script is the clients' side. `model_name_or_path` may name the owner's full model: then a process of its own plays
-the owner, and this one sees no weights but the quantized base. The model must have a head for the task's labels already
+This script is the clients' side. `model_name_or_path` may name the owner's full model: then a separate owner process
+opens it, and this one sees no weights but the quantized base. The model must have a head for the task's labels already
 (`owner_warmup.py` makes one). Rows come from the Hub or from a file; any flag overrides the config.
 """
 
@@ -33,7 +33,7 @@ class RecipeArguments:
     eval_data: str = field(metadata={"help": "As train_data: the rows that every round is evaluated on."})
     owner_data: str | None = field(
         default=None,
-        metadata={"help": "As train_data: the owner's own rows, for `fit_server_step` and `control_variate`."},
+        metadata={"help": "As train_data: the owner's rows, for `control_variate`."},
     )
     data_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
     train_split: str = field(default="train", metadata={"help": "Split of train_data, if it is on the Hub."})

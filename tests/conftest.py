@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import _http
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from fedlpp_hf.base.export import export_base
+from tests.fake_hub import run_hub
 from tests.helpers import VOCABULARY
 
 
@@ -70,3 +73,21 @@ def full_bert(tmp_path_factory) -> Path:
 @pytest.fixture
 def lora() -> LoraConfig:
     return LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub on loopback that huggingface_hub takes for the only one, with a writer's token."""
+    with run_hub() as server:
+        for module_values in (
+            (constants, "ENDPOINT", server.url),
+            (constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"),
+            (constants, "HF_HUB_OFFLINE", False),
+            (constants, "HF_HUB_DISABLE_XET", True),
+            (constants, "HF_HUB_CACHE", str(tmp_path / "cache")),
+            (_http.time, "sleep", lambda seconds: None),  # retries wait for real Hubs
+        ):
+            monkeypatch.setattr(*module_values)
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("HF_TOKEN", "writer")
+        yield server

@@ -131,7 +131,7 @@ def test_imports_are_found_where_they_are():
     assert {"server.loop", "processes.owner", "trainer.local_run"} <= ours
     assert {"torch", "transformers", "peft"} <= others
     assert "bitsandbytes" in find_imports("client.checks")[1]  # inside a function
-    assert "merge.streaming" in find_imports("report.inspection")[0]  # for type checkers only
+    assert "merge.report" in find_imports("report.inspection")[0]  # for type checkers only
     assert "aggregation.mean" in reach("server.loop")  # through aggregation.rules
 
 
@@ -255,8 +255,8 @@ def find_unpickling(name: str) -> Iterator[int]:
             yield node.value.lineno
 
 
-def test_nothing_is_unpickled():
-    assert {name: lines for name in FILES if (lines := list(find_unpickling(name)))} == {}
+def test_nothing_is_unpickled_but_what_a_parent_gives_its_own_child():
+    assert [name for name in FILES if list(find_unpickling(name))] == ["processes.child"]
 
 
 # Everything that is heavy or optional must wait until it is used. One interpreter, lightest import first.

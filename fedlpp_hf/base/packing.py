@@ -1,39 +1,46 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""A base as one file of the size of its information, for sending: unpacked, it is the same base to the bit."""
+"""Packing a base into one file to send, as small as its information; unpacked, it is bit-identical."""
 
 import json
 import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..tensors.quantization import codebook, look_up, nf4_subset, restore_from_levels, round_to_levels
+from ..tensors.codebooks import codebook, nf4_subset
+from ..tensors.files import read_tensor
+from ..tensors.packing import look_up
+from ..tensors.quantization import restore_from_levels, round_to_levels
 from ..tensors.threads import map_in_order, tensor_threads
-from .entropy import restore_codes, shrink_codes
-from .manifest import BASE_MANIFEST, check_base, new_base_directory, write_json
-from .tensors import pack_nibbles, unpack_nibbles
+from .directory import new_base_directory
+from .huffman import restore_codes, shrink_codes
+from .manifest import BASE_MANIFEST, check_base, write_json
+from .quantize import pack_nibbles, unpack_nibbles
+from .shards import parse_shard, read_shard
 
 
 def pack_base(base_dir: str | os.PathLike, file: str | os.PathLike) -> int:
-    """Write a base into one safetensors file and return its bytes.
+    """Pack a base into one safetensors file. Returns its size in bytes.
 
-    Codes take the bits that the base was exported with (ternary 1.6) or fewer ([`shrink_codes`]), scales the dtype of the
-    full model; every tensor is bytes, because what they stand for is in the manifest, which the file carries too. A few
-    tensors are in memory at a time, as at export.
+    Codes take the bits of the export (ternary 1.6) or fewer ([`shrink_codes`]), scales the dtype of the full model. Every
+    tensor is stored as bytes; the manifest, which the file carries, says what they mean. A few tensors are in memory at a
+    time, as at export.
 
     Raises:
-        ValueError: if the base is not what its manifest says.
-        RuntimeError: if a tensor would not come back as it is.
+        ValueError: if the base differs from its manifest.
+        RuntimeError: if a tensor would not come back bit-identical.
     """
     base_dir, file = Path(base_dir), Path(file)
     manifest = check_base(base_dir)
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "base_manifest": json.dumps(manifest)}}
     body = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    whole = body.with_suffix(".whole")
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         with body.open("wb") as stream, tensor_threads() as pool:
@@ -43,7 +50,6 @@ def pack_base(base_dir: str | os.PathLike, file: str | os.PathLike) -> int:
                 header[name]["data_offsets"] = [header[name]["data_offsets"][0], stream.tell()]
         head = json.dumps(header).encode()
         head += b" " * (-len(head) % 8)
-        whole = body.with_suffix(".whole")
         with whole.open("wb") as stream, body.open("rb") as source:
             stream.write(len(head).to_bytes(8, "little") + head)
             while chunk := source.read(1 << 20):
@@ -51,14 +57,15 @@ def pack_base(base_dir: str | os.PathLike, file: str | os.PathLike) -> int:
         whole.replace(file)
     finally:
         body.unlink(missing_ok=True)
+        whole.unlink(missing_ok=True)
     return file.stat().st_size
 
 
 def unpack_base(file: str | os.PathLike, base_dir: str | os.PathLike, *, overwrite: bool = False) -> dict[str, Any]:
-    """Restore the base that [`pack_base`] wrote, check it, and return its manifest.
+    """Restore the base that [`pack_base`] packed, and check it. Returns its manifest.
 
     Raises:
-        ValueError: if the file is no packed base, or is damaged; `base_dir` is left as it was.
+        ValueError: if the file is not a packed base, or is damaged; `base_dir` stays as it was.
     """
     try:
         with (
@@ -75,13 +82,14 @@ def unpack_base(file: str | os.PathLike, base_dir: str | os.PathLike, *, overwri
                         continue
                     header = _to_bytes(packed.get_tensor(f"header:{name}"))
                     stream.write(header)
-                    keys = _tensors_in_order(header)
+                    size = manifest["files"][name]["bytes"]
+                    keys = parse_shard(name, size, partial(_take, header)).tensors
                     for data in map_in_order(pool, lambda key: _unpack_tensor(key, packed, entries), keys):
                         stream.write(data)
             write_json(directory / BASE_MANIFEST, manifest)
             return check_base(directory)
     except (SafetensorError, KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
-        raise ValueError(f"`{file}` is no packed base, or it is damaged ({error!r}). Send it again.") from error
+        raise ValueError(f"`{file}` is not a packed base, or it is damaged ({error!r}). Send it again.") from error
 
 
 def _pack_files(base_dir: Path, manifest: dict[str, Any], pool: ThreadPoolExecutor) -> Iterator[tuple[str, bytes]]:
@@ -98,19 +106,15 @@ def _pack_files(base_dir: Path, manifest: dict[str, Any], pool: ThreadPoolExecut
         if not name.endswith(".safetensors"):
             yield f"file:{name}", (base_dir / name).read_bytes()
             continue
-        with (base_dir / name).open("rb") as stream:
-            size = stream.read(8)
-            header = size + stream.read(int.from_bytes(size, "little"))
-        yield f"header:{name}", header
-        with safe_open(base_dir / name, "pt") as shard:
-            tensors = ((key, shard.get_tensor(key)) for key in _tensors_in_order(header))
-            for packed in map_in_order(pool, pack, tensors):
-                yield from packed.items()
+        shard = read_shard(base_dir / name)
+        yield f"header:{name}", shard.header
+        tensors = ((key, read_tensor(base_dir / name, tensor)) for key, tensor in shard.tensors.items())
+        for packed in map_in_order(pool, pack, tensors):
+            yield from packed.items()
 
 
-def _tensors_in_order(header: bytes) -> list[str]:
-    offsets = {key: value["data_offsets"] for key, value in json.loads(header[8:]).items() if key != "__metadata__"}
-    return sorted(offsets, key=lambda key: offsets[key])
+def _take(data: bytes, start: int, length: int) -> bytes:
+    return data[start : start + length]
 
 
 def _pack_tensor(key: str, tensor: torch.Tensor, entries: dict[str, Any]) -> dict[str, bytes]:
@@ -134,7 +138,7 @@ def _pack_tensor(key: str, tensor: torch.Tensor, entries: dict[str, Any]) -> dic
 
 
 def _unpack_tensor(key: str, packed: Any, entries: dict[str, Any]) -> bytes:
-    """The bytes of a shard's tensor; `packed` is a mapping of bytes or an open safetensors file."""
+    """Restore the bytes of a shard's tensor from `packed`, a mapping to bytes or an open safetensors file."""
 
     def read(name: str) -> bytes:
         return packed[name] if isinstance(packed, dict) else _to_bytes(packed.get_tensor(name))

@@ -10,13 +10,13 @@ import torch
 from peft import PeftConfig
 from transformers import TrainerCallback
 
-from ..base.export import base_fingerprint
 from ..base.kernels import keep_layout_
+from ..base.manifest import base_fingerprint
 from ..config.rules import trainable_keys
 from ..privacy.clipping import clip_update
 from ..tensors.adapters import adapter_parameters, copy_adapter, load_adapter_
 from ..tensors.atomic import write_atomically
-from ..tensors.quantization import FULL_PRECISION
+from ..tensors.codebooks import FULL_PRECISION
 from ..wire.compression import compress_update
 from ..wire.encoding import Payload
 from ..wire.messages import ClientTask, ClientUpdate

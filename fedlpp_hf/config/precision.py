@@ -4,7 +4,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..tensors.quantization import FULL_PRECISION, check_bits
+from ..tensors.codebooks import FULL_PRECISION, check_bits
 from .options import OptionFacts, check_positive
 
 

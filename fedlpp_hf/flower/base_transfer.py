@@ -1,8 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""The quantized base on its way from the server to clients: in pieces, resumed where it broke off, kept by fingerprint.
+"""Send the quantized base from the server to clients: in pieces, resumed after an interruption, stored by fingerprint.
 
-Nothing heavy is imported at the top, and it is no part of the package `base`, whose import loads transformers: the
-ClientApp, a new process in every message, imports this module.
+The ClientApp, a new process for every message, imports this module, so nothing at its top may import torch.
 """
 
 import hashlib
@@ -13,21 +12,26 @@ from pathlib import Path
 from typing import Any
 
 
-_MANIFEST = "base_manifest.json"
+_MANIFEST = "base_manifest.json"  # as in `fedlpp_hf.base.manifest`, whose import loads torch
 
 
 class PackedBase:
-    """The server's side of sending a base: one packed file, read in pieces."""
+    """The server's side: the base packed into one file, read in pieces.
+
+    Args:
+        base_dir: directory of the base.
+        file: path of the packed file, which is written.
+    """
 
     def __init__(self, base_dir: str | os.PathLike, file: str | os.PathLike):
-        self.file = Path(file)
         from ..base.packing import pack_base
 
+        self.file = Path(file)
         self.fingerprint = read_fingerprint(base_dir)
         self.size = pack_base(base_dir, self.file)
 
     def read(self, offset: int, count: int) -> dict[str, Any]:
-        """At most `count` bytes from `offset`, with what their receiver has to know."""
+        """At most `count` bytes from `offset`, as the arguments of [`receive_piece`]."""
         with self.file.open("rb") as file:
             file.seek(offset)
             data = file.read(count)
@@ -36,10 +40,15 @@ class PackedBase:
 
 
 def find_base(cache_dir: str | os.PathLike, fingerprint: str, base: str | None = None) -> Path | None:
-    """Where this machine has the base: in the cache, or in `base`, a directory or a Hub id (with this user's token).
+    """The directory of the base on this machine, or None if the cache does not have it.
+
+    Args:
+        cache_dir: where [`receive_piece`] stores bases.
+        fingerprint: that of the federation's base.
+        base: this client's own copy instead: a directory, or a Hub id, downloaded with this user's token.
 
     Raises:
-        ValueError: if `base` is another one.
+        ValueError: if `base` is a different base.
     """
     if base is None:
         path = _cached(cache_dir, fingerprint)
@@ -49,26 +58,28 @@ def find_base(cache_dir: str | os.PathLike, fingerprint: str, base: str | None =
         from huggingface_hub import snapshot_download
 
         path = Path(snapshot_download(base))
-    held = read_fingerprint(path)
-    if held != fingerprint:
-        raise ValueError(f"base='{base}' is the base {held[:12]}…; the federation's is {fingerprint[:12]}….")
+    found = read_fingerprint(path)
+    if found != fingerprint:
+        raise ValueError(f"base='{base}' is the base {found[:12]}…; the federation's is {fingerprint[:12]}….")
     return path
 
 
 def read_fingerprint(base_dir: str | os.PathLike) -> str:
-    """The fingerprint in a base's manifest, unchecked: whoever loads the base proves it.
+    """The fingerprint in a base's manifest. It is not checked here, but when the base is loaded.
 
     Raises:
-        ValueError: if there is no manifest, or none with a fingerprint.
+        ValueError: if there is no manifest with a fingerprint.
     """
     try:
         return str(json.loads((Path(base_dir) / _MANIFEST).read_text(encoding="utf-8"))["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"`{base_dir}` is no quantized base: its `{_MANIFEST}` can't be read ({error!r}).") from error
+        raise ValueError(
+            f"`{base_dir}` is not a quantized base: its `{_MANIFEST}` can't be read ({error!r})."
+        ) from error
 
 
 def count_received(cache_dir: str | os.PathLike, fingerprint: str) -> int:
-    """Bytes of the packed base that have arrived so far."""
+    """Bytes of the packed base received so far."""
     partial = _cached(cache_dir, fingerprint).with_suffix(".partial")
     return partial.stat().st_size if partial.exists() else 0
 
@@ -76,12 +87,20 @@ def count_received(cache_dir: str | os.PathLike, fingerprint: str) -> int:
 def receive_piece(
     cache_dir: str | os.PathLike, fingerprint: str, *, offset: int, size: int, sha256: str, data: bytes
 ) -> int:
-    """Append a piece of the packed base, unpack it after the last one, and return the bytes that are there.
+    """Append a piece of the packed base, and unpack the base after the last one.
 
-    A piece that does not continue what is there is ignored: the returned number tells the sender where to go on.
+    Returns the bytes received so far, which tell the sender where to continue: a piece for another place is ignored.
+
+    Args:
+        cache_dir: directory for bases.
+        fingerprint: that of the federation's base.
+        offset: of the piece in the packed base, in bytes.
+        size: of the packed base, in bytes.
+        sha256: hexadecimal digest of the piece.
+        data: the piece.
 
     Raises:
-        ValueError: if the piece, or the base in the end, is damaged; what is damaged is not kept.
+        ValueError: if the piece, or in the end the base, is damaged; the damaged data are deleted.
     """
     base_dir = _cached(cache_dir, fingerprint)
     partial = base_dir.with_suffix(".partial")
@@ -111,7 +130,7 @@ def receive_piece(
 
 
 def _cached(cache_dir: str | os.PathLike, fingerprint: str) -> Path:
-    # It names a directory here and comes from a server.
+    # It comes from a server and becomes the name of a directory.
     if not re.fullmatch(r"[0-9a-f]{64}", fingerprint):
-        raise ValueError(f"{fingerprint!r} is no fingerprint of a base.")
+        raise ValueError(f"{fingerprint!r} is not a fingerprint of a base.")
     return Path(cache_dir) / fingerprint

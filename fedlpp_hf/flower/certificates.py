@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""Certificates of a server and keys of nodes, for Flower over TLS (extra `flower`, which brings `cryptography`)."""
+"""Certificates of the server and keys of the nodes, for Flower over TLS (extra `flower` installs `cryptography`)."""
 
 import datetime
 import ipaddress
@@ -21,10 +21,10 @@ _CA_DAYS, _SERVER_DAYS = 3650, 825
 
 
 def make_certificates(directory: str | os.PathLike, hosts: Sequence[str]) -> None:
-    """Make what is missing of a certificate authority of one's own and a server certificate for `hosts`.
+    """Make a certificate authority and a server certificate for `hosts`, unless they exist.
 
-    Clients get `ca.crt`; the keys stay here, readable by their user alone. A server certificate that lacks one of
-    `hosts`, or has less than 30 days left, is replaced; clients need nothing new for it.
+    Clients get `ca.crt`; the keys stay here, readable by this user only. A server certificate without one of `hosts`, or
+    with less than 30 days left, is replaced; clients need nothing new for it.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -46,7 +46,7 @@ def make_certificates(directory: str | os.PathLike, hosts: Sequence[str]) -> Non
 
 
 def make_node_key(directory: str | os.PathLike) -> Path:
-    """The private key of this node, made if there is none; `node.pub` beside it is for the server."""
+    """The path of this node's private key, which is made if it does not exist; `node.pub` beside it is for the server."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = directory / NODE_KEY
@@ -56,6 +56,22 @@ def make_node_key(directory: str | os.PathLike) -> Path:
         (directory / NODE_PUBLIC_KEY).write_bytes(public + b"\n")
         _write_key(path, key, serialization.PrivateFormat.OpenSSH)
     return path
+
+
+def check_loopback(host: str) -> None:
+    """Check a host that is to be used without TLS and keys.
+
+    Raises:
+        ValueError: if other machines can reach it.
+    """
+    try:
+        local = host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        local = False
+    if not local:
+        raise ValueError(
+            f"--insecure with `{host}`: without TLS and keys only loopback is allowed. Leave --insecure out."
+        )
 
 
 def _sign(
@@ -75,11 +91,11 @@ def _sign(
         .issuer_name(issuer)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))  # the other machine's clock may be late
+        .not_valid_before(now - datetime.timedelta(hours=1))  # the other machine's clock may be slow
         .not_valid_after(now + datetime.timedelta(days=days))
         .add_extension(x509.BasicConstraints(ca=is_ca, path_length=0 if is_ca else None), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        # Python 3.13 verifies strictly: without this identifier and the usage below it refuses the chain.
+        # Python 3.13 verifies strictly: it rejects a chain without this identifier and the usage below.
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
         .add_extension(
             x509.KeyUsage(

@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""A federation over a network from the YAML of one in process: its settings, its trainer and its rows."""
+"""Read a federation over a network from its YAML file: settings, trainer and rows."""
 
 import importlib
 import os
@@ -15,29 +15,29 @@ from ..config.federated import FederatedConfig
 
 
 @dataclass
-class RemoteConfig:
+class NetworkConfig:
     """Settings of a federation over a network, in the same file as those of [`FederatedConfig`]."""
 
     trainer: str = field(
         metadata={
-            "help": "FILE.py:FUNCTION (the file relative to the config's) that makes the trainer. It is called with its "
-            "own arguments (a dataclass, read from the same config), the FederatedConfig, `model` and `train_dataset`: a "
-            "mapping of client ids to rows, or None on the server."
+            "help": "FILE.py:FUNCTION that makes the trainer; the path is relative to the config's. Its arguments: the "
+            "task's own options (a dataclass, read from the same config), the FederatedConfig, `model` and "
+            "`train_dataset`, a mapping of client ids to rows, which is empty on the server."
         }
     )
     base: str | None = field(
         default=None,
-        metadata={"help": "Server: a base that is exported already, where no full model is given."},
+        metadata={"help": "Server: directory of an exported base, if no full model is given."},
     )
     join_timeout: float = field(
-        default=900.0, metadata={"help": "Seconds that the server waits for `num_clients` clients and their bases."}
+        default=900.0, metadata={"help": "Seconds that the server waits for `num_clients` clients to join."}
     )
     lost_timeout: float = field(
         default=120.0,
-        metadata={"help": "Seconds without a sign of life after which a client is given up for a round."},
+        metadata={"help": "Seconds without a sign of life after which a client is dropped from the round."},
     )
     task_retries: int = field(
-        default=0, metadata={"help": "How often a task without an answer is sent again before the round closes."}
+        default=0, metadata={"help": "How often a failed task is sent again before the round closes."}
     )
     chunk_megabytes: int = field(default=32, metadata={"help": "Size of the pieces in which the base is sent."})
 
@@ -47,39 +47,39 @@ def load_trainer(
     flags: Sequence[str],
     *,
     model: str | None,
-    train_dataset: Mapping[str, Any] | None,
-    **overrides: Any,
-) -> tuple[Any, RemoteConfig]:
-    """The trainer that `config` names, made with this side's model and rows; `overrides` replace arguments of the run.
+    train_dataset: Mapping[str, Any],
+    overrides: Mapping[str, Any] | None = None,
+) -> tuple[Any, NetworkConfig]:
+    """Make the trainer that `config` names, with this side's model and rows.
 
-    `model` defaults to the full model of the configuration, or else to its base.
+    Args:
+        config: YAML file of the federation.
+        flags: flags that override it.
+        model: by default the full model of the configuration, or else its base.
+        train_dataset: the rows of each client that this process trains; empty on a server.
+        overrides: values by field name that replace those of the [`FederatedConfig`].
 
     Raises:
-        ValueError: if the configuration has no usable `trainer`.
+        ValueError: if the configuration names no usable `trainer`, or no model.
     """
     make_trainer = load_function(str(read_yaml(Path(config)).get("trainer", "")), Path(config).parent)
-    types = typing.get_type_hints(make_trainer)
-    try:
-        task_class, config_class = (types[name] for name in list(types)[:2])
-        assert issubclass(config_class, FederatedConfig)
-    except (ValueError, TypeError, AssertionError):
+    types = list(typing.get_type_hints(make_trainer).values())
+    if len(types) < 2 or not isinstance(types[1], type) or not issubclass(types[1], FederatedConfig):
         raise ValueError(
-            f"`{make_trainer.__name__}` of the config's `trainer` must declare the types of its first two parameters: a "
-            "dataclass of its own arguments, and FederatedConfig or a subclass of it."
-        ) from None
-    task, args, remote = parse_args((task_class, config_class, RemoteConfig), ["--config", str(config), *flags])
-    for name, value in overrides.items():
-        setattr(args, name, value)
-    model = model or args.full_model or remote.base
-    if model is None:
-        raise ValueError(
-            "There is no model: set `full_model` (the owner's), or `base` (one that is exported already)."
+            f"`{make_trainer.__name__}`, the config's `trainer`, must declare the types of its first two parameters: a "
+            "dataclass with the task's own options, and FederatedConfig or a subclass of it."
         )
-    return make_trainer(task, args, model=model, train_dataset=train_dataset), remote
+    task, args, network = parse_args((types[0], types[1], NetworkConfig), ["--config", str(config), *flags])
+    for name, value in (overrides or {}).items():
+        setattr(args, name, value)
+    model = model or args.full_model or network.base
+    if model is None:
+        raise ValueError("No model is given: set `full_model` (the owner's), or `base` (an exported one).")
+    return make_trainer(task, args, model=model, train_dataset=train_dataset), network
 
 
 def load_function(reference: str, directory: Path) -> Callable[..., Any]:
-    """The function `FILE.py:FUNCTION`, its file relative to `directory`.
+    """Import the function `FILE.py:FUNCTION`; the path is relative to `directory`.
 
     Raises:
         ValueError: if there is no such file or function.
@@ -88,7 +88,7 @@ def load_function(reference: str, directory: Path) -> Callable[..., Any]:
     path = (directory / file).resolve()
     if not file.endswith(".py") or not path.is_file():
         raise ValueError(f"trainer={reference!r}; expected FILE.py:FUNCTION with a file relative to `{directory}`.")
-    # By its name rather than its path, because the owner's process has to import it again to unpickle a reference.
+    # By name rather than by path: the owner's process imports the module again to unpickle a reference to the function.
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
     function = getattr(importlib.import_module(path.stem), name, None)
@@ -98,7 +98,7 @@ def load_function(reference: str, directory: Path) -> Callable[..., Any]:
 
 
 def load_rows(path: str | os.PathLike) -> Any:
-    """A client's rows as a Dataset: a file of JSON lines, CSV or Parquet, or a directory of `save_to_disk`.
+    """Load a client's rows as a Dataset, from a file of JSON lines, CSV or Parquet, or a directory of `save_to_disk`.
 
     Raises:
         ValueError: for anything else.

@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""Requests between processes of one user: over a Unix socket that no other user can open, with a key to prove."""
+"""Requests between processes of one user, over a Unix socket that no other user can open, to callers who know a key."""
 
 import contextlib
 import hashlib
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 
-CALL_TIMEOUT = 30.0  # of what is answered at once; a machine under load takes its time
+CALL_TIMEOUT = 30.0  # for requests that are answered at once; a busy machine is slow
 _KEY_BYTES = _NONCE_BYTES = 32
 _MAX_FRAME_BYTES = 1 << 34
 
@@ -23,27 +23,30 @@ Frame = tuple[dict[str, Any], bytes]
 
 
 def make_key(path: Path) -> None:
-    """Write a new key to `path`, for its user alone, unless there is one."""
+    """Write a new key to `path`, readable by this user only, unless the file exists."""
     if not path.exists():
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(secrets.token_bytes(_KEY_BYTES))
 
 
 def read_key(path: Path) -> bytes:
-    """
+    """Read the key that [`make_key`] wrote.
+
     Raises:
-        RuntimeError: if others can read it.
+        RuntimeError: if other users can read it.
     """
     if path.stat().st_mode & 0o077:
-        raise RuntimeError(f"`{path}` can be read by others; its mode must be 600. Delete it, and a new one is made.")
+        raise RuntimeError(
+            f"`{path}` can be read by others; its mode must be 600. Delete it, and the next start makes a new one."
+        )
     return path.read_bytes()
 
 
 def find_private_directory() -> Path:
-    """A directory for sockets that belongs to this user alone.
+    """The directory for sockets, which only this user can open.
 
     Raises:
-        RuntimeError: if there is another one in its place.
+        RuntimeError: if the directory exists and belongs to, or is open to, others.
     """
     parent = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
     directory = Path(parent) / f"fedlpp-{os.getuid()}"
@@ -51,15 +54,15 @@ def find_private_directory() -> Path:
     status = directory.lstat()
     if status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise RuntimeError(
-            f"`{directory}` must be a directory that belongs to this user alone (mode 700), as the trainer's socket is "
-            "in it. Remove it, or set XDG_RUNTIME_DIR to a private directory."
+            f"`{directory}` is for the trainer's socket and must belong to this user alone (mode 700). Remove it, or set "
+            "XDG_RUNTIME_DIR to a private directory."
         )
     return directory
 
 
 @contextlib.contextmanager
 def listen(path: Path) -> Iterator[socket.socket]:
-    """Listen at `path`, readable and writable for this user alone; it is removed in the end."""
+    """Listen at `path`, which only this user can open, and remove it afterwards."""
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listener:
         before = os.umask(0o177)
@@ -75,10 +78,10 @@ def listen(path: Path) -> Iterator[socket.socket]:
 
 
 def receive_request(connection: socket.socket, key: bytes) -> Frame:
-    """The request of a caller who knows the key.
+    """Receive a request, after the caller has proved that it knows the key.
 
     Raises:
-        EOFError: if the caller does not, or leaves early.
+        EOFError: if the caller does not know it, or closes the connection early.
     """
     connection.settimeout(CALL_TIMEOUT)
     nonce = secrets.token_bytes(_NONCE_BYTES)
@@ -92,8 +95,15 @@ def receive_request(connection: socket.socket, key: bytes) -> Frame:
 def call(path: Path, key: bytes, header: dict[str, Any], payload: bytes, timeout: float) -> Frame:
     """Send a request and return its answer.
 
+    Args:
+        path: of the socket.
+        key: known to both sides.
+        header: JSON values.
+        payload: bytes.
+        timeout: seconds to wait for the answer.
+
     Raises:
-        OSError: if nobody listens, or (TimeoutError) nobody answers within `timeout` seconds.
+        OSError: if nobody listens, or the answer takes too long (TimeoutError).
         EOFError: if the connection ends early.
     """
     with socket.socket(socket.AF_UNIX) as connection:
@@ -116,7 +126,7 @@ def send(connection: socket.socket, header: dict[str, Any], payload: bytes) -> N
 def _receive(connection: socket.socket) -> Frame:
     sizes = struct.unpack("<QQ", _receive_exactly(connection, 16))
     if max(sizes) > _MAX_FRAME_BYTES:
-        raise EOFError("A frame claims more bytes than any message has.")
+        raise EOFError("The header announces more bytes than any message has.")
     return json.loads(_receive_exactly(connection, sizes[0])), _receive_exactly(connection, sizes[1])
 
 

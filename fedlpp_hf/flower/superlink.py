@@ -1,9 +1,9 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""Flower's SuperLink with a gate: other machines reach the Fleet API alone.
+"""Flower's SuperLink with a gate: other machines reach only the Fleet API.
 
-Flower serves three APIs on one port. The Fleet API asks for node keys; the Control API (`flwr run`, register a node)
-and the Runtime API (hand me the ServerApp's task) ask for nothing, so that whoever reaches the port could run code beside
-the owner's full model. They are for this machine only.
+Flower serves three APIs on one port. The Fleet API asks for node keys. The Control API (`flwr run`, register a node) and
+the Runtime API (fetch the ServerApp's task) ask for nothing, so anyone who reaches the port could run code next to the
+owner's full model. The gate keeps these two for this machine.
 
     python -m fedlpp_hf.flower.superlink [arguments of flower-superlink]
 """
@@ -15,14 +15,14 @@ from flwr.superlink import extensions
 from flwr.superlink.cli import flower_superlink
 from starlette.middleware import Middleware
 
-from .version import check_flower
+from .environment import check_flower
 
 
 FLEET_PREFIX = "/v1/fleet/"
 
 
 class FleetOnly:
-    """ASGI middleware that answers 403 to other machines on every path but the Fleet API's."""
+    """ASGI middleware that answers other machines with 403 on every path outside the Fleet API."""
 
     def __init__(self, app: Any):
         self.app = app
@@ -40,7 +40,7 @@ def _is_local(client: Any) -> bool:
 
 
 def main() -> None:
-    """Run `flower-superlink` with the gate in front of everything else."""
+    """Run `flower-superlink` with the gate as its outermost layer."""
     check_flower()
     extensions.get_middleware = lambda: (Middleware(FleetOnly),)
     flower_superlink()

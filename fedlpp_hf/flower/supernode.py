@@ -1,9 +1,8 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""Flower's SuperNode that waits for its network to come back.
+"""Flower's SuperNode, made to survive a network outage.
 
-Flower takes every TLS handshake that fails for a wrong certificate, and gives up: also over one that got no answer because
-the network was away for a minute. What it leaves is a process without its main thread, which takes no messages and does not
-end, because its local server runs on.
+Flower treats every failed TLS handshake as a wrong certificate and gives up, even if the network was only down for a
+minute. Its main thread then ends, but its local server keeps the process alive without receiving any messages.
 
     python -m fedlpp_hf.flower.supernode [arguments of flower-supernode]
 """
@@ -18,11 +17,11 @@ from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supernode import fleet_http_connection
 from flwr.supernode.cli import flower_supernode
 
-from .version import check_flower
+from .environment import check_flower
 
 
 def make_patient_invoker() -> Any:
-    """Flower's invoker of requests, which tries again after an outage, too."""
+    """Flower's invoker of requests, which also retries after an outage."""
     invoker: Any = make_simple_http_retry_invoker()
     gives_up = invoker.should_giveup
     invoker.should_giveup = lambda error: not _is_outage(error) and gives_up(error)
@@ -30,12 +29,12 @@ def make_patient_invoker() -> Any:
 
 
 def _is_outage(error: Exception) -> bool:
-    # The text of a handshake that was cut is `[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred in violation of protocol`.
+    # An interrupted handshake reports `[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred in violation of protocol`.
     return isinstance(error, httpx.TimeoutException) or "EOF occurred" in str(error)
 
 
 def main() -> None:
-    """Run `flower-supernode`; whatever ends it ends the process."""
+    """Run `flower-supernode`, and end the process with it."""
     check_flower()
     fleet_http_connection.make_simple_http_retry_invoker = make_patient_invoker
     try:

@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""The README of a model or adapter that a federation made: what it is, how it was made, how well it does, what it gave away."""
+"""The model card of a merged model or an adapter: what it is, how it was made, its results, its privacy."""
 
 import json
 import os
@@ -9,32 +9,18 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..server.store import FEDERATION_DIR, RoundStore
+from ..config.federated import FederatedConfig
+from ..config.options import card_labels
+from ..server.store import RoundStore
 
 
 CARD = "README.md"
 _TAGS = ("fedlpp_hf", "federated-learning", "lora")
-# What a source card says of the model that stays true of its fine-tuned successor.
+# The metadata of the full model's card that also hold for the fine-tuned model.
 _KEPT = (
     "license", "license_name", "license_link", "language", "tags", "datasets", "pipeline_tag", "extra_gated_prompt",
     "extra_gated_fields",
 )  # fmt: skip
-_SETTINGS = {
-    "num_rounds": "rounds",
-    "clients_per_round": "clients per round",
-    "base_bits": "bits per weight of the clients' base",
-    "adapter_bits": "bits per value of the broadcast adapter",
-    "update_bits": "bits per value of the clients' updates",
-    "broadcast": "broadcast",
-    "aggregation": "aggregation",
-    "robust": "robust rule",
-    "server_optimizer": "server optimizer",
-    "num_train_epochs": "local epochs",
-    "max_steps": "local steps (-1: whole epochs)",
-    "learning_rate": "local learning rate",
-    "clip_update_norm": "updates clipped to the norm",
-    "seed": "seed",
-}
 
 
 def write_model_card(
@@ -46,14 +32,18 @@ def write_model_card(
     audit: str | os.PathLike | None = None,
     token: str | None = None,
 ) -> Path:
-    """Write `README.md` into `directory`, a merged model or a PEFT repository; returns its path.
+    """Write `README.md` into a directory and return its path. The card says so where something is unknown.
 
-    Licence, languages and tags are those of the card of `source`, the full model. `federation_dir`, the federation's
-    `output_dir`, gives rounds, clients, bits and every table of its `report.md`; `audit` is the Markdown or JSON of a
-    privacy audit, by default the `audit.md` or `audit.json` there. What is not known is said to be unknown.
+    Args:
+        directory: a merged model or a PEFT repository.
+        repo_id: the repository for which the card is.
+        source: the full model (directory or Hub id); licence, languages and tags are those of its card.
+        federation_dir: the federation's `output_dir`: rounds, clients, bits and all tables of `report.md`.
+        audit: Markdown or JSON of a privacy audit; by default `audit.md` or `audit.json` in `federation_dir`.
+        token: of the Hub; by default the one of this machine.
 
     Raises:
-        ValueError: if a file that is named can't be read.
+        ValueError: if one of these files can't be read.
     """
     directory = Path(directory)
     data = read_source_card(source, directory, token) | {"library_name": "transformers"}
@@ -78,10 +68,15 @@ def write_model_card(
 
 
 def read_source_card(source: str | os.PathLike | None, directory: Path, token: str | None = None) -> dict[str, Any]:
-    """The metadata of the full model's card that its successor keeps; empty if it has no card.
+    """The metadata of the full model's card to keep; empty without a card.
+
+    Args:
+        source: the full model (directory or Hub id).
+        directory: where a card is looked for without `source`.
+        token: of the Hub; by default the one of this machine.
 
     Raises:
-        ValueError: if its metadata are not valid.
+        ValueError: if the metadata are not valid.
     """
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -97,7 +92,7 @@ def read_source_card(source: str | os.PathLike | None, directory: Path, token: s
     except EntryNotFoundError:
         return {}
     except (ValueError, TypeError) as error:
-        raise ValueError(f"The model card of `{place}` can't be read ({error}). Mend its metadata.") from error
+        raise ValueError(f"The model card of `{place}` can't be read ({error}). Correct its metadata.") from error
     return {key: metadata[key] for key in _KEPT if metadata.get(key)}
 
 
@@ -110,7 +105,7 @@ def _describe(is_adapter: bool, base_model: str | None) -> str:
     )
     return (
         f"{what}, trained by federated learning with `fedlpp_hf`: clients trained quantized adapters on a quantized copy of "
-        "the model, on data that did not leave them (FedLPP, [arXiv 2406.10976](https://arxiv.org/abs/2406.10976))."
+        "the model, and their data did not leave them (FedLPP, [arXiv 2406.10976](https://arxiv.org/abs/2406.10976))."
     )
 
 
@@ -121,9 +116,13 @@ def _read_federation(federation: Path | None) -> Mapping[str, Any] | None:
 def _describe_federation(federation: Path | None) -> str:
     state = _read_federation(federation)
     if state is None or federation is None:
-        return "The federation's records were not given when this card was written."
+        return "The federation's records were not available when this card was written."
     config, clients = state["config"], state.get("clients") or {}
-    rows = [f"| {label} | {config[key]} |" for key, label in _SETTINGS.items() if config.get(key) is not None]
+    rows = [
+        f"| {label} | {config[key]} |"
+        for key, label in card_labels(FederatedConfig).items()
+        if config.get(key) is not None
+    ]
     done = RoundStore(federation).latest()
     rows += [f"| rounds done | {done} |", f"| clients | {len(clients)} |"]
     rows += [f"| examples of all clients | {sum(clients.values())} |"] if clients else []
@@ -134,8 +133,8 @@ def _describe_federation(federation: Path | None) -> str:
 def _read_results(federation: Path | None) -> str:
     report = None if federation is None else federation / "report.md"
     if report is None or not report.is_file():
-        return "No report of the federation was given when this card was written, so nothing is claimed."
-    # Its own headings go below this section's.
+        return "The federation's report was not available when this card was written."
+    # Two levels down, below this section's heading.
     lines = [f"##{line}" if line.startswith("#") else line for line in report.read_text(encoding="utf-8").splitlines()]
     return "\n".join(lines).strip()
 
@@ -156,8 +155,8 @@ def _describe_privacy(federation: Path | None, audit: str | os.PathLike | None) 
         found = next((path for path in places if path.is_file()), None)
     if found is None:
         parts.append(
-            "No privacy audit was run on this model: how much of it clients could rebuild, and how much of their data its "
-            "updates tell, was not measured."
+            "No privacy audit was run on this model. It was not measured how much of the model clients could rebuild, or how "
+            "much the updates reveal about their data."
         )
         return "\n\n".join(parts)
     try:
@@ -167,7 +166,7 @@ def _describe_privacy(federation: Path | None, audit: str | os.PathLike | None) 
     except (OSError, ValueError) as error:
         raise ValueError(f"The audit `{found}` can't be read ({error}).") from error
     text = "\n".join(f"##{line}" if line.startswith("#") else line for line in text.splitlines())
-    return "\n\n".join([*parts, "What the audit measured:", text.strip()])
+    return "\n\n".join([*parts, "Results of the audit:", text.strip()])
 
 
 def _describe_loading(directory: Path, repo_id: str, is_adapter: bool, base_model: str | None) -> str:
@@ -180,6 +179,3 @@ def _describe_loading(directory: Path, repo_id: str, is_adapter: bool, base_mode
         lines += [f'model = {name}.from_pretrained("{base_model or "the full model"}")']
         lines += [f'model = PeftModel.from_pretrained(model, "{repo_id}")']
     return "```python\n" + "\n".join(lines) + "\n```"
-
-
-__all__ = ["CARD", "FEDERATION_DIR", "read_source_card", "write_model_card"]

@@ -12,7 +12,7 @@ from peft import PeftConfig
 
 from ..config.federated import FederatedConfig
 from ..config.options import options_beside, reference_options
-from ..tensors.quantization import FULL_PRECISION
+from ..tensors.codebooks import FULL_PRECISION
 
 
 @dataclass(slots=True)

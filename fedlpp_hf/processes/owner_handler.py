@@ -14,7 +14,7 @@ from ..aggregation.products import join_residual
 from ..aggregation.variate import average_variates
 from ..base.export import export_base
 from ..hub.push import push_merged
-from ..merge.streaming import merge_adapter
+from ..merge.merge import merge_adapter
 from ..tensors.adapters import load_adapter_, split_tensors
 from ..wire.encoding import restore_tensors
 from ..wire.messages import ClientTask, LocalOptions

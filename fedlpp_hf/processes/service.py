@@ -1,44 +1,39 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""Processes beside this one that answer requests: messages of safetensors and JSON over a pipe, and no pickle comes back."""
+"""Processes beside this one that answer requests: messages of safetensors and JSON over a socket, and no pickle comes back."""
 
-import multiprocessing
+import json
 import os
-import pickle
-import signal
+import socket
+import subprocess
 import sys
-import tempfile
 import weakref
 from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import cloudpickle
 import torch
-from accelerate.utils import patch_environment
 
 from ..wire.encoding import Payload, decode_message, encode_message
+from .child import BOOTSTRAP
 
-
-# What `accelerate launch` and `torchrun` tell a worker. These processes are no workers of theirs.
-_LAUNCHER_VARIABLES = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "GROUP_RANK",
-)
 
 Answer = tuple[dict[str, Any], Payload]
 
 
 class Service:
-    """A spawned process with a handler, `make_handler(setup, scratch)`: a request names one of its methods.
+    """A process with a handler, `make_handler(setup, scratch)`: a request names one of its methods.
 
     A method takes the request's tensors and its JSON arguments by name, and returns (JSON values, tensors); `scratch` is
-    a directory that ends with the process. `environment` is set in the process from its very beginning, before it imports
-    anything.
+    a directory that ends with the process.
+
+    Args:
+        name: What errors call the process.
+        make_handler: Makes the handler, in the process.
+        setup: Goes there by cloudpickle: what `__main__` defines travels by value.
+        environment: Set in the process from its very beginning, before it imports anything.
 
     Raises:
         ValueError: if `setup` can't be sent there; from [`receive`], if the handler rejected its input with one.
@@ -53,23 +48,30 @@ class Service:
         environment: Mapping[str, str] = MappingProxyType({}),
     ):
         self.name, self.environment = name, environment
-        context = multiprocessing.get_context("spawn")
-        self.pipe, child = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(child, name, make_handler, setup), name=f"fedlpp-{name}", daemon=True
-        )
         try:
-            with patch_environment(**environment):  # what is spawned inside begins with it
-                self._process.start()
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            data = cloudpickle.dumps((name, make_handler, setup))
+        except Exception as error:  # whatever an object's own `__reduce__` raises
             raise ValueError(
-                f"The {name}'s process can't be given what it needs ({error}). Define compute_metrics, collators and the "
-                "trainer's class at the top level of a module or of your script."
+                f"The {name}'s process can't be given what it needs ({type(error).__name__}: {error}). Something that "
+                "compute_metrics, a collator, the trainer's class or the rows refer to can't be pickled: a lock, an open "
+                "file, a generator? Make it inside the function that uses it."
             ) from error
-        child.close()
-        self._command = ""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", BOOTSTRAP, str(theirs.fileno()), json.dumps(sys.path)],
+                stdin=subprocess.DEVNULL,
+                env=os.environ | dict(environment),
+                pass_fds=[theirs.fileno()],
+            )
+        self.pipe = Connection(ours.detach())
+        self._command, self._sent = "start", False
         # Left to the interpreter's exit, the process would be killed, and what it holds would leak.
         self._finalizer = weakref.finalize(self, _end, self.pipe, self._process)
+        try:
+            self.pipe.send_bytes(data)
+        except OSError as error:
+            raise self._death() from error
 
     def ask(self, command: str, tensors: Mapping[str, torch.Tensor] | None = None, **arguments: Any) -> Answer:
         """[`send`] and [`receive`]."""
@@ -89,6 +91,7 @@ class Service:
     def receive(self) -> Answer:
         """Wait for the answer to the last request."""
         try:
+            self._check_start()
             header, payload = decode_message("answer", self.pipe.recv_bytes())
         except (EOFError, OSError) as error:
             raise self._death() from error
@@ -106,40 +109,33 @@ class Service:
         self._process.kill()
         self._finalizer()
 
+    def _check_start(self) -> None:
+        """The process's first word says whether it could read its setup."""
+        if self._sent:
+            return
+        problem = json.loads(self.pipe.recv_bytes())
+        self._sent = True
+        if problem is not None:
+            raise ValueError(
+                f"The {self.name}'s process can't read what it was given ({problem}). Is a module of yours, which "
+                "compute_metrics, a collator or the trainer's class comes from, on its path?"
+            )
+
     def _death(self) -> RuntimeError:
-        self._process.join(timeout=5)
+        try:
+            code: int | str = self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            code = "none yet"
         return RuntimeError(
-            f"The {self.name}'s process died during `{self._command}` (exit code {self._process.exitcode}). Its own "
-            "messages are above. The rounds that are committed are safe: correct the cause and resume."
+            f"The {self.name}'s process died during `{self._command}` (exit code {code}). Its own messages are above. The "
+            "rounds that are committed are safe: correct the cause and resume."
         )
 
 
-def _end(pipe, process) -> None:
+def _end(pipe: Connection, process: subprocess.Popen) -> None:
     pipe.close()  # the process ends when its pipe does
-    process.join(timeout=10)
-    if process.is_alive():
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
         process.kill()
-        process.join()
-
-
-def _serve(pipe, name: str, make_handler: Callable[[Any, Path], Any], setup: Any) -> None:
-    # ^C reaches the whole process group; the process that asks decides what it means and then closes the pipe.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for variable in _LAUNCHER_VARIABLES:
-        os.environ.pop(variable, None)
-    with tempfile.TemporaryDirectory(prefix=f"fedlpp-{name}-") as scratch:
-        handler = make_handler(setup, Path(scratch))
-        while True:
-            try:
-                request, payload = decode_message("request", pipe.recv_bytes())
-            except (EOFError, OSError):
-                return
-            answer: dict[str, Any] = {}
-            tensors: Mapping[str, torch.Tensor] = {}
-            error = None
-            try:
-                answer, tensors = getattr(handler, request["command"])(payload, **request["arguments"])
-            except Exception as exception:
-                sys.excepthook(type(exception), exception, exception.__traceback__)
-                error = [type(exception).__name__, f"{type(exception).__name__}: {exception}"]
-            pipe.send_bytes(encode_message("answer", {"answer": answer, "error": error}, tensors))
+        process.wait()

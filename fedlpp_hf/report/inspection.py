@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""What a directory holds, in lines to print: a base, an adapter, a federation, and what of it leaves the owner."""
+"""Describe what a base, an adapter or a federation contains and what of it leaves the owner, in lines to print."""
 
 import math
 import os
@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from ..base.manifest import BASE_MANIFEST, check_base, read_manifest
 from ..config.federated import FederatedConfig
+from ..config.options import card_labels
 from ..server.store import FEDERATION_DIR, FEDERATION_FILE, RoundStore
 from ..tensors.adapters import ADAPTER_CONFIG, lora_factors, read_adapter
-from ..tensors.quantization import BITS, packed_size
+from ..tensors.codebooks import BITS
+from ..tensors.packing import packed_size
 from .metrics import main_metric, mean_client_loss
 from .tables import format_bytes, format_table
 from .text import find_warnings
 
 
 if TYPE_CHECKING:
-    from ..merge.streaming import MergeReport
+    from ..merge.report import MergeReport
 
 _KINDS = {
     "linear4bit": "4-bit weights",
@@ -26,26 +28,26 @@ _KINDS = {
     "codebook": "floats of few values",
     "full_precision": "full precision",
 }
-_SHOWN_CONFIG = (
-    "partition", "clients_per_round", "base_bits", "embedding_bits", "adapter_bits", "broadcast", "weighting",
-    "server_learning_rate", "server_momentum", "learning_rate", "num_train_epochs", "max_steps", "seed",
-)  # fmt: skip
 _SCALE_BYTES = 4
 _LISTED = 5
 
 
 def describe_directory(directory: str | os.PathLike, tensors: bool = False, verify: bool = False) -> list[str]:
-    """A base, a federation or an adapter, told apart by their files; `tensors` lists every tensor, `verify` reads all
-    files of a base.
+    """Describe a base, a federation or an adapter, whichever the directory is.
+
+    Args:
+        directory: the base, the adapter, or the federation's `output_dir`.
+        tensors: list every tensor.
+        verify: compare every file of a base with its manifest.
 
     Raises:
-        ValueError: if it is none of these, or damaged.
+        ValueError: if the directory is something else, or damaged.
     """
     path = Path(directory)
     if (path / BASE_MANIFEST).is_file():
         return describe_base(path, tensors, verify)
     if verify:
-        raise ValueError(f"`{directory}` is no base; --verify compares a base with its manifest. Leave it out.")
+        raise ValueError(f"`{directory}` is not a base; --verify compares a base with its manifest. Leave it out.")
     if path.name == FEDERATION_DIR:
         path = path.parent
     if (path / FEDERATION_DIR / FEDERATION_FILE).is_file():
@@ -55,18 +57,23 @@ def describe_directory(directory: str | os.PathLike, tensors: bool = False, veri
     if (path / ADAPTER_CONFIG).is_file():
         return describe_adapter(path, tensors)
     if not path.is_dir():
-        raise ValueError(f"`{directory}` is no directory.")
+        raise ValueError(f"`{directory}` is not a directory.")
     raise ValueError(
-        f"`{directory}` is no base (no {BASE_MANIFEST}), adapter (no {ADAPTER_CONFIG}) or federation (no "
+        f"`{directory}` is not a base (no {BASE_MANIFEST}), adapter (no {ADAPTER_CONFIG}) or federation (no "
         f"{FEDERATION_DIR}/{FEDERATION_FILE})."
     )
 
 
 def describe_base(base_dir: str | os.PathLike, tensors: bool = False, verify: bool = False) -> list[str]:
-    """What a client gets with a base: by kind of tensor, bits per weight, bytes, and what of it is exact.
+    """Describe what a client receives with a base: bits per weight and bytes of each kind of tensor, and exact tensors.
+
+    Args:
+        base_dir: directory of the base.
+        tensors: list every tensor instead of the kinds.
+        verify: compare every file with the manifest.
 
     Raises:
-        ValueError: if it is no base, or with `verify` if a file is not as its manifest says.
+        ValueError: if it is not a base, or with `verify` if a file differs from the manifest.
     """
     manifest = check_base(base_dir) if verify else read_manifest(base_dir)
     entries, totals = manifest["tensors"], manifest["totals"]
@@ -106,7 +113,11 @@ def describe_base(base_dir: str | os.PathLike, tensors: bool = False, verify: bo
 
 
 def describe_adapter(directory: str | os.PathLike, tensors: bool = False) -> list[str]:
-    """An adapter's targets and size, and the bytes of a broadcast of it at each number of bits.
+    """Describe an adapter's targets and size, and the bytes of its broadcast at each number of bits.
+
+    Args:
+        directory: a PEFT repository.
+        tensors: list every tensor.
 
     Raises:
         ValueError: if it can't be read.
@@ -115,7 +126,7 @@ def describe_adapter(directory: str | os.PathLike, tensors: bool = False) -> lis
     try:
         factors = lora_factors(adapter, config)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"`{directory}/{ADAPTER_CONFIG}` is no configuration of LoRA ({error!r}).") from error
+        raise ValueError(f"`{directory}/{ADAPTER_CONFIG}` is not a configuration of LoRA ({error!r}).") from error
     others = sorted(set(adapter) - {key for f in factors.values() for key in (f.key_a, f.key_b)})
     values = sum(tensor.numel() for tensor in adapter.values())
     stored = sum(tensor.nbytes for tensor in adapter.values())
@@ -127,7 +138,7 @@ def describe_adapter(directory: str | os.PathLike, tensors: bool = False) -> lis
         f"{len(adapter)} tensors, {values:,} parameters, {format_bytes(stored)}",
     ]
     if name := config.get("base_model_name_or_path"):
-        lines.append(f"WARNING: its configuration names the model `{name}`; a client would read that.")
+        lines.append(f"WARNING: its configuration names the model `{name}`, which a client would see.")
     if tensors:
         rows = [
             [key, _shape(t.shape), str(t.dtype).removeprefix("torch."), format_bytes(t.nbytes)]
@@ -142,7 +153,7 @@ def describe_adapter(directory: str | os.PathLike, tensors: bool = False) -> lis
 
 
 def describe_federation(output_dir: str | os.PathLike) -> list[str]:
-    """A federation's settings and its committed rounds, with the report's warnings.
+    """Describe a federation's options and its committed rounds, with the report's warnings.
 
     Raises:
         ValueError: if its state on disk is damaged.
@@ -150,7 +161,8 @@ def describe_federation(output_dir: str | os.PathLike) -> list[str]:
     store = RoundStore(output_dir)
     federation, records = store.read(), store.records()
     config = federation["config"]
-    shown = [f"{name}={config[name]}" for name in _SHOWN_CONFIG if config.get(name) not in (None, -1)]
+    names = [name for name in card_labels(FederatedConfig) if name != "num_rounds"]  # which is in the first line
+    shown = [f"{name}={config[name]}" for name in names if config.get(name) not in (None, -1)]
     lines = [
         f"Federation {federation['federation_id']}: {max(len(records) - 1, 0)} of {config['num_rounds']} rounds committed, "
         f"{len(federation['clients'])} clients",
@@ -183,12 +195,17 @@ def describe_federation(output_dir: str | os.PathLike) -> list[str]:
     down, up = (sum(record[way] for record in records) for way in ("bytes_down", "bytes_up"))
     lines += ["", *format_table(rows), "", f"{format_bytes(down)} to clients, {format_bytes(up)} from clients in all."]
     if (store.root / "base" / BASE_MANIFEST).is_file():
-        lines.append(f"The base that clients hold: fedlpp-hf inspect {store.root / 'base'}")
+        lines.append(f"The clients' base: fedlpp-hf inspect {store.root / 'base'}")
     return lines + [f"WARNING: {text}" for text in find_warnings(records[0]["metrics"], records[-1]["metrics"])]
 
 
 def describe_merge(report: "MergeReport", layers: bool = False) -> list[str]:
-    """What a merge did; `layers` lists the norm of every update, and its ratio to the base's error where that is known."""
+    """Describe what a merge did.
+
+    Args:
+        report: the merge's.
+        layers: list the norm of every update, and its ratio to the base's error if that is known.
+    """
     done = "verified" if report.verified else "not verified"
     lines = [
         f"Merged into {report.output_dir}: {len(report.layers)} tensors updated, {len(report.replaced)} replaced, "
@@ -197,7 +214,7 @@ def describe_merge(report: "MergeReport", layers: bool = False) -> list[str]:
         f"{report.seconds:.1f} s",
     ]
     if report.through_peft:
-        lines.append(f"PEFT merged it, in memory, because {report.through_peft}.")
+        lines.append(f"PEFT merged it in memory, because {report.through_peft}.")
     ratios = [layer.ratio for layer in report.layers if layer.ratio is not None]
     if ratios:
         lines.append(f"The base's error is {min(ratios):.2f} to {max(ratios):.2f} times the update, ‖W − Q(W)‖/‖ΔW‖.")

@@ -22,7 +22,8 @@ from ..config.federated import FederatedConfig
 from ..config.options import free_options
 from ..config.rules import check_products, trainable_keys
 from ..tensors.adapters import check_tensors, global_norm
-from ..tensors.quantization import FULL_PRECISION, quantize_tensors
+from ..tensors.codebooks import FULL_PRECISION
+from ..tensors.quantization import quantize_tensors
 from ..wire.encoding import Payload, restore_tensors
 from ..wire.messages import ClientFailure, ClientTask, ClientUpdate, LocalOptions
 from .admission import AcceptedUpdate, Admission

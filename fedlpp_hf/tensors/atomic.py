@@ -1,12 +1,15 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""Files that are there whole or not at all, and are on the disk when a function says so."""
+"""Files that are on disk whole or not at all."""
 
 import os
 from pathlib import Path
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all, whatever happens meanwhile."""
+    """Write a file such that readers find the old one or the new one, even after a crash.
+
+    The data go to a hidden file beside it, which takes the name once it is on disk. Missing folders are made.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(data)
@@ -16,7 +19,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def sync_path(path: Path) -> None:
-    """Wait until a file, or a directory's entries, are on disk."""
+    """Wait until a file, or the list of files in a directory, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""Safetensors files as ranges of bytes: what a header says, strictly, and tensors that are read part by part."""
+"""Safetensors files as ranges of bytes: strictly checked headers, and tensors read whole or part by part."""
 
 import errno
 import json
@@ -43,26 +43,27 @@ class TensorRange:
     @property
     def torch_dtype(self) -> torch.dtype:
         if self.dtype not in DTYPES:
-            raise ValueError(f"`{self.name}` is of {self.dtype}; expected one of {', '.join(DTYPES)}.")
+            raise ValueError(f"`{self.name}` has the dtype {self.dtype}; expected one of {', '.join(DTYPES)}.")
         return DTYPES[self.dtype]
 
 
 def read_header(size: int, read: Callable[[int, int], bytes]) -> bytes:
-    """The header of a safetensors file of `size` bytes, its length before it, through `read(offset, length)`.
+    """Read the header of a safetensors file of `size` bytes, with the eight bytes before it, by `read(offset, length)`.
 
     Raises:
-        ValueError: if it claims more than there is; the message begins with what the file does.
+        ValueError: if the header claims more than there is. The message goes on after the file's name.
     """
     if size < 8 or (length := struct.unpack("<Q", read(0, 8))[0]) > min(size - 8, MAX_HEADER_BYTES):
-        raise ValueError(f"has {size} bytes: it is truncated or no safetensors file")
+        raise ValueError(f"has {size} bytes: it is truncated or not a safetensors file")
     return read(0, 8 + length)
 
 
 def parse_header(header: bytes, size: int) -> dict[str, TensorRange]:
-    """The tensors in the order of their bytes, by the header (see [`read_header`]) of a file of `size` bytes.
+    """List the tensors of a file of `size` bytes in the order of their bytes, from its header (see [`read_header`]).
 
     Raises:
-        ValueError: if the header is damaged, or its tensors don't fill the file exactly: a truncated download.
+        ValueError: if the header is damaged, or its tensors don't fill the file exactly, as in a truncated download. The
+            message goes on after the file's name.
     """
     try:
         entries = json.loads(header[8:])
@@ -96,14 +97,26 @@ def read_range(descriptor: int, buffer: memoryview, start: int) -> None:
         done += count
 
 
-class TensorFile(Mapping[str, torch.Tensor]):
-    """An adapter or an update in a safetensors file, of which a tensor, or a part of one, is read when it is asked for.
-
-    It is read and not mapped: a map costs a fault for every few pages, which takes longer than to copy them. It costs
-    the memory of its name: an open file is kept for the 128 used last, and what a header says once for all that say the same.
+def read_tensor(path: str | os.PathLike[str], tensor: TensorRange) -> torch.Tensor:
+    """Read one tensor of a file into memory.
 
     Raises:
-        ValueError: when it is read from, if it is damaged or truncated.
+        ValueError: if torch has no such dtype.
+    """
+    data = torch.empty(tensor.stop - tensor.start, dtype=torch.uint8)
+    with open(path, "rb", buffering=0) as file:
+        read_range(file.fileno(), data.numpy().data, tensor.start)
+    return data.view(tensor.torch_dtype).view(tensor.shape)
+
+
+class TensorFile(Mapping[str, torch.Tensor]):
+    """An adapter or an update in a safetensors file; tensors, or parts of them, are read when they are asked for.
+
+    An object takes the memory of its path. The 128 files used last stay open, and equal headers are kept once. Files are
+    read and not mapped: a map costs a fault for every few pages, which takes longer than to copy them.
+
+    Raises:
+        ValueError: on reading, if the file is damaged or truncated.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -122,11 +135,18 @@ class TensorFile(Mapping[str, torch.Tensor]):
         return len(self._open().tensors)
 
     def shape_of(self, key: str) -> torch.Size:
-        """A tensor's shape, of which nothing is read."""
+        """A tensor's shape, from the header."""
         return torch.Size(self._open().tensors[key].shape)
 
     def read_values(self, key: str, start: int, end: int, memory: memoryview | None = None) -> torch.Tensor:
-        """Values `start` to `end` of a tensor in memory order; in `memory`, if there is one, until that is used again."""
+        """Read values of a tensor, in memory order.
+
+        Args:
+            key: the tensor's name.
+            start: the first value.
+            end: the value after the last.
+            memory: where to put them; they are valid until it is used again. By default new memory.
+        """
         file = self._open()
         tensor = file.tensors[key]
         size = tensor.torch_dtype.itemsize
@@ -146,9 +166,9 @@ Read = Callable[[int, int], torch.Tensor]
 def find_values(
     tensors: Mapping[str, torch.Tensor], key: str, memory: memoryview | None = None
 ) -> tuple[torch.Size, Read]:
-    """A tensor's shape, and what reads its values from one place to another in memory order, as `(n,)`.
+    """A tensor's shape, and a function that returns its values from one place to another in memory order, as `(n,)`.
 
-    Of a [`TensorFile`] no more than these are read, into `memory` (see [`TensorFile.read_values`]).
+    From a [`TensorFile`] only these are read, into `memory` (see [`TensorFile.read_values`]).
     """
     if isinstance(tensors, TensorFile):
         return tensors.shape_of(key), partial(tensors.read_values, key, memory=memory)
@@ -176,10 +196,10 @@ def _open_file(path: str, stamp: tuple[int, int]) -> _OpenFile:
     return _OpenFile(path, os.open(path, os.O_RDONLY))
 
 
-# The updates of a round have the same header; that of a large adapter takes milliseconds to parse, and 200 kB.
+# The updates of a round have equal headers; a large adapter's takes milliseconds to parse, and 200 kB.
 _parse_header = lru_cache(maxsize=8)(parse_header)
 
 
 def close_files() -> None:
-    """Close what [`TensorFile`]s have open: as long as a file is, its room on the disk stays taken when it is deleted."""
+    """Close the files that [`TensorFile`]s have open; a deleted file takes up the disk until it is closed."""
     _open_file.cache_clear()

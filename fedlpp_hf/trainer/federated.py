@@ -9,30 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState, set_seed
+from peft import PeftConfig
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from transformers.trainer_utils import TrainOutput
 
 from ..audit.audit import audit_federation, check_auditable
-from ..base.export import load_base
-from ..base.manifest import BASE_MANIFEST
 from ..client.checks import check_model
 from ..client.guard import QuantizedBaseCallback
 from ..client.partition import check_client_sizes, partition_clients
 from ..config.federated import FederatedConfig
-from ..processes.blueprint import TrainerBlueprint, load_full_model
+from ..processes.blueprint import TrainerBlueprint
 from ..processes.owner import OwnerProcess
 from ..processes.workers import ClientWorkers
 from ..report.rounds import RoundReporter
 from ..server.loop import FederatedServer, TrainClients
-from ..server.store import FEDERATION_DIR, RoundStore
-from ..tensors.quantization import FULL_PRECISION
+from ..tensors.codebooks import FULL_PRECISION
 from ..wire.encoding import encode_message
 from ..wire.messages import ClientFailure, ClientTask, ClientUpdate
 from .local_run import LocalRunMixin
+from .model import add_adapter, resolve_model
 from .publishing import MERGED_DIR, PublishingMixin
 from .ranks import RanksMixin
 
@@ -87,7 +84,6 @@ class FederatedMixin(LocalRunMixin, RanksMixin, PublishingMixin):
                 "args.optim, or `optimizer_cls_and_kwargs`."
             )
         args = copy.copy(args)
-        self.owner: OwnerProcess | None = None
         self.server: FederatedServer | None = None
         self.raw_datasets = partition_clients(train_dataset, args)
         if self.raw_datasets:
@@ -102,7 +98,8 @@ class FederatedMixin(LocalRunMixin, RanksMixin, PublishingMixin):
             client_datasets=self.raw_datasets if args.compare_full_precision else None,
             trainer_arguments={"data_collator": data_collator, "eval_dataset": eval_dataset, **kwargs},
         )
-        peft_model = add_adapter(self._resolve_model(model), peft_config, args.seed)
+        model, self.owner = resolve_model(model, self.blueprint)
+        peft_model = add_adapter(model, peft_config, args.seed)
         self.blueprint.peft_config = peft_model.peft_config["default"]
         unquantized = args.base_bits == FULL_PRECISION
         check_model(peft_model, unquantized)
@@ -256,47 +253,6 @@ class FederatedMixin(LocalRunMixin, RanksMixin, PublishingMixin):
     def _evaluate_together(self, adapter: Mapping[str, torch.Tensor]) -> dict[str, float]:
         self.share("evaluate", lambda: encode_message("adapter", {}, adapter))
         return self.evaluate_proxy(adapter)
-
-    def _resolve_model(self, model: str | torch.nn.Module) -> torch.nn.Module:
-        """The model that clients train on; `blueprint` learns where the base and the full model are."""
-        blueprint, args = self.blueprint, self.blueprint.args
-        if not isinstance(model, str | Path):
-            return model
-        if (Path(model) / BASE_MANIFEST).is_file():
-            blueprint.base_dir = str(model)
-            return load_base(model, blueprint.model_class)
-        # A name that is no base is the owner's full model, which only the owner's process may open.
-        if args.full_model not in (None, "", str(model)):
-            raise ValueError(
-                f"model='{model}' is no quantized base (it has no {BASE_MANIFEST}), and full_model='{args.full_model}' "
-                "names another full model. Give one of them."
-            )
-        args.full_model = blueprint.full_model = str(model)
-        if args.base_bits == FULL_PRECISION:
-            return load_full_model(args.full_model, blueprint.model_class, args)
-        base_dir = Path(args.output_dir) / FEDERATION_DIR / "base"
-        blueprint.base_dir = str(base_dir)
-        if args.process_index == 0:
-            self.owner = OwnerProcess(blueprint)
-            # Only a federation that can be resumed keeps its base; another one may want other bits.
-            if args.overwrite or not (RoundStore(args.output_dir).exists and (base_dir / BASE_MANIFEST).is_file()):
-                self.owner.export_base(base_dir)
-        PartialState().wait_for_everyone()
-        return load_base(base_dir, blueprint.model_class)
-
-
-def add_adapter(model: torch.nn.Module, peft_config: PeftConfig | None, seed: int) -> Any:
-    """The model with a new adapter at a start that is a function of `seed`; a PeftModel as it is.
-
-    Raises:
-        ValueError: if there is neither an adapter nor its configuration.
-    """
-    if isinstance(model, PeftModel):
-        return model
-    if peft_config is None:
-        raise ValueError("`peft_config` is missing: say which adapter to train, e.g. LoraConfig(r=8).")
-    set_seed(seed)  # every client's untouched adapter must start at the same A
-    return get_peft_model(model, copy.deepcopy(peft_config))  # PEFT writes the base's path into it
 
 
 class FederatedTrainer(FederatedMixin, Trainer):

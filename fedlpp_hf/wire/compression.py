@@ -13,7 +13,8 @@ from collections.abc import Mapping
 import torch
 
 from ..tensors.adapters import check_tensors
-from ..tensors.quantization import FULL_PRECISION, QuantizedTensor, dequantize, quantize
+from ..tensors.codebooks import FULL_PRECISION
+from ..tensors.quantization import QuantizedTensor, dequantize, quantize
 
 
 Tensors = Mapping[str, torch.Tensor]

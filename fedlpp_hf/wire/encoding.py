@@ -16,8 +16,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from ..tensors.codebooks import check_bits
 from ..tensors.files import DTYPES, MAX_HEADER_BYTES
-from ..tensors.quantization import QuantizedTensor, check_bits, dequantize, packed_size
+from ..tensors.packing import packed_size
+from ..tensors.quantization import QuantizedTensor, dequantize
 
 
 SCHEMA_VERSION = 2
@@ -61,7 +63,7 @@ def encode_message(kind: str, header: dict[str, Any], payload: Payload) -> bytes
         ValueError: for a plain tensor of another dtype than a message can hold, or two tensors of one stored name.
     """
     body, tensors = _lay_out(kind, header, payload)
-    body["sha256"] = _digest(body, tensors)
+    body["sha256"] = compute_digest(body, tensors)
     return save(tensors, metadata={_METADATA_KEY: json.dumps(body, sort_keys=True)})
 
 
@@ -122,7 +124,7 @@ def decode_message(kind: str, data: bytes) -> tuple[dict[str, Any], dict[str, to
             f"The {kind} has schema {body.get('schema')!r}; this version of fedlpp_hf speaks {SCHEMA_VERSION}. "
             "Install the same version on both sides."
         )
-    if body.pop("sha256", None) != _digest(body, tensors):
+    if body.pop("sha256", None) != compute_digest(body, tensors):
         raise ValueError(f"The {kind}'s checksum is wrong: it was changed or damaged on its way.")
     return body, _restore_quantized(body.get("quantized"), tensors, kind)
 
@@ -167,7 +169,8 @@ def _check_plain(tensors: Mapping[str, torch.Tensor], kind: str) -> None:
             )
 
 
-def _digest(body: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+def compute_digest(body: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    """The SHA-256 of a message's JSON object and tensors, in hexadecimal."""
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode())
     for key in sorted(tensors):
         tensor = tensors[key].detach().cpu().contiguous()

@@ -78,9 +78,12 @@ class ClientTask:
             raise ValueError(
                 f"The task's `options` are {options!r:.100}; expected those of this version of fedlpp_hf."
             )
+        broadcast = header.get("broadcast")
+        if not isinstance(broadcast, bool) or (payload and not broadcast):
+            raise ValueError(f"The task's `broadcast` is {broadcast!r:.100}, with {len(payload)} tensors of a proxy.")
         return cls(
             **values,
-            proxy=payload if header.get("broadcast") else None,
+            proxy=payload if broadcast else None,
             options=LocalOptions(**_read_fields(options, _OPTION_TYPES, "task's options")),
         )
 

@@ -1,13 +1,13 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""A server and three clients on this machine, over TLS with node keys, as they would be on four; then the same federation
-in one process, and whether both end in the same bits. The transcript of docs/deployment.md is this script's output.
+"""Run a server and three clients on this machine, over TLS with node keys, as on four machines; then run the same
+federation in one process, and compare the adapters. docs/deployment.md shows this script's output.
 
     python recipes/data/docstrings.py out/docstrings
     python recipes/owner_warmup.py --config recipes/configs/quickstart_owner.yaml
     python recipes/flower/loopback.py out/docstrings/train.jsonl --full_model out/owner \
         --eval_data out/docstrings/test.jsonl
 
-Hardware: two CPU cores, 6 GB of memory. Expected: "the same bits" as the last line, after three to five minutes.
+Hardware: two CPU cores, 6 GB of memory. Expected: "bit-identical" as the last line, after three to five minutes.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
     )
     parser.add_argument("--full_model", required=True)
     parser.add_argument("--eval_data", required=True)
-    parser.add_argument("--directory", default="out/loopback", help="is emptied")
+    parser.add_argument("--directory", default="out/loopback", help="for all files; its contents are deleted")
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args()
     directory = Path(args.directory).resolve()
@@ -44,7 +44,7 @@ def main() -> None:
     clients = write_rows(Path(args.rows), directory / "rows")
     owner = ["--full_model", str(Path(args.full_model).resolve()), "--eval_data", str(Path(args.eval_data).resolve())]
 
-    # On four machines: each client starts once, sends its node.pub, and gets ca.crt.
+    # On four machines, each client starts once, sends its node.pub, and receives ca.crt.
     make_certificates(directory / "server", ["127.0.0.1", "localhost"])
     (directory / "keys").mkdir()
     for client in clients:
@@ -77,8 +77,8 @@ def main() -> None:
     digests = [hash_adapter(directory / name) for name in ("over-flower", "in-process")]
     print(f"over Flower {digests[0]}\nin process  {digests[1]}")
     if digests[0] != digests[1]:
-        raise SystemExit("different bits")
-    print("the same bits")
+        raise SystemExit("The adapters differ.")
+    print("bit-identical")
 
 
 def write_rows(source: Path, directory: Path) -> list[str]:
@@ -91,7 +91,7 @@ def write_rows(source: Path, directory: Path) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    # One thread each: four trainers share this machine's cores, and the sums are to be in the same order everywhere.
+    # One thread each: four trainers share the cores, and sums must have the same order everywhere.
     return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -107,7 +107,7 @@ def show(directory: Path, name: str) -> None:
 
 
 def shorten(text: str, directory: Path) -> str:
-    """Without the places of this machine, and the colours and progress bars of a terminal."""
+    """Remove this machine's paths, and a terminal's colours and progress bars."""
     text = text.replace(f"{directory}/", "").replace(f"{HERE}/", "").replace(f"{Path.cwd()}/", "")
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line.split("\r")[-1]).rstrip() for line in text.splitlines()]
     noise = (

@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""The trainer of a text classifier for both worlds: over Flower, where `federation.yaml` names it, and in one process.
+"""Federated text classification, over Flower (where `federation.yaml` names this file) or in one process.
 
     fedlpp-hf server --config recipes/flower/federation.yaml --full_model out/owner --eval_data out/docstrings/test.jsonl
     fedlpp-hf client --config recipes/flower/federation.yaml --data rows.jsonl --certificate ca.crt
@@ -7,7 +7,7 @@
     python recipes/flower/text_task.py DIRECTORY_OF_ROWS --config recipes/flower/federation.yaml \
         --full_model out/owner --eval_data out/docstrings/test.jsonl --output_dir out/in-process
 
-Hardware: two CPU cores. Expected: both ends have the same adapter, bit for bit; recipes/flower/loopback.py compares them.
+Hardware: two CPU cores. Expected: both ways end in bit-identical adapters; recipes/flower/loopback.py compares them.
 """
 
 import os
@@ -25,14 +25,14 @@ from fedlpp_hf import FederatedConfig, FederatedTrainer
 from fedlpp_hf.flower.loading import load_rows, load_trainer
 
 
-# The order of sums, and with it the last bits, depends on the number of threads: the same on every machine.
+# The order of sums, and so the last bits, depends on the number of threads: use the same on every machine.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 
 
 @dataclass
 class TextArguments:
     eval_data: str | None = field(
-        default=None, metadata={"help": "Rows that the owner evaluates on; on its side only."}
+        default=None, metadata={"help": "Rows on which the owner evaluates; a flag of the server."}
     )
     max_length: int = field(default=128, metadata={"help": "Tokens of a text; more are cut off."})
     lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})
@@ -43,7 +43,7 @@ class TextArguments:
 def make_trainer(
     arguments: TextArguments, args: FederatedConfig, model: str, train_dataset: dict[str, Dataset]
 ) -> FederatedTrainer:
-    # The base has tokenizer and class names beside its weights, so that a client needs nothing else of the owner.
+    # The base includes tokenizer and class names, so a client needs nothing else from the owner.
     tokenizer = AutoTokenizer.from_pretrained(model)
     label2id = AutoConfig.from_pretrained(model).label2id
 
@@ -72,7 +72,7 @@ def make_trainer(
     )
 
 
-# At the top level, because the owner's process imports it to evaluate its own model.
+# At the top level, because the owner's process imports it to evaluate its model.
 def compute_accuracy(prediction) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(axis=-1) == prediction.label_ids).mean())}
 

@@ -11,7 +11,7 @@ from fedlpp_hf.config.audit import AuditOptions
 from fedlpp_hf.config.federated import GROUPS, FederatedConfig
 from fedlpp_hf.config.options import OptionFacts, card_labels, free_options, options_beside, reference_options
 from fedlpp_hf.config.run import RunOptions
-from fedlpp_hf.tensors.quantization import FULL_PRECISION
+from fedlpp_hf.tensors.codebooks import FULL_PRECISION
 
 
 DERIVED = (free_options, options_beside, reference_options, card_labels)

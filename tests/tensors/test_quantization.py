@@ -7,23 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedlpp_hf.tensors.codebooks import BITS, check_bits, codebook, information_bits, nf4_subset, normal_float_levels
+from fedlpp_hf.tensors.packing import look_up, pack_codes, packed_size, unpack_codes
 from fedlpp_hf.tensors.quantization import (
-    BITS,
     QuantizedTensor,
-    check_bits,
-    codebook,
     dequantize,
-    information_bits,
-    look_up,
-    nf4_subset,
-    normal_float_levels,
-    pack_codes,
-    packed_size,
     quantize,
     quantize_tensors,
     restore_from_levels,
     round_to_levels,
-    unpack_codes,
 )
 
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from hypothesis import strategies as st
 
-from fedlpp_hf.tensors.quantization import BITS, quantize
+from fedlpp_hf.tensors.codebooks import BITS
+from fedlpp_hf.tensors.quantization import quantize
 from fedlpp_hf.wire.messages import ClientTask, ClientUpdate, LocalOptions
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from fedlpp_hf.tensors.quantization import QuantizedTensor, quantize
-from fedlpp_hf.wire.encoding import SCHEMA_VERSION, _digest, decode_message, encode_message
+from fedlpp_hf.wire.encoding import SCHEMA_VERSION, compute_digest, decode_message, encode_message
 from fedlpp_hf.wire.messages import ClientTask, ClientUpdate
 
 from .samples import make_task, make_update, read_parts, same, write_parts
@@ -172,7 +172,7 @@ def test_tensor_that_would_hide_another_is_refused_on_both_sides():
 def encode_with_tensors(quantized: dict, tensors: dict[str, torch.Tensor]) -> bytes:
     """A message whose checksum is right, but that [`encode_message`] would not write."""
     body = {"kind": "update", "schema": SCHEMA_VERSION, "quantized": quantized}
-    body["sha256"] = _digest(body, tensors)
+    body["sha256"] = compute_digest(body, tensors)
     return save(tensors, {"fedlpp_hf": json.dumps(body, sort_keys=True)})
 
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
 
-from fedlpp_hf.tensors.quantization import BITS, quantize
+from fedlpp_hf.tensors.codebooks import BITS
+from fedlpp_hf.tensors.quantization import quantize
 from fedlpp_hf.wire.encoding import encode_message, measure_message, restore_tensors
 from fedlpp_hf.wire.messages import ClientTask, ClientUpdate, LocalOptions
 

@@ -1,0 +1,147 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""Quantizing one tensor of the full model: to bitsandbytes codes, or to floats with few different values."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from bitsandbytes.functional import QuantState, get_4bit_type, int8_vectorwise_quant, quantize_blockwise
+
+from ..tensors.codebooks import FULL_PRECISION, codebook, nf4_subset
+from ..tensors.packing import look_up, packed_size
+from ..tensors.quantization import restore_from_levels, round_to_levels
+
+
+_NESTED_BLOCK_SIZE = 256
+_PAD_CODE = 7  # NF4's zero, which bitsandbytes pads with
+
+
+@dataclass(frozen=True, slots=True)
+class BaseSettings:
+    """How the tensors of a base are quantized.
+
+    `quantized`: the modules that become bitsandbytes weights, and whether each was a `Conv1D`. `bulk`: parameters that
+    stay floats but get `bits`, not `embedding_bits`, because they are most of the model. The rest are arguments of
+    [`export_base`].
+    """
+
+    bits: int
+    block_size: int
+    double_quant: bool
+    embedding_bits: int
+    quantized: dict[str, bool]
+    bulk: set[str]
+
+
+def quantize_base_tensor(
+    name: str, tensor: torch.Tensor, settings: BaseSettings
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Quantize a parameter. Returns its entry in the manifest, and its tensors in the base.
+
+    The entry's `kind` is `linear4bit` or `linear8bit` for bitsandbytes weights, `codebook` for floats with at most
+    `2**bits` values per block, or `full_precision`. `information_bytes` counts packed codes, and scales in the dtype of
+    the source; [`pack_base`] writes at most that.
+
+    Raises:
+        ValueError: if a value is not finite, or bitsandbytes does not quantize the dtype.
+    """
+    module, _, leaf = name.rpartition(".")
+    bits, block_size, source = settings.bits, settings.block_size, tensor.dtype
+    if leaf == "weight" and module in settings.quantized:
+        if source not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"`{name}` has the dtype {source}; expected float32, float16 or bfloat16.")
+        weight = tensor.T.contiguous() if settings.quantized[module] else tensor
+        kind = "linear8bit" if bits == 8 else "linear4bit"
+        if bits == 8:
+            tensors = quantize_int8(name, weight)
+            information = tensors[name].nbytes + tensors[f"{module}.SCB"].nbytes
+        else:
+            tensors = quantize_nf4(name, weight, bits, block_size, settings.double_quant)
+            kept = [tensors[key] for key in (f"{name}.absmax", f"{name}.nested_absmax") if key in tensors]
+            scale_bytes = sum(t.nbytes for t in kept) if settings.double_quant else len(kept[0]) * source.itemsize
+            information = packed_size(bits, weight.numel()) + scale_bytes
+    elif tensor.is_floating_point() and tensor.dim() > 1 and settings.embedding_bits != FULL_PRECISION:
+        bits = bits if name in settings.bulk else settings.embedding_bits
+        levels = codebook(bits)
+        codes, block_scales = round_to_levels(tensor, levels, block_size, name=name)
+        values = restore_from_levels(codes, block_scales, levels, block_size, source).view(tensor.shape)
+        kind, tensors = "codebook", {name: values}
+        information = packed_size(bits, len(codes)) + len(block_scales) * source.itemsize
+    else:
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"`{name}` has values that are NaN or infinite. Is the checkpoint damaged?")
+        bits, block_size = source.itemsize * 8, 1
+        kind, information, tensors = "full_precision", tensor.nbytes, {name: tensor}
+    entry = {
+        "name": name,
+        "kind": kind,
+        "shape": list(tensor.shape),
+        "source_dtype": str(source).removeprefix("torch."),
+        "dtype": str(tensors[name].dtype).removeprefix("torch."),
+        "bits": bits,
+        "block_size": block_size,
+        "information_bytes": information,
+        "information_bits": information * 8 / max(tensor.numel(), 1),
+        "bytes": sum(t.nbytes for t in tensors.values()),
+    }
+    return entry, tensors
+
+
+def quantize_nf4(
+    name: str, weight: torch.Tensor, bits: int, block_size: int, double_quant: bool
+) -> dict[str, torch.Tensor]:
+    """Quantize a weight to the tensors of a bitsandbytes `Linear4bit`.
+
+    At 4 bits these are bit-identical to those of `bitsandbytes.functional.quantize_4bit`.
+
+    Args:
+        name: of the weight; the other tensors' names begin with it.
+        weight: `(out, in)`.
+        bits: per code, 1 to 4.
+        block_size: values that share a scale.
+        double_quant: quantize the scales, too.
+
+    Raises:
+        ValueError: if a value is not finite.
+    """
+    code = get_4bit_type("nf4", device="cpu")
+    subset = torch.tensor(nf4_subset(bits), dtype=torch.uint8)
+    indices, absmax = round_to_levels(weight, code[subset.int()], block_size, name=name)
+    if weight.numel() % block_size:
+        absmax[-1].clamp_(min=1e-38)  # bitsandbytes clamps the scale of a short last block only
+    state = QuantState(absmax, weight.shape, code, block_size, "nf4", weight.dtype)
+    if double_quant:
+        state.offset = absmax.mean()
+        state.absmax, state.state2 = quantize_blockwise(absmax - state.offset, blocksize=_NESTED_BLOCK_SIZE)
+        state.nested = True
+    entries = {f"{name}.{key}": tensor for key, tensor in state.as_dict(packed=True).items()}
+    codes = indices if bits == 4 else look_up(subset, indices)
+    return {name: pack_nibbles(codes)} | entries
+
+
+def quantize_int8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Quantize a weight `(out, in)` to the tensors of a bitsandbytes `Linear8bitLt`: int8 with one scale per row.
+
+    Raises:
+        ValueError: if a value is not finite in float16.
+    """
+    half = weight.half()  # bitsandbytes' int8 starts from float16
+    if not torch.isfinite(half).all():
+        raise ValueError(f"`{name}` has values that are NaN, infinite or beyond float16, from which int8 starts.")
+    codes, scales, _ = int8_vectorwise_quant(half)
+    module = name.removesuffix("weight")
+    return {name: codes, f"{module}SCB": scales, f"{module}weight_format": torch.tensor(0, dtype=torch.uint8)}
+
+
+def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """Pack 4-bit codes as bitsandbytes does: two per byte, the first in the high nibble, `(bytes, 1)` uint8."""
+    if codes.numel() % 2:
+        codes = torch.cat([codes, codes.new_tensor([_PAD_CODE])])
+    return (codes[::2] << 4 | codes[1::2]).unsqueeze(1)
+
+
+def unpack_nibbles(packed: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    """Invert [`pack_nibbles`]: one code per byte, as many as a tensor of `shape` has."""
+    packed = packed.reshape(-1)
+    return torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[: math.prod(shape)]

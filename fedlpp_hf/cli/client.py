@@ -1,0 +1,57 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""`fedlpp-hf client`: take part in a federation over a network."""
+
+import argparse
+import sys
+
+from .arguments import parse_count
+from .command import Command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `client`."""
+    parser.add_argument("--config", required=True, help="YAML file of the federation")
+    parser.add_argument("--data", required=True, help="rows: .jsonl, .csv, .parquet, or a dataset's directory")
+    parser.add_argument("--server", default="127.0.0.1:8000", help="HOST:PORT of the server")
+    parser.add_argument("--certificate", help="the server's ca.crt")
+    parser.add_argument("--client_id", help="name in the federation (default: the name of the file of rows)")
+    parser.add_argument("--state_dir", help="directory for the node's key and logs (default: flower-CLIENT_ID)")
+    parser.add_argument("--cache_dir", default="~/.cache/fedlpp_hf/bases", help="directory for bases")
+    parser.add_argument("--base", help="directory or Hub id of the base, if the server should not send it")
+    parser.add_argument("--processes", type=parse_count, default=1, help="GPUs to train on, by accelerate launch")
+    parser.add_argument("--cold", action="store_true", help="keep no trainer running: load everything for each task")
+    parser.add_argument("--insecure", action="store_true", help="no TLS and no node key; on loopback only")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Call [`~fedlpp_hf.flower.client_command.run_client`]."""
+    from ..flower.environment import check_flower
+
+    check_flower()  # first: the next import needs packages that only Flower brings
+    from ..flower.client_command import run_client
+
+    code = run_client(
+        arguments.config,
+        arguments.data,
+        arguments.flags,
+        server=arguments.server,
+        certificate=arguments.certificate,
+        client_id=arguments.client_id,
+        state_dir=arguments.state_dir,
+        cache_dir=arguments.cache_dir,
+        base=arguments.base,
+        processes=arguments.processes,
+        cold=arguments.cold,
+        insecure=arguments.insecure,
+    )
+    sys.exit(code)
+
+
+COMMAND = Command(
+    summary="Take part in a federation over a network; the rows stay on this machine",
+    examples="  fedlpp-hf client --config federation.yaml --data rows.jsonl --server fl.example.org:8000 --certificate ca.crt\n\n"
+    "All other flags override the configuration.",
+    add_arguments=add_arguments,
+    run=run,
+    takes_flags=True,
+)

@@ -1,0 +1,99 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""`fedlpp-hf merge`: merge adapters into the full-precision model, and push the result on demand."""
+
+import argparse
+
+from .arguments import add_visibility, find_model_class, parse_count
+from .command import Command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `merge`."""
+    parser.add_argument("full_model", help="directory or Hub id of the full-precision model")
+    parser.add_argument("adapter", nargs="+", help="directories or Hub ids of PEFT adapters")
+    parser.add_argument("output_dir", help="directory for the merged model")
+    parser.add_argument("--weights", nargs="+", type=float, help="weight of each adapter (default: equal)")
+    parser.add_argument(
+        "--target", choices=("full", "base"), default="full", help="merge into W (default) or into Q(W) of --base_dir"
+    )
+    parser.add_argument("--base_dir", help="the quantized base; reports its distance from the full model")
+    parser.add_argument("--verify", action="store_true", help="read the result back and compare every byte")
+    parser.add_argument(
+        "--delete_source_shards",
+        action="store_true",
+        help="delete each shard downloaded from the Hub once it is merged",
+    )
+    parser.add_argument("--model_class", help="class of transformers on which the adapter was trained")
+    parser.add_argument(
+        "--threads", type=parse_count, help="threads to read, multiply and write (default: one per core)"
+    )
+    parser.add_argument("--device", default="cpu", help="device for the products (default cpu)")
+    parser.add_argument("--no_sync", action="store_true", help="do not wait until the result is on disk")
+    parser.add_argument("--revision", help="branch, tag or commit of the full model on the Hub")
+    parser.add_argument("--layers", action="store_true", help="list the update of every layer")
+    parser.add_argument("--push", metavar="REPO_ID", help="upload the result to this repository")
+    add_visibility(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Call [`~fedlpp_hf.merge_adapter`], print what it did, and push the result with `--push`."""
+    _check_arguments(arguments)
+    from ..merge.merge import merge_adapter
+    from ..report.inspection import describe_merge
+
+    report = merge_adapter(
+        arguments.full_model,
+        arguments.adapter,
+        arguments.output_dir,
+        weights=arguments.weights,
+        target=arguments.target,
+        base_dir=arguments.base_dir,
+        verify=arguments.verify,
+        delete_source_shards=arguments.delete_source_shards,
+        model_class=find_model_class(arguments.model_class),
+        threads=arguments.threads,
+        device=arguments.device,
+        sync=not arguments.no_sync,
+        revision=arguments.revision,
+    )
+    print("\n".join(describe_merge(report, arguments.layers)), flush=True)
+    if arguments.push:
+        _push(arguments)
+
+
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    if arguments.public and not arguments.push:
+        raise ValueError("--public is an option of the push; give --push REPO_ID too.")
+    if arguments.weights is not None and len(arguments.weights) != len(arguments.adapter):
+        raise ValueError(
+            f"{len(arguments.weights)} weights for {len(arguments.adapter)} adapters; give --weights one number per adapter."
+        )
+    if arguments.target == "base" and arguments.base_dir is None:
+        raise ValueError("--target base merges into Q(W); give --base_dir, the directory of the base.")
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    from ..hub.push import push_merged
+    from ..server.store import RoundStore
+
+    federation = next((path for path in arguments.adapter if RoundStore(path).exists), None)
+    commit = push_merged(
+        arguments.output_dir,
+        arguments.push,
+        source=arguments.full_model,
+        federation_dir=federation,
+        private=not arguments.public,
+        allow_public=arguments.allow_public,
+    )
+    print(f"Pushed to {commit.commit_url}")
+
+
+COMMAND = Command(
+    summary="Merge adapters into the full-precision model, shard by shard",
+    examples="  fedlpp-hf merge org/full-model out/ merged/ --verify\n"
+    "  fedlpp-hf merge org/full-model out/ merged/ --push org/merged    private; with a card from the federation\n"
+    "  fedlpp-hf merge models/full a/ b/ c/ merged/ --weights 3 1 1     the exact mean of their products B·A\n"
+    "  fedlpp-hf merge models/full out/ merged/ --base_dir base/        measure W - Q(W) against the update",
+    add_arguments=add_arguments,
+    run=run,
+)

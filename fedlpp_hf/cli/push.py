@@ -1,0 +1,55 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""`fedlpp-hf push`: upload a merged model or an adapter to the Hub."""
+
+import argparse
+import os
+
+from .arguments import add_visibility, check_directory
+from .command import Command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `push`."""
+    parser.add_argument("directory", help="a merged model; for the adapter, the output_dir of a federation")
+    parser.add_argument("repo_id", help="repository; created as private if it does not exist")
+    parser.add_argument("--source", help="the full model; its card's licence and tags are kept")
+    parser.add_argument("--federation_dir", help="output_dir of the federation, for the card of a merged model")
+    parser.add_argument("--audit", help="Markdown or JSON of a privacy audit, for the card")
+    parser.add_argument("--revision", help="branch to push to")
+    parser.add_argument("--create_pr", action="store_true", help="open a pull request instead")
+    add_visibility(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Call [`~fedlpp_hf.hub.push.push_adapter`] for an adapter, else [`~fedlpp_hf.hub.push.push_merged`]."""
+    check_directory(arguments.directory)
+    from ..hub.push import push_adapter, push_merged
+    from ..tensors.adapters import ADAPTER_CONFIG
+
+    options = {
+        "source": arguments.source,
+        "private": not arguments.public,
+        "allow_public": arguments.allow_public,
+        "revision": arguments.revision,
+        "create_pr": arguments.create_pr,
+        "audit": arguments.audit,
+    }
+    if os.path.isfile(os.path.join(arguments.directory, ADAPTER_CONFIG)):
+        if arguments.federation_dir is not None:
+            raise ValueError(
+                f"`{arguments.directory}` is an adapter; --federation_dir is for a merged model. Leave it out."
+            )
+        commit = push_adapter(arguments.directory, arguments.repo_id, **options)
+    else:
+        options["federation_dir"] = arguments.federation_dir
+        commit = push_merged(arguments.directory, arguments.repo_id, **options)
+    print(f"Pushed to {commit.commit_url}")
+
+
+COMMAND = Command(
+    summary="Upload a merged model or the server's adapter to the Hub",
+    examples="  fedlpp-hf push merged/ org/merged --source org/full-model --federation_dir out/\n"
+    "  fedlpp-hf push out/ org/adapter",
+    add_arguments=add_arguments,
+    run=run,
+)

@@ -1,0 +1,60 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""`fedlpp-hf quantize`: export the quantized base."""
+
+import argparse
+
+from .arguments import BITS, find_model_class, parse_count, parse_size
+from .command import Command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `quantize`."""
+    parser.add_argument("full_model", help="directory or Hub id of the full-precision model")
+    parser.add_argument("output_dir", help="directory for the base, which plain from_pretrained loads")
+    parser.add_argument("--bits", choices=BITS, default="4", help="bits per weight (default 4)")
+    parser.add_argument("--block_size", type=parse_count, default=64, help="weights that share one scale (default 64)")
+    parser.add_argument("--double_quant", action="store_true", help="quantize the scales too, as QLoRA does")
+    parser.add_argument(
+        "--embedding_bits",
+        choices=(*BITS, "32"),
+        default="4",
+        help="bits per value of embeddings and heads (default 4); 32 gives them to clients in full precision",
+    )
+    parser.add_argument(
+        "--skip_modules", nargs="+", help="modules to leave as floats (default: output embeddings and task heads)"
+    )
+    parser.add_argument("--model_class", help="class of transformers (default: the one named in the model's config)")
+    parser.add_argument("--revision", help="branch, tag or commit of the full model on the Hub")
+    parser.add_argument("--max_shard_size", type=parse_size, default="2GB", help="size of a file (default 2GB)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing base")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Call [`~fedlpp_hf.export_base`] and print what the base contains."""
+    from ..base.export import export_base
+    from ..report.inspection import describe_base
+
+    export_base(
+        arguments.full_model,
+        arguments.output_dir,
+        bits=arguments.bits,
+        block_size=arguments.block_size,
+        double_quant=arguments.double_quant,
+        embedding_bits=arguments.embedding_bits,
+        skip_modules=arguments.skip_modules,
+        model_class=find_model_class(arguments.model_class),
+        revision=arguments.revision,
+        overwrite=arguments.overwrite,
+        max_shard_size=arguments.max_shard_size,
+    )
+    print("\n".join(describe_base(arguments.output_dir)))
+
+
+COMMAND = Command(
+    summary="Export the quantized base for clients from the owner's full model",
+    examples="  fedlpp-hf quantize org/full-model base/                 4 bits, embeddings too\n"
+    "  fedlpp-hf quantize models/full base/ --bits 2           2 bits of information on stock 4-bit kernels\n"
+    "  fedlpp-hf quantize models/full base/ --bits ternary --block_size 128 --overwrite",
+    add_arguments=add_arguments,
+    run=run,
+)

@@ -1,0 +1,126 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""`fedlpp-hf client`: keep a SuperNode running, and a trainer on demand, until interrupted."""
+
+import contextlib
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from .certificates import NODE_PUBLIC_KEY, check_loopback, make_node_key
+from .client_settings import ClientSettings
+from .environment import check_flower, make_environment
+from .local_trainer import stop_trainer
+from .process_group import exit_on_sigterm, run_group
+
+
+SUPERNODE_PID = "supernode.pid"
+_RESTART_SECONDS = 5
+
+
+def run_client(
+    config: str,
+    data: str,
+    flags: Sequence[str] = (),
+    *,
+    server: str = "127.0.0.1:8000",
+    certificate: str | None = None,
+    client_id: str | None = None,
+    state_dir: str | None = None,
+    cache_dir: str = "~/.cache/fedlpp_hf/bases",
+    base: str | None = None,
+    processes: int = 1,
+    cold: bool = False,
+    insecure: bool = False,
+) -> int:
+    """Be a client of the federation until interrupted: run a SuperNode, restart it when it ends, train on demand.
+
+    Returns 130 after ^C.
+
+    Args:
+        config: YAML file of the federation.
+        data: the client's rows: .jsonl, .csv, .parquet, or a directory of `save_to_disk`.
+        flags: flags that override the configuration.
+        server: HOST:PORT of the server.
+        certificate: the server's `ca.crt`.
+        client_id: name in the federation; by default the name of the file of rows.
+        state_dir: directory for the node's key and the logs; by default `flower-CLIENT_ID`.
+        cache_dir: directory for bases that the server sends.
+        base: directory or Hub id of the base, if the server should not send it.
+        processes: GPUs to train on, by `accelerate launch`.
+        cold: keep no trainer running; load everything for each task.
+        insecure: neither TLS nor a node key; on loopback only.
+
+    Raises:
+        ValueError: if arguments conflict, or a file does not exist.
+    """
+    check_flower()
+    if insecure:
+        check_loopback(server.rsplit(":", 1)[0])
+    for name, path in (("config", config), ("data", data)):
+        if not Path(path).exists():
+            raise ValueError(f"{name}='{path}' does not exist.")
+    client_id = client_id or Path(data).stem
+    state = Path(state_dir or f"flower-{client_id}").resolve()
+    settings = ClientSettings(
+        config=str(Path(config).resolve()),
+        data=str(Path(data).resolve()),
+        client_id=client_id,
+        state_dir=str(state),
+        cache_dir=str(Path(cache_dir).expanduser().resolve()),
+        flags=list(flags),
+        base=base,
+        warm=not cold,
+        launch=[] if processes == 1 else ["accelerate", "launch", "--num_processes", str(processes)],
+        parent=os.getpid(),
+    )
+    command = [sys.executable, "-m", "fedlpp_hf.flower.supernode", "--superlink", server]
+    command += [
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(_find_free_port()),
+    ]  # for the ClientApp, which runs on this machine
+    command += ["--node-config", f'settings="{settings.write()}"']
+    command += ["--insecure"] if insecure else _prepare_credentials(state, client_id, certificate)
+    exit_on_sigterm()
+    with contextlib.suppress(KeyboardInterrupt):
+        try:
+            _keep_running(command, state)
+        finally:
+            stop_trainer(settings)
+    return 130
+
+
+def _prepare_credentials(state: Path, client_id: str, certificate: str | None) -> list[str]:
+    """Make the node's key, say what to do with it, and return the SuperNode's arguments."""
+    key = make_node_key(state)
+    print(
+        f"This client's key is `{state / NODE_PUBLIC_KEY}`. Send that file to the server's owner, who saves it as "
+        f"`{client_id}.pub` in the directory of --client_keys.",
+        flush=True,
+    )
+    if certificate is None or not Path(certificate).is_file():
+        raise ValueError(f"--certificate is `{certificate}`; expected the ca.crt that the server's owner sends you.")
+    return ["--root-certificates", str(Path(certificate).resolve()), "--auth-supernode-private-key", str(key)]
+
+
+def _keep_running(command: Sequence[str], state: Path) -> None:
+    environment = make_environment(state)
+    while True:
+        with run_group(command, environment, state / "supernode.log", state / SUPERNODE_PID) as node:
+            code = node.wait()
+        print(
+            f"The SuperNode ended with code {code} and restarts in {_RESTART_SECONDS} s. Is the server up, and does it know "
+            f"this client's key? See `{state / 'supernode.log'}`.",
+            flush=True,
+        )
+        time.sleep(_RESTART_SECONDS)
+
+
+def _find_free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

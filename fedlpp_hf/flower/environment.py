@@ -1,0 +1,50 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""What Flower's processes run in: a tested version of it, and an environment without telemetry and update checks."""
+
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+
+# Names the JSON file with the server's configuration and flags. The usual place, the run's configuration, is sent to every
+# client, and the flags name the owner's model.
+SERVER_FILE = "FEDLPP_HF_SERVER"
+
+
+def check_flower() -> None:
+    """Check that an untested Flower does not run: another SuperLink may serve other paths than the gate of `superlink.py`
+    knows.
+
+    Raises:
+        ValueError: if flwr is not installed, or its version is outside the range of the extra `flower`.
+    """
+    # The range is in setup.cfg. There the extra's marker also tells the first Python version with a Flower.
+    requirements = map(Requirement, requires("fedlpp_hf") or ())
+    expected = next(requirement.specifier for requirement in requirements if requirement.name == "flwr")
+    try:
+        installed = version("flwr")
+    except PackageNotFoundError:
+        raise ValueError(
+            f"This needs Flower (flwr{expected}, on Python 3.11 or newer): pip install 'fedlpp_hf[flower]'."
+        ) from None
+    if not expected.contains(installed, prereleases=True):
+        raise ValueError(
+            f"flwr {installed} is installed; this version of fedlpp_hf was tested with flwr{expected} only. Run "
+            f"pip install 'flwr{expected}'."
+        )
+
+
+def make_environment(state_dir: Path) -> dict[str, str]:
+    """The environment variables for Flower's processes that keep their files in `state_dir`."""
+    return os.environ | {
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_HOME": str(state_dir / "flwr"),
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",  # default: one second, added to every message
+        SERVER_FILE: str(state_dir / "server.json"),
+        # Flower finds its own commands by name.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+    }

@@ -1,0 +1,105 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""Control a running SuperLink through Flower's command `flwr`: register clients, start the app, wait for its end."""
+
+import json
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+_CONNECTION = "fedlpp"
+# The app that `flwr run` sends; `recipes/flower` has the same one for users' own SuperLinks.
+APP_FILES = {
+    "pyproject.toml": """\
+[project]
+name = "fedlpp-hf-app"
+version = "0.1.0"
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "fedlpp-hf"
+
+[tool.flwr.app.components]
+serverapp = "fedlpp_app:server_app"
+clientapp = "fedlpp_app:client_app"
+""",
+    "fedlpp_app.py": """\
+from fedlpp_hf.flower.client_app import make_client_app
+from fedlpp_hf.flower.server_app import make_server_app
+
+
+server_app = make_server_app()
+client_app = make_client_app()
+""",
+}
+
+
+def write_app(state_dir: Path, connection: dict[str, Any], config: str, flags: Sequence[str]) -> None:
+    """Write into `state_dir` what the other functions and the ServerApp read.
+
+    Args:
+        state_dir: the server's directory; gets `app/`, `flwr/config.toml` and `server.json`.
+        connection: how `flwr` reaches the SuperLink: `address`, `insecure` and perhaps `root-certificates`.
+        config: YAML file of the federation.
+        flags: flags that override it.
+    """
+    (state_dir / "app").mkdir(exist_ok=True)
+    for name, text in APP_FILES.items():
+        (state_dir / "app" / name).write_text(text, encoding="utf-8")
+    lines = [f"{name} = {json.dumps(value)}" for name, value in connection.items()]
+    (state_dir / "flwr").mkdir(exist_ok=True)
+    (state_dir / "flwr" / "config.toml").write_text(
+        "\n".join(["[superlink]", f'default = "{_CONNECTION}"', f"[superlink.{_CONNECTION}]", *lines, ""])
+    )
+    server = {"config": str(Path(config).resolve()), "flags": list(flags)}
+    (state_dir / "server.json").write_text(json.dumps(server, indent=2) + "\n", encoding="utf-8")
+
+
+def register_clients(state_dir: Path, client_keys: str | None, environment: dict[str, str]) -> None:
+    """Register the `*.pub` files of `client_keys` that are not registered yet.
+
+    Raises:
+        RuntimeError: if Flower refuses one.
+    """
+    registered = state_dir / "registered"
+    registered.mkdir(exist_ok=True)
+    for path in sorted(Path(client_keys).glob("*.pub")) if client_keys else ():
+        text = path.read_text()
+        if any(text == seen.read_text() for seen in registered.iterdir()):
+            continue
+        answer = _flwr(environment, "supernode", "register", str(path), _CONNECTION, "--name", path.stem)
+        if not answer.get("success"):
+            raise RuntimeError(f"The key `{path}` can't be registered: {answer}")
+        (registered / path.name).write_text(text)
+
+
+def run_app(state_dir: Path, environment: dict[str, str]) -> int:
+    """Run the app that [`write_app`] wrote, and print its log; returns 0 if it completed, else 1.
+
+    Raises:
+        RuntimeError: if the run can't be started.
+    """
+    answer = _flwr(environment, "run", str(state_dir / "app"), _CONNECTION)
+    if not answer.get("success"):
+        raise RuntimeError(f"The run can't be started: {answer}")
+    run = str(answer["run-id"])
+    subprocess.run(["flwr", "log", run, _CONNECTION, "--stream"], env=environment, stdin=subprocess.DEVNULL)
+    while True:
+        [status] = _flwr(environment, "list", _CONNECTION, "--run-id", run)["runs"]
+        if status["status"].startswith("finished"):
+            print(f"Run {run}: {status['status']}.", flush=True)
+            return 0 if status["status"] == "finished:completed" else 1
+        time.sleep(2)
+
+
+def _flwr(environment: dict[str, str], *arguments: str) -> dict[str, Any]:
+    command = ["flwr", *arguments, "--format", "json"]
+    result = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    start = result.stdout.find("{")
+    try:
+        return json.loads(result.stdout[start:])
+    except ValueError:
+        raise RuntimeError(f"`{' '.join(command)}` failed: {result.stdout}{result.stderr}") from None

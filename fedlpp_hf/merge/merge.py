@@ -1,0 +1,140 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""Writing adapters into the full-precision model, in one pass over its files."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..base.full_model import FullModel
+from ..base.reader import BaseReader
+from ..base.shards import WEIGHTS, WEIGHTS_INDEX, Shard
+from .adapter_reader import open_adapters
+from .destination import VIEW_MARK, check_destination, publish, scratch_directory, working_directory
+from .jobs import plan_jobs
+from .layouts import plan_layouts
+from .peft_models import NeedsPeft
+from .plan import MergeInputs, MergePlan, plan_merge
+from .report import MergeReport
+from .rows import RowProducer
+from .through_peft import check_alone, merge_through_peft
+from .writing import write_shards
+
+
+def merge_adapter(
+    full_model: str | os.PathLike,
+    adapter: str | os.PathLike | Sequence[str | os.PathLike],
+    output_dir: str | os.PathLike,
+    *,
+    weights: Sequence[float] | None = None,
+    target: str = "full",
+    base_dir: str | os.PathLike | None = None,
+    verify: bool = False,
+    delete_source_shards: bool = False,
+    model_class: Any = None,
+    threads: int | None = None,
+    device: str | torch.device = "cpu",
+    sync: bool = True,
+    revision: str | None = None,
+    token: str | None = None,
+) -> MergeReport:
+    """Write the full model with an adapter merged into it. Returns what was done.
+
+    Weights that no adapter changes are copied; the others become W + s·B·A, computed in float32 and rounded once to the
+    dtype they are stored in (LoRA, arXiv 2106.09685, §4.1; DoRA, arXiv 2402.09353, eq. 5). This is PEFT's
+    `merge_and_unload`, without loading the model.
+
+    Args:
+        full_model: a directory, or a name on the Hub.
+        adapter: a PEFT directory, or a name on the Hub; or several, of which the exact weighted mean of the products B·A is
+            merged, in float64.
+        output_dir: the new directory. It appears when it is complete, or not at all.
+        weights: of the adapters, in proportion; equal by default.
+        target: "full" merges into W. "base" merges into the dequantized Q(W) of `base_dir`: this is what clients see, and is
+            not pushed.
+        base_dir: the quantized base. With it the report has ‖E‖/‖ΔW‖, E = W − Q(W), for each layer.
+        verify: read the result back, and compare all of it with the source or a second computation.
+        delete_source_shards: delete each shard downloaded from the Hub when its merged one is written.
+        model_class: the class that the adapter was trained on, where the configurations don't tell.
+        threads: that read, multiply and write; by default one per core.
+        device: where the products are computed.
+        sync: wait until the result is on disk before it gets its name.
+        revision: branch, tag or commit of the full model on the Hub.
+        token: for the Hub; by default that of `hf auth login`.
+
+    Raises:
+        ValueError: for arguments, adapters or checkpoints that don't fit, naming the tensor or file.
+        OSError: if the disk is full or not writable; then nothing is left at `output_dir`.
+        RuntimeError: if verification fails, or another merge is writing there.
+    """
+    began = time.perf_counter()
+    _check_arguments(target, base_dir, threads, device)
+    destination = Path(output_dir)
+    check_destination(destination, full_model)
+    adapters, shares = open_adapters(adapter, weights, token)
+    report = MergeReport(str(destination), target, verified=verify)
+    with working_directory(destination) as work:
+        source = FullModel(full_model, revision, token, scratch_directory(work) if delete_source_shards else None)
+        config = source.read_config()
+        try:
+            plan = plan_merge(config, source.shapes, adapters, model_class)
+        except NeedsPeft as reason:
+            check_alone(str(reason), len(adapters), base_dir is not None, source)
+            merge_through_peft(str(reason), source, config, adapters[0], work, model_class)
+            report.through_peft, report.verified = str(reason), False
+        else:
+            base = BaseReader(base_dir, plan.shapes, plan.transposed) if base_dir is not None else None
+            if target == "base":
+                plan.config_changes[VIEW_MARK] = True
+            inputs = MergeInputs(plan, adapters, shares, base, into_base=target == "base")
+            layouts = plan_layouts(source, inputs)
+            shards = {file: plan_jobs(source.shards[file], new, inputs) for file, new in layouts.items()}
+            producer = RowProducer(inputs, torch.device(device))
+            norms = write_shards(work, source, shards, producer, threads=threads, verify=verify, sync=sync)
+            _write_companions(source, plan, layouts, work)
+            report.record_(plan, norms, shards.values())
+        publish(work, destination, sync)
+    report.seconds = time.perf_counter() - began
+    return report
+
+
+def _check_arguments(
+    target: str, base_dir: str | os.PathLike | None, threads: int | None, device: str | torch.device
+) -> None:
+    if target not in ("full", "base"):
+        raise ValueError(f"target={target!r}; expected 'full' (W) or 'base' (the dequantized Q(W)).")
+    if target == "base" and base_dir is None:
+        raise ValueError("target='base' needs `base_dir`, the quantized base to merge into.")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads={threads}; expected at least one.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
+        raise ValueError(
+            f"device={device!r} can't be used here ({error}). Give a device that torch has, or 'cpu'."
+        ) from error
+
+
+def _write_companions(source: FullModel, plan: MergePlan, layouts: Mapping[str, Shard], work: Path) -> None:
+    """Copy the other files of the full model, with the changes to its configuration and index."""
+    source.copy_companions(work)
+    config = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
+    if any(config.get(key) != value for key, value in plan.config_changes.items()):
+        (work / "config.json").write_text(json.dumps(config | plan.config_changes, indent=2) + "\n", encoding="utf-8")
+    if WEIGHTS in source.shards:
+        return
+    index = json.loads((source.directory / WEIGHTS_INDEX).read_text(encoding="utf-8"))
+    weight_map = {name: file for file, shard in layouts.items() for name in shard.tensors}
+    if not plan.added and weight_map == index["weight_map"]:
+        shutil.copyfile(source.directory / WEIGHTS_INDEX, work / WEIGHTS_INDEX)
+        return
+    if plan.added:
+        index.setdefault("metadata", {})["total_size"] = sum(s.size - len(s.header) for s in layouts.values())
+    (work / WEIGHTS_INDEX).write_text(
+        json.dumps(index | {"weight_map": weight_map}, indent=2) + "\n", encoding="utf-8"
+    )

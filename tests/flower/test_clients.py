@@ -1,0 +1,301 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""A federation over Flower is bit-identical to one in process, whatever happens to messages; nodes answer in this process."""
+
+import shutil
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from fedlpp_hf import RoundStore
+from fedlpp_hf.flower.base_transfer import PackedBase
+from fedlpp_hf.flower.client_settings import ClientSettings
+from fedlpp_hf.flower.client_trainer import make_client_trainer
+from fedlpp_hf.flower.loading import NetworkConfig, load_trainer
+from fedlpp_hf.tensors.adapters import read_adapter
+from tests.helpers import CLIENTS, assert_equal, run_in_process
+
+
+pytest.importorskip("flwr", reason="flwr is not installed: pip install fedlpp_hf[flower]")
+
+from flwr.app import Context, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedlpp_hf.flower.client_app import make_client_app
+from fedlpp_hf.flower.clients import FlowerClients
+from fedlpp_hf.flower.grid_requests import DESCRIBE, TRAIN
+
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(autouse=True)
+def identity():
+    """What Flower's processes learn from it, and messages ask for."""
+    for name in ("run_id", "task_id", "node_id"):
+        setattr(TaskIdentity, name, 1)
+
+
+@pytest.fixture(autouse=True)
+def warm_trainers(monkeypatch):
+    """One trainer per client, as where it is a process of its own."""
+    trainers = {}
+
+    def find_or_make(settings, base_dir):
+        if settings.state_dir not in trainers:
+            trainers[settings.state_dir] = make_client_trainer(settings, base_dir)
+        return trainers[settings.state_dir]
+
+    monkeypatch.setattr("fedlpp_hf.flower.client_app.make_client_trainer", find_or_make)
+
+
+class Network:
+    """A Grid without processes: its nodes answer through the real ClientApp when they are asked.
+
+    `fault` is called with the client and each message to it; it may return "silent", "offline", "late" (its answer comes
+    after its next message, though nobody asks for it), "twice", "away" (for a second its heartbeat
+    is nearly overdue), or bytes in place of the update.
+    """
+
+    def __init__(self, tmp_path, config, rows, clients=CLIENTS, fault=lambda client, message: None):
+        self.app, self.fault = make_client_app(), fault
+        self.nodes = dict(enumerate(clients, 1))
+        self.settings = {
+            node: ClientSettings(
+                str(config),
+                str(rows / f"{client}.jsonl"),
+                client,
+                str(tmp_path / f"node-{node}"),
+                str(tmp_path / f"cache-{node}"),
+                warm=False,
+            )
+            for node, client in self.nodes.items()
+        }
+        self.offline, self.replies, self.asked = set(), {}, []
+        self.away, self.receivers = {}, {}
+        self.late, self.due, self.since, self.updates = {}, [], dict.fromkeys(self.nodes, "the start"), []
+
+    def get_nodes(self):
+        online = [node for node in self.nodes if node not in self.offline]
+        return [
+            SimpleNamespace(
+                node_id=node,
+                last_activated_at=self.since[node],
+                online_until=time.time() + (5 if self.is_away(node) else 40),
+            )
+            for node in online
+        ]
+
+    def is_away(self, node):
+        return time.monotonic() < self.away.get(node, 0)
+
+    def push_messages(self, messages):
+        (message,) = messages
+        node = message.metadata.dst_node_id
+        identity = message.metadata.__dict__["_message_id"] = message.object_id
+        self.asked.append((message.metadata.message_type, self.nodes[node]))
+        self.receivers[identity] = node
+        if node in self.late:
+            self.due.append(self.late.pop(node))
+        fault = self.fault(self.nodes[node], message)
+        if fault == "away":
+            self.away[node] = time.monotonic() + 1
+        if fault == "offline":
+            self.offline.add(node)
+        if fault not in ("silent", "offline"):
+            context = Context(1, node, {"settings": str(self.settings[node].write())}, RecordDict(), {})
+            reply = self.app(message, context)
+            content = reply.content["fedlpp_hf"]
+            self.updates.append(content.get("update"))
+            if isinstance(fault, bytes):
+                content["update"] = fault
+            if fault == "late":
+                self.late[node] = reply
+            else:
+                self.replies[identity] = [reply] * (2 if fault == "twice" else 1)
+        return [identity]
+
+    def pull_messages(self, identities):
+        # Of a node that is offline by now, Flower would drop the answer.
+        assert not any(self.is_away(self.receivers[identity]) for identity in identities)
+        found = [reply for identity in identities for reply in self.replies.pop(identity, [])]
+        found, self.due = self.due + found, []
+        return found
+
+
+def run_over(network, config, output_dir, llama_base, *flags):
+    """The server's side as the ServerApp does it, but for the process."""
+    flags = ["--output_dir", str(output_dir), *flags]
+    trainer, network_config = load_trainer(config, flags, model=None, train_dataset={})
+    base = PackedBase(llama_base, output_dir / "base.packed")
+    clients = FlowerClients(network, network_config, base, trainer.args.round_timeout)
+    trainer.train_remotely(clients.train, clients.gather(3), trainer.args.resume_from_checkpoint)
+    return read_adapter(output_dir)[0]
+
+
+def rejected(output_dir, number):
+    return RoundStore(output_dir).records()[number]["rejected"]
+
+
+class TestTransport:
+    def test_equals_in_process(self, tmp_path, write_config, rows, llama_base):
+        config = write_config()
+        network = Network(tmp_path, config, rows)
+        over_flower = run_over(network, config, tmp_path / "flower", llama_base)
+        assert_equal(over_flower, run_in_process(config, rows, tmp_path / "process"))
+        assert [kind for kind, _ in network.asked] == [DESCRIBE] * 3 + ["query.base"] * 3 + [TRAIN] * 9
+
+    @pytest.mark.parametrize("fault", ["silent", "offline", b"not an update"])
+    def test_round_closes_without_a_failed_client(self, fault, tmp_path, write_config, rows, llama_base):
+        config = write_config(num_rounds=2, round_timeout=1 if fault == "silent" else 60)
+
+        def fail_once(client, message):
+            trains = [name for kind, name in network.asked if kind == TRAIN]
+            return fault if message.metadata.message_type == TRAIN and trains == ["site-0"] else None
+
+        network = Network(tmp_path, config, rows, fault=fail_once)
+        adapter = run_over(network, config, tmp_path / "flower", llama_base)
+        reason = {"silent": "did not answer within 1 s", "offline": "no sign of life for 0 s"}.get(fault, "truncated")
+        assert reason in rejected(tmp_path / "flower", 1)["site-0"]
+        failures = [(1, "site-0"), (2, "site-0")] if fault == "offline" else [(1, "site-0")]
+        assert_equal(adapter, run_in_process(config, rows, tmp_path / "process", failures))
+        if fault == "offline":
+            assert rejected(tmp_path / "flower", 2) == {"site-0": "it is not connected"}
+
+    def test_answer_of_a_node_that_is_away_for_a_while_is_waited_for(self, tmp_path, write_config, rows, llama_base):
+        config = write_config(num_rounds=1, lost_timeout=60, round_timeout=60)
+
+        def leave(client, message):
+            trains = message.metadata.message_type == TRAIN and client == "site-2"
+            return "away" if trains else None
+
+        network = Network(tmp_path, config, rows, fault=leave)
+        adapter = run_over(network, config, tmp_path / "flower", llama_base)
+        assert network.away and not rejected(tmp_path / "flower", 1)
+        assert_equal(adapter, run_in_process(config, rows, tmp_path / "process"))
+
+    def test_round_repeats_a_failed_task(self, tmp_path, write_config, rows, llama_base):
+        config = write_config(num_rounds=1, task_retries=1, round_timeout=1)
+        failed = []
+
+        def fail_first(client, message):
+            if message.metadata.message_type == TRAIN and not failed:
+                failed.append(client)
+                return "silent"
+            return None
+
+        adapter = run_over(Network(tmp_path, config, rows, fault=fail_first), config, tmp_path / "flower", llama_base)
+        assert failed and not rejected(tmp_path / "flower", 1)
+        assert_equal(adapter, run_in_process(config, rows, tmp_path / "process"))
+
+    def test_late_and_double_replies_change_nothing(self, tmp_path, write_config, rows, llama_base):
+        config = write_config(num_rounds=2, round_timeout=1)
+        faults = {("site-0", 1): "late", ("site-1", 1): "twice", ("site-2", 2): "twice"}
+
+        def fail(client, message):
+            trains = [name for kind, name in network.asked if kind == TRAIN]
+            return faults.get((client, trains.count(client)))
+
+        network = Network(tmp_path, config, rows, fault=fail)
+        adapter = run_over(network, config, tmp_path / "flower", llama_base)
+        assert not network.late and not network.due  # they came
+        assert rejected(tmp_path / "flower", 1) == {"site-0": "it did not answer within 1 s"}
+        assert rejected(tmp_path / "flower", 2) == {}
+        assert_equal(adapter, run_in_process(config, rows, tmp_path / "process", [(1, "site-0")]))
+
+    def test_update_of_another_round_is_refused(self, tmp_path, write_config, rows, llama_base):
+        config = write_config(num_rounds=2)
+
+        def repeat(client, message):
+            trains = [name for kind, name in network.asked if kind == TRAIN]
+            return network.updates[-3] if trains[3:] == ["site-0"] else None
+
+        network = Network(tmp_path, config, rows, fault=repeat)
+        adapter = run_over(network, config, tmp_path / "flower", llama_base)
+        assert rejected(tmp_path / "flower", 2) == {"site-0": "its round is 1; the task's is 2"}
+        assert_equal(adapter, run_in_process(config, rows, tmp_path / "process", [(2, "site-0")]))
+
+    def test_client_that_loses_its_base_or_changes_its_version(
+        self, tmp_path, write_config, rows, llama_base, monkeypatch
+    ):
+        config = write_config()
+
+        def fail(client, message):
+            kinds = [kind for kind, _ in network.asked]
+            if message.metadata.message_type == TRAIN and kinds.count(TRAIN) == 4:
+                shutil.rmtree(network.settings[1].cache_dir)
+            if message.metadata.message_type == TRAIN and kinds.count(TRAIN) == 6:
+                network.since[1] = "an upgrade"
+            if message.metadata.message_type == DESCRIBE and kinds.count(TRAIN) == 6:
+                message.content["fedlpp_hf"]["version"] = "0.0.2"
+
+        network = Network(tmp_path, config, rows, fault=fail)
+        adapter = run_over(network, config, tmp_path / "flower", llama_base)
+        assert "no longer has the base" in rejected(tmp_path / "flower", 2)["site-0"]
+        reason = rejected(tmp_path / "flower", 3)["site-0"]
+        assert reason.startswith("it was rejected: ValueError: this client runs fedlpp_hf") and "0.0.2" in reason
+        failures = [(2, "site-0"), (3, "site-0")]
+        assert_equal(adapter, run_in_process(config, rows, tmp_path / "process", failures))
+
+    def test_server_dies_between_receive_and_commit(self, tmp_path, write_config, rows, llama_base, monkeypatch):
+        config = write_config(num_rounds=2)
+        network = Network(tmp_path, config, rows)
+        commit = RoundStore.commit
+
+        def die(store, number, *arguments):
+            assert number == 0 or len(list(store.updates_dir.iterdir())) == 3
+            if number == 2:
+                raise SystemExit("killed")
+            commit(store, number, *arguments)
+
+        monkeypatch.setattr(RoundStore, "commit", die)
+        with pytest.raises(SystemExit, match="killed"):
+            run_over(network, config, tmp_path / "flower", llama_base)
+        monkeypatch.setattr(RoundStore, "commit", commit)
+        adapter = run_over(network, config, tmp_path / "flower", llama_base, "--resume_from_checkpoint", "true")
+        assert [name for kind, name in network.asked if kind == TRAIN] == CLIENTS * 3
+        assert_equal(adapter, run_in_process(config, rows, tmp_path / "process"))
+
+    def test_no_client_answers(self, tmp_path, write_config, rows, llama_base):
+        config = write_config(round_timeout=0.5, num_rounds=2)
+        network = Network(
+            tmp_path,
+            config,
+            rows,
+            fault=lambda _, message: "silent" if message.metadata.message_type == TRAIN else None,
+        )
+        with pytest.raises(RuntimeError, match=r"0 acceptable updates.*site-0: it did not answer within"):
+            run_over(network, config, tmp_path / "flower", llama_base)
+        # After a repair the federation resumes to the same bits.
+        network.fault = lambda client, message: None
+        adapter = run_over(network, config, tmp_path / "flower", llama_base, "--resume_from_checkpoint", "true")
+        assert_equal(adapter, run_in_process(config, rows, tmp_path / "process"))
+
+    def test_who_is_refused_and_why(self, tmp_path, write_config, rows, llama_base, full_llama):
+        config = write_config()
+        network = Network(tmp_path, config, rows, clients=["site-0", "site-0", "site-1"])
+        network.settings[3] = replace(network.settings[3], base=str(full_llama))
+        with pytest.raises(RuntimeError, match=r"1 of 3 clients joined.*site-0") as error:
+            run_over(network, config, tmp_path / "flower", llama_base)
+        assert "Node 2: it announces client 'site-0', which is at node 1" in str(error.value)
+        assert "Node 3: ValueError:" in str(error.value) and "not a quantized base" in str(error.value)
+
+    def test_late_clients_are_waited_for(self, tmp_path, write_config, rows, llama_base):
+        network = Network(tmp_path, write_config(), rows)
+        network.offline = {3}
+        network_config = NetworkConfig("", join_timeout=1.0, lost_timeout=0.1)
+        base = PackedBase(llama_base, tmp_path / "base.packed")
+        with pytest.raises(RuntimeError, match="2 of 3 clients joined"):
+            FlowerClients(network, network_config, base).gather(3)
+        assert sorted(FlowerClients(network, network_config, base).gather(3, at_least=2)) == ["site-0", "site-1"]
+
+    def test_another_version_is_refused(self, tmp_path, write_config, rows, llama_base, monkeypatch):
+        monkeypatch.setattr("fedlpp_hf.flower.client_app.__version__", "0.0.1")
+        config = write_config()
+
+        def pretend(client, message):
+            message.content["fedlpp_hf"]["version"] = "0.0.2"
+
+        with pytest.raises(RuntimeError, match=r"this client runs fedlpp_hf 0\.0\.1, the server 0\.0\.2"):
+            run_over(Network(tmp_path, config, rows, fault=pretend), config, tmp_path / "flower", llama_base)
