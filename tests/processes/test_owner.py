@@ -139,6 +139,7 @@ def test_control_variate_takes_the_quantizers_part_out_of_the_update(full_llama,
     assert records[1]["variate_norm"] > 0.0 and records[1]["update_norm"] > 0.0
 
 
+@pytest.mark.slow
 def test_control_variate_of_several_runs(full_llama, lora, tmp_path):
     """More runs of other batches: the server asks for as many, and gets their mean."""
     trainer = federate_alone(
