@@ -1,18 +1,51 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Builders that more than one test file uses."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from fedlpp_hf import FederatedConfig, FederatedTrainer, RoundStore
+from fedlpp_hf import (
+    FederatedConfig,
+    FederatedMixin,
+    FederatedServer,
+    FederatedTrainer,
+    QuantizedBaseCallback,
+    RoundStore,
+)
 from fedlpp_hf.flower.loading import load_rows, load_trainer
 from fedlpp_hf.tensors.adapters import adapter_parameters, copy_adapter, read_adapter, write_adapter
 from fedlpp_hf.wire.messages import ClientFailure
 
-from .conftest import make_rows
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"  # real models and data, where the machine has them
+VOCABULARY = 64  # of the tiny models in conftest.py
+
+
+# --- Rows.
+def make_rows(count: int = 24, seed: int = 0, clients: int = 3, length: int = 12) -> Dataset:
+    """Rows of token ids for a causal language model, with a `client` column."""
+    generator = torch.Generator().manual_seed(seed)
+    # Each row counts upwards from a random token: something that a tiny model can learn.
+    start = torch.randint(1, VOCABULARY - length, (count, 1), generator=generator)
+    ids = (start + torch.arange(length)).tolist()
+    names = [f"site-{row % clients}" for row in range(count)]
+    return Dataset.from_dict(
+        {"input_ids": ids, "labels": ids, "attention_mask": [[1] * length] * count, "client": names}
+    )
+
+
+def make_labelled_rows(count: int = 24) -> Dataset:
+    """Rows of token ids for a classifier of three classes, with a `client` column."""
+    rows = make_rows(count)
+    labels = [row["input_ids"][0] % 3 for row in rows]
+    return rows.remove_columns("labels").add_column("labels", labels)
 
 
 # --- Trainers, and the adapters in which they end.
@@ -43,6 +76,64 @@ def assert_equal(left, right):
     assert left.keys() == right.keys()
     for key in left:
         assert torch.equal(left[key], right[key]), key
+
+
+def task_of(trainer, client="site-0"):
+    """The task of one client in the first round, as the server would send it."""
+    tasks = []
+
+    def collect(asked):
+        tasks.extend(asked)
+        raise StopIteration
+
+    server = FederatedServer(
+        trainer.args,
+        trainer.guard.initial,
+        trainer.model.peft_config["default"],
+        {name: len(rows) for name, rows in trainer.client_datasets.items()},
+        trainer.guard.fingerprint,
+    )
+    with pytest.raises(StopIteration):
+        server.run(collect)
+    return next(task for task in tasks if task.client_id == client)
+
+
+# --- Users' own trainers.
+def make_sft_classes():
+    """TRL's configuration and trainer, federated as the README says; a test that asks for them skips without TRL."""
+    trl = pytest.importorskip("trl", reason="needs the extra [trl]")
+
+    @dataclass
+    class FederatedSFTConfig(trl.SFTConfig, FederatedConfig):
+        pass
+
+    class FederatedSFTTrainer(FederatedMixin, trl.SFTTrainer):
+        pass
+
+    return FederatedSFTConfig, FederatedSFTTrainer
+
+
+def make_tokenizer():
+    """A tokenizer of the tiny models' words."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<pad>": 0, "<eos>": 1, **{f"w{number}": number for number in range(2, VOCABULARY)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def run_client_script(base, lora, task_dir, update_dir, rows):
+    """What a partner's engineer has already, plus one callback."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora)
+    args = TrainingArguments(
+        str(update_dir / "run"), max_steps=2, per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True, save_strategy="no",
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(
+        model, args, train_dataset=rows, callbacks=[QuantizedBaseCallback(task_dir=task_dir, update_dir=update_dir)]
+    )
+    trainer.train()
 
 
 # --- What the command line and its reports show.

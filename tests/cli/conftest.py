@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedlpp_hf.cli.main import main
-
-from ..helpers import make_llama_adapter
+from tests.helpers import make_llama_adapter
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ import shutil
 from pathlib import Path
 
 from fedlpp_hf.report.inspection import describe_directory
-
-from ..helpers import assert_fails_in_one_line, make_federation
+from tests.helpers import assert_fails_in_one_line, make_federation
 
 
 def test_prints_what_the_function_returns(run, llama_base, adapters):

@@ -11,8 +11,7 @@ from fedlpp_hf import __version__
 from fedlpp_hf.cli import inspect
 from fedlpp_hf.cli.main import COMMANDS, build_parser
 from fedlpp_hf.tensors.adapters import ADAPTER_CONFIG
-
-from ..helpers import assert_fails_in_one_line
+from tests.helpers import assert_fails_in_one_line
 
 
 def test_every_command_has_help_with_examples(run):

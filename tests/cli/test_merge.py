@@ -10,8 +10,7 @@ from peft import PeftConfig
 from fedlpp_hf.hub import push as hub
 from fedlpp_hf.merge.streaming import merge_adapter
 from fedlpp_hf.tensors.adapters import read_adapter
-
-from ..helpers import assert_fails_in_one_line, make_federation, read_table
+from tests.helpers import assert_fails_in_one_line, make_federation, read_table
 
 
 WEIGHTS = "model.safetensors"

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedlpp_hf.flower.base_transfer import PackedBase, count_received, find_base, read_fingerprint, receive_piece
-
-from ..helpers import FINGERPRINT
+from tests.helpers import FINGERPRINT
 
 
 class TestBaseInPieces:

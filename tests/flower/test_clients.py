@@ -14,8 +14,7 @@ from fedlpp_hf.flower.client_settings import ClientSettings
 from fedlpp_hf.flower.client_trainer import make_client_trainer
 from fedlpp_hf.flower.loading import NetworkConfig, load_trainer
 from fedlpp_hf.tensors.adapters import read_adapter
-
-from ..helpers import CLIENTS, assert_equal, run_in_process
+from tests.helpers import CLIENTS, assert_equal, run_in_process
 
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install fedlpp_hf[flower]")

@@ -4,8 +4,7 @@
 import pytest
 
 from fedlpp_hf.flower.loading import load_function, load_rows, load_trainer
-
-from ..conftest import make_rows
+from tests.helpers import make_rows
 
 
 class TestLoading:

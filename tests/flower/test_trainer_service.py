@@ -16,8 +16,7 @@ import pytest
 from fedlpp_hf.flower import local_trainer, trainer_process
 from fedlpp_hf.flower.local_trainer import ask_trainer, call_trainer, find_trainer, stop_trainer
 from fedlpp_hf.flower.trainer_process import TrainerService
-
-from ..helpers import FINGERPRINT
+from tests.helpers import FINGERPRINT
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from ..conftest import make_rows
-from ..helpers import make_trainer
+from tests.helpers import make_rows, make_trainer
 
 
 def logits_of(model):

@@ -17,8 +17,7 @@ from fedlpp_hf.hub.push import push_adapter, push_merged
 from fedlpp_hf.merge.full_model import FullModel
 from fedlpp_hf.merge.streaming import merge_adapter
 from fedlpp_hf.server.store import SCHEMA_VERSION
-
-from ..fake_hub import Hub
+from tests.fake_hub import Hub
 
 
 SOURCE_CARD = "---\nlicense: mit\ntags:\n- stories\nlanguage: en\n---\n# The full model\n"

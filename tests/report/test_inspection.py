@@ -14,8 +14,7 @@ from fedlpp_hf.report.text import format_bytes
 from fedlpp_hf.server.store import RoundStore
 from fedlpp_hf.tensors.adapters import ADAPTER_CONFIG, write_adapter
 from fedlpp_hf.tensors.quantization import quantize
-
-from ..helpers import make_federation, make_llama_adapter, read_table
+from tests.helpers import make_federation, make_llama_adapter, read_table
 
 
 @pytest.fixture(scope="module")
