@@ -57,12 +57,12 @@ def test_a_worker_that_dies_costs_its_client_alone(llama_base, lora, tmp_path):
 def test_a_worker_that_hangs_is_left_behind(llama_base, lora, tmp_path):
     """As [`test_a_round_closes_without_a_straggler`], with real processes."""
     trainer = make_trainer(
-        llama_base, tmp_path, lora, HangingTrainer, client_workers=2, round_timeout=30, num_rounds=1
+        llama_base, tmp_path, lora, HangingTrainer, client_workers=2, round_timeout=20, num_rounds=1
     )
     trainer.train()
     (record,) = trainer.server.store.records()[1:]
     assert set(record["clients"]) == {"site-0", "site-2"}
-    assert record["rejected"] == {"site-1": "it had not answered within round_timeout=30 seconds"}
+    assert record["rejected"] == {"site-1": "it had not answered within round_timeout=20 seconds"}
 
 
 @pytest.mark.parametrize("visible, names", [(None, ["0", "1", "0"]), ("4, 7", ["4", "7", "4"])])
@@ -82,6 +82,7 @@ class EchoService:
     killed = 0
     hanging = ""
     refusing = ""
+    loading = 0.0
 
     def __init__(self, name, make_handler, setup, environment):
         self.environment = environment
@@ -95,6 +96,7 @@ class EchoService:
     def receive(self):
         self.pipe.recv()
         if self._task is None:
+            time.sleep(EchoService.loading)
             return {}, {}
         if self._task.client_id == EchoService.refusing:
             raise ValueError("the disk is full")
@@ -134,6 +136,13 @@ def test_a_round_closes_without_a_straggler(monkeypatch):
     assert late == ClientFailure("large", "it had not answered within round_timeout=0.3 seconds")
     assert EchoService.killed == 1
     assert len(list(workers.train_clients(tasks[:1]))) == 1  # another took the straggler's place
+
+
+def test_loading_the_base_is_no_part_of_a_rounds_time(monkeypatch):
+    monkeypatch.setattr(EchoService, "loading", 0.4)
+    workers, tasks = start_echoes(monkeypatch, round_timeout=0.3)
+    answers = list(workers.train_clients(tasks))
+    assert {type(answer) for answer in answers} == {ClientUpdate} and len(answers) == 3
 
 
 def test_a_refused_client_is_left_out_with_the_reason(monkeypatch):
