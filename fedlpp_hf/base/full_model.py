@@ -93,17 +93,6 @@ class FullModel:
         return self._repository is None
 
     @property
-    def pretrained_arguments(self) -> dict[str, Any]:
-        """The arguments with which `from_pretrained` loads this model."""
-        if self._repository is None:
-            return {"pretrained_model_name_or_path": self.directory}
-        return {
-            "pretrained_model_name_or_path": self.model,
-            "revision": self._repository.commit,
-            "token": self._repository.token,
-        }
-
-    @property
     def owners_strings(self) -> list[str]:
         """Path and name of the model, which must not be in a file that leaves the owner."""
         # A bare name, as of a folder, could be any word.

@@ -57,7 +57,9 @@ def check_scales(tensors: Iterable[TensorRange], left_out: Iterable[str]) -> Non
         if len(tensor.shape) < 2 or not _is_narrow(tensor.dtype):
             continue
         module = tensor.name.rpartition(".")[0]
-        near = [n for n in left_out if n != tensor.name and (n.rpartition(".")[0] == module or n.startswith(tensor.name))]
+        near = [
+            n for n in left_out if n != tensor.name and (n.rpartition(".")[0] == module or n.startswith(tensor.name))
+        ]
         near += [name for name in left_out if any(word in name.lower() for word in _WORDS)]
         if near:
             raise ValueError(
