@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import is_offline_mode, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
@@ -48,7 +48,8 @@ class AdapterReader:
         self._stored = self.keys = self._list_keys()
         seconds = []  # whether each B has a value that is not zero
         for key in self.keys:
-            tensor = self.read(key)
+            # Adapters other than LoRA have indices, too.
+            tensor = self.read_stored(key) if isinstance(self.config, LoraConfig) else self._open.get_tensor(key)
             if not is_finite(tensor):
                 raise ValueError(f"`{key}` in `{file}` has values that are NaN or infinite; did its training diverge?")
             if ".lora_B." in key or key.endswith(".lora_embedding_B"):

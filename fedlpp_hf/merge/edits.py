@@ -89,7 +89,7 @@ def find_edits(
             if isinstance(module, lora_layers.Embedding | lora_layers._ConvNd):
                 raise NeedsPeft(f"`{name}` is a {type(module).__name__} layer with DoRA")
             edit.magnitude = magnitude if magnitude in reader.keys else f"{magnitude}.weight"
-            taken.add(edit.magnitude)
+            taken |= {magnitude, f"{magnitude}.weight"}
         if bias in reader.keys:
             if f"{name}.bias" not in shapes:
                 raise ValueError(f"The adapter has `{bias}`, but `{name}` has no bias to add it to.")

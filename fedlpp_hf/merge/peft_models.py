@@ -13,13 +13,23 @@ from typing import Any
 import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.utils.other import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..base.modules import build_meta_model
 from ..tensors.adapters import PREFIX, adapter_parameters
 from .adapter_reader import AdapterReader
-from .sizes import RESIZE, change_sizes, check_vocabulary, explain_vocabulary, find_sizes, parameter_name
+from .sizes import (
+    RESIZE,
+    AdaptedSizes,
+    change_sizes,
+    check_tokens,
+    check_vocabulary,
+    explain_vocabulary,
+    find_sizes,
+    parameter_name,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -39,6 +49,11 @@ _PEFT_ONLY = (
     "use_qalora", "layer_replication", "trainable_token_indices", "alora_invocation_tokens", "arrow_config",
     "kasa_config", "use_bdlora", "monteclora_config",
 )  # fmt: skip
+
+_OTHER = (
+    "Was it trained on another architecture? Or saved with an older transformers, whose keys PEFT does not convert for this "
+    "model? Then rename its keys."
+)
 
 
 class NeedsPeft(Exception):
@@ -124,20 +139,12 @@ def _build_class(config: Any, adapters: Sequence[AdapterReader], model_class: An
                 f"The adapters differ in `{other[0]}`; only adapters with the same targets can be averaged."
             )
     sizes = find_sizes(model, adapters[0])
+    check_tokens(model, adapters[0].config, sizes.tokens)
     resized, changes = change_sizes(config, sizes)
-    if sizes.labels is not None:
-        logger.warning(
-            f"The adapter's head has {sizes.labels} labels, the full model's config another number; it becomes {sizes.labels}."
-        )
     tokens = None
     if changes:
         model, own = _build_resized(resized, model_class, sizes.tokens, model), model
-    if sizes.tokens is not None:
-        tokens = (own.get_input_embeddings().num_embeddings, sizes.tokens)
-        check_vocabulary(model, before, adapters[0], sizes.tokens)
-        logger.warning(
-            f"The adapter was trained with a vocabulary of {sizes.tokens} tokens; the merged model's becomes that."
-        )
+        tokens = None if sizes.tokens is None else (own.get_input_embeddings().num_embeddings, sizes.tokens)
     reason = next((found for reader in adapters if (found := _explain_peft(reader.config))), None)
     peft_models = []
     for reader in adapters:
@@ -149,6 +156,21 @@ def _build_class(config: Any, adapters: Sequence[AdapterReader], model_class: An
                 reason = reason or f"it can't be applied without loading the model ({error})"
         else:
             _check_modules(reader, model)
+    if tokens is not None:
+        whole = {
+            f"{path}.{leaf}"
+            for path, module in (peft_models[0].base_model.model.named_modules() if peft_models else ())
+            if isinstance(module, ModulesToSaveWrapper)
+            for leaf in module.original_module.state_dict()
+        }
+        check_vocabulary(AdaptedSizes(model, before, tokens, frozenset(whole)), adapters[0])
+        logger.warning(
+            f"The adapter was trained with a vocabulary of {tokens[1]} tokens; the merged model's becomes that."
+        )
+    if sizes.labels is not None:
+        logger.warning(
+            f"The adapter's head has {sizes.labels} labels, the full model's config another number; it becomes {sizes.labels}."
+        )
     return AdaptedModel(resized, model, before, peft_models, changes, tokens, reason)
 
 
@@ -164,7 +186,7 @@ def _build_resized(config: Any, model_class: Any, tokens: int | None, model: Pre
     except AssertionError as error:  # such as a padding token beyond the last one
         problem = str(error)
     raise ValueError(
-        f"{explain_vocabulary(tokens, before)}, and that can't be changed ({problem}). {RESIZE.format(tokens)}"
+        f"{explain_vocabulary(before, tokens)}, and that can't be changed ({problem}). {RESIZE.format(tokens)}"
     )
 
 
@@ -182,6 +204,8 @@ def list_shapes(peft_model: PeftModel) -> dict[str, tuple[int, ...]]:
 
 def is_duplicate(key: str, keys: Iterable[str]) -> bool:
     """Whether a key only repeats another, as PEFT does where it saves embeddings along."""
+    if key.endswith(".lora_magnitude_vector.weight"):
+        return key.removesuffix(".weight") in keys
     return (".modules_to_save." in key and key.replace(".modules_to_save.", ".") in keys) or ".token_adapter." in key
 
 
@@ -197,7 +221,7 @@ def _check_keys(reader: AdapterReader, peft_model: PeftModel, model: PreTrainedM
         else:
             raise ValueError(
                 f"The adapter's `{key}` has no place in {type(model).__name__}; the nearest are "
-                f"{list_nearest(key, expected)}. Was it trained on another architecture?"
+                f"{list_nearest(key, expected)}. {_OTHER}"
             )
         if reader.shape(key) != shape:
             raise ValueError(
@@ -222,7 +246,7 @@ def _check_modules(reader: AdapterReader, model: PreTrainedModel) -> None:
         if not found and key.startswith(PREFIX) and not is_duplicate(key, reader.keys):
             raise ValueError(
                 f"The adapter's `{key}` has no place in {type(model).__name__}; the nearest are {list_nearest(path, modules)}. "
-                "Was it trained on another architecture?"
+                + _OTHER
             )
 
 

@@ -108,36 +108,74 @@ def change_sizes(config: Any, sizes: Sizes) -> tuple[Any, dict[str, Any]]:
     return config, changes
 
 
-def check_vocabulary(
-    model: PreTrainedModel, before: Mapping[str, tuple[int, ...]], reader: AdapterReader, tokens: int
-) -> None:
+def check_vocabulary(adapted: "AdaptedSizes", reader: AdapterReader) -> None:
     """Refuse an adapter that was trained with another vocabulary, but does not have all that it changes.
 
     Args:
-        model: with the adapter's vocabulary.
-        before: the shapes of the parameters with the full model's vocabulary.
+        adapted: the model with the adapter's vocabulary.
         reader: the adapter.
-        tokens: the size of its vocabulary.
 
     Raises:
         ValueError: naming the vocabulary, and what the adapter does not have.
     """
-    given = {parameter_name(key) for key in reader.keys if ".lora_" not in key}
-    groups = list_tied_groups(model)
-    for name, tensor in model.state_dict().items():
-        group = next((group for group in groups if name in group), [name])
-        if tuple(tensor.shape) != before.get(name, tuple(tensor.shape)) and given.isdisjoint(group):
+    given = {key: parameter_name(key) for key in reader.keys if ".lora_" not in key}
+    # What is tied to a weight of the base model gets its value; a module that is saved whole is itself alone.
+    shared = {name for key, name in given.items() if name not in adapted.whole or key != PREFIX + name}
+    groups = list_tied_groups(adapted.model)
+    for name, tensor in adapted.model.state_dict().items():
+        if tuple(tensor.shape) == adapted.before.get(name, tuple(tensor.shape)) or name in given.values():
+            continue
+        if shared.isdisjoint(next((group for group in groups if name in group), [name])):
             raise ValueError(
-                f"{explain_vocabulary(tokens, before[name][0])}, and has no `{name}` of that size. {RESIZE.format(tokens)}"
+                f"{explain_vocabulary(*adapted.tokens)}, and does not have the new `{name}`. {RESIZE.format(adapted.tokens[1])}"
             )
 
 
-def explain_vocabulary(tokens: int, before: int) -> str:
+@dataclass(frozen=True, slots=True)
+class AdaptedSizes:
+    """A model with an adapter's vocabulary, for [`check_vocabulary`].
+
+    `before`: the shapes of the parameters with the full model's vocabulary; `tokens`: the size of that one, and of the
+    adapter's; `whole`: the parameters of modules that the adapter saves whole.
+    """
+
+    model: PreTrainedModel
+    before: Mapping[str, tuple[int, ...]]
+    tokens: tuple[int, int]
+    whole: frozenset[str]
+
+
+def check_tokens(model: PreTrainedModel, peft_config: Any, tokens: int | None) -> None:
+    """Refuse trained tokens that are beyond the vocabulary.
+
+    Args:
+        model: the full model.
+        peft_config: the adapter's configuration.
+        tokens: the size of the adapter's vocabulary, where it tells one.
+
+    Raises:
+        ValueError: naming the vocabulary.
+    """
+    indices = (
+        getattr(peft_config, "trainable_token_indices", None) or getattr(peft_config, "token_indices", None) or []
+    )
+    highest = max(
+        (i for each in (indices.values() if isinstance(indices, dict) else [indices]) for i in each), default=-1
+    )
+    embedding = _find_embedding(model)
+    if embedding is not None and highest >= (tokens or embedding.num_embeddings):
+        raise ValueError(
+            f"{explain_vocabulary(embedding.num_embeddings, highest + 1, 'at least ')}, and does not have the new embeddings. "
+            f"{RESIZE.format('…')}"
+        )
+
+
+def explain_vocabulary(before: int, tokens: int, least: str = "") -> str:
     """The beginning of an error about the vocabulary."""
-    return f"The adapter was trained with a vocabulary of {tokens} tokens, where the full model has {before}"
+    return f"The adapter was trained with a vocabulary of {least}{tokens} tokens, where the full model has {before}"
 
 
 RESIZE = (
-    "Save it with `save_pretrained(..., save_embedding_layers=True)`; or resize the full model as it was for the training "
-    "(`resize_token_embeddings({})`), save it, and merge into that."
+    "Merge into the full model as it was resized for the training (`resize_token_embeddings({})`, then `save_pretrained`); or "
+    "save the adapter with `save_pretrained(..., save_embedding_layers=True)`."
 )

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..base.full_model import FullModel
 from ..base.shards import WEIGHTS_INDEX
-from ..tensors.adapters import adapter_parameters, check_keys
+from ..tensors.adapters import check_keys
 from .adapter_reader import AdapterReader
 from .destination import check_room, scratch_directory
 from .peft_models import AdaptedModel
@@ -68,7 +68,7 @@ def merge_through_peft(
     weights = {id(parameter) for parameter in model.parameters()}
     try:
         peft_model = PeftModel.from_pretrained(model, reader.directory, config=deepcopy(reader.config))
-    except (RuntimeError, KeyError, TypeError) as error:
+    except (RuntimeError, KeyError, TypeError, IndexError) as error:
         raise ValueError(
             f"PEFT can't load the adapter in `{reader.directory}` ({error}). Load and save it again."
         ) from error
@@ -76,7 +76,7 @@ def merge_through_peft(
         known = adapted.model.state_dict()
         given, expected = (
             [key for key in keys if parameter_name(key) not in known]
-            for keys in (reader.keys, adapter_parameters(peft_model))
+            for keys in (reader.keys, get_peft_model_state_dict(peft_model, save_embedding_layers=False))
         )
         check_keys(given, expected)
     _give_each_its_own_(peft_model, weights)
