@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from ..base.directory import TOKENIZER_FILES
 from ..base.full_model import FullModel
 from ..base.reader import BaseReader
 from ..base.shards import WEIGHTS, WEIGHTS_INDEX, Shard
@@ -107,6 +108,8 @@ def merge_adapter(
             producer = RowProducer(inputs, torch.device(device))
             norms = write_shards(work, source, shards, producer, threads=threads, verify=verify, sync=sync)
             report.record_(plan, norms, shards.values())
+        if found.adapted.tokens is not None:
+            _take_tokenizer(adapters[0].directory, work, found.adapted.tokens[1])
         publish(work, destination, sync)
     report.seconds = time.perf_counter() - began
     return report
@@ -192,6 +195,19 @@ def _check_arguments(
         raise ValueError(
             f"device={device!r} can't be used here ({error}). Give a device that torch has, or 'cpu'."
         ) from error
+
+
+def _take_tokenizer(adapter: Path, work: Path, tokens: int) -> None:
+    """Put the tokenizer with which an adapter was trained, if it lies beside it, in the place of the full model's."""
+    if not (adapter / "tokenizer_config.json").is_file():
+        logger.warning(
+            f"The merged model has {tokens} tokens, and the tokenizer is the full model's: copy the one of the training to it."
+        )
+        return
+    for name in TOKENIZER_FILES:
+        (work / name).unlink(missing_ok=True)
+        if (adapter / name).is_file():
+            shutil.copyfile(adapter / name, work / name)
 
 
 def _write_companions(source: FullModel, plan: MergePlan, layouts: Mapping[str, Shard], work: Path) -> bool:
