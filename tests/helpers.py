@@ -386,6 +386,11 @@ def change_tensor(file: Path, name: str, change) -> None:
     save_file({key: value for key, value in tensors.items() if value is not None}, file, metadata={"format": "pt"})
 
 
+def change_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Rewrite a safetensors file with some other or more tensors."""
+    save_file(load_file(file) | tensors, file, metadata={"format": "pt"})
+
+
 # --- Federations on disk and over Flower.
 def make_llama_adapter(full_llama: Path, directory: Path, seed: int) -> Path:
     """An adapter on `full_llama` that is not zero."""

@@ -105,7 +105,10 @@ def _list_model_classes(config: Any, peft_config: PeftConfig, model_class: Any) 
         return [model_class]
     trained = (getattr(peft_config, "auto_mapping", None) or {}).get("base_model_class", "")
     names = [*(config.architectures or [])[:1], trained, find_auto_class(peft_config) or ""]
-    return [found for name in names if (found := getattr(transformers, name, None)) is not None] or [None]
+    classes = [found for name in names if (found := getattr(transformers, name, None)) is not None]
+    # Not the class of another architecture, which can't be built of this configuration.
+    fitting = [found for found in classes if isinstance(config, getattr(found, "config_class", None) or object)]
+    return fitting or [None]
 
 
 def build_models(config: Any, adapters: Sequence[AdapterReader], model_class: Any) -> AdaptedModel:

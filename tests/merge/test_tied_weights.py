@@ -29,7 +29,9 @@ def _bert():
 
 def _gpt2():
     return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2)
+        transformers.GPT2Config(
+            vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2
+        )
     )
 
 
@@ -150,7 +152,9 @@ def test_pairs_that_have_nothing_to_do_with_each_other():
 def test_configurations_within_are_untied(tmp_path):
     text = transformers.Gemma3TextConfig(vocab_size=64, head_dim=16, num_key_value_heads=2, **_SIZES)
     vision = transformers.SiglipVisionConfig(**_SIZES | {"num_hidden_layers": 1}, image_size=8, patch_size=4)
-    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=5)
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=5
+    )
     torch.manual_seed(0)
     model = transformers.Gemma3ForConditionalGeneration(config)
     model.save_pretrained(tmp_path / "full")
