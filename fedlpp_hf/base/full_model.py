@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..tensors.adapters import ADAPTER_CONFIG
 from ..tensors.files import DTYPES, read_tensor
-from .hub_repository import HubRepository, HubUnreachable, find_in_cache
+from .hub_repository import HubRepository, HubUnreachable, find_in_cache, find_missing
 from .manifest import BASE_MANIFEST
 from .quantized_weights import check_configuration, check_scales
 from .shards import Shard, collect_shards, parse_shard, read_shard, read_shards
@@ -56,7 +56,7 @@ class FullModel:
         token: str | None = None,
         scratch: Path | None = None,
     ):
-        self.model, self.scratch = str(model), scratch
+        self.model, self.scratch, self._revision = str(model), scratch, revision
         self._repository: HubRepository | None = None
         self._place = self.model  # what errors call it
         self._fetched: dict[str, Path] = {}
@@ -181,6 +181,8 @@ class FullModel:
 
     def copy_companions(self, destination: Path) -> None:
         """Copy what [`list_companions`] lists; links, as in the Hub's cache, become files."""
+        if self._place != self.model and (missing := find_missing(self.model, self._revision, _LEFT_BEHIND)):
+            logger.warning(f"Files beside the weights are left out, which the Hub's cache does not have: {missing}")
         for path in self.list_companions():
             target = destination / path.relative_to(self.directory)
             target.parent.mkdir(parents=True, exist_ok=True)

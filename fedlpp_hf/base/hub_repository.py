@@ -111,9 +111,26 @@ def find_in_cache(name: str | os.PathLike, revision: str | None = None, reason: 
         ValueError: if it was not.
     """
     try:
-        return Path(snapshot_download(str(name), revision=revision, local_files_only=True))
+        # Only the configuration has to be there: who downloads a model leaves out pickles and pictures.
+        config = ["config.json"]
+        return Path(snapshot_download(str(name), revision=revision, local_files_only=True, allow_patterns=config))
     except (LocalEntryNotFoundError, HFValidationError) as error:
         raise ValueError(
             f"`{name}` is neither a directory nor in the Hub's cache, and {reason}. Give a directory, or let the Hub be "
             "asked."
         ) from error
+
+
+def find_missing(name: str, revision: str | None, ignore: list[str]) -> str | None:
+    """What the Hub's cache does not have of a model, as huggingface_hub says it; None if it has all or does not know.
+
+    Args:
+        name: of the model.
+        revision: branch, tag or commit.
+        ignore: patterns of files that may be missing.
+    """
+    try:
+        snapshot_download(name, revision=revision, local_files_only=True, ignore_patterns=ignore)
+    except LocalEntryNotFoundError as error:
+        return str(error)
+    return None

@@ -62,7 +62,8 @@ class AdapterReader:
         codes = [
             key.removesuffix("weight")
             for key in keys
-            if key.endswith(".base_layer.weight") and self._open.get_slice(key).get_dtype() in ("U8", "I8")
+            if key.endswith((".base_layer.weight", ".original_module.weight"))
+            and self._open.get_slice(key).get_dtype() in ("U8", "I8")
         ]
         return [key for key in keys if not key.startswith(tuple(codes)) or key.endswith(".base_layer.bias")]
 
