@@ -96,7 +96,10 @@ def find_edits(
             edits[f"{name}.bias"] = Edit(bias=bias, scales=edit.scales)
             taken.add(bias)
         edits[parameter] = edit
-    return edits, _find_values_(edits, sorted(set(reader.keys) - taken), (list_shapes(peft_model), tuple(own)), shapes)
+    rest = sorted(set(reader.keys) - taken)
+    if not rest:
+        return edits, {}
+    return edits, _find_values_(edits, rest, (list_shapes(peft_model), tuple(own)), shapes)
 
 
 def _find_values_(

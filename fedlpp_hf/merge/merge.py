@@ -240,7 +240,7 @@ def _change_json(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str
     """Change values, also in configurations within; what an old layout has at the top is changed there."""
     changed = dict(config)
     for key, value in changes.items():
-        if key.endswith("_config") and isinstance(value, Mapping):
+        if isinstance(value, Mapping) and key not in ("id2label", "label2id"):
             inner = changed.get(key)
             changed = changed | {key: _change_json(inner, value)} if isinstance(inner, dict) else changed | dict(value)
         else:

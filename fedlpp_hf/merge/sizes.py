@@ -101,14 +101,36 @@ def change_sizes(config: Any, sizes: Sizes) -> tuple[Any, dict[str, Any]]:
         config = deepcopy(config)
         text = config.get_text_config()
         text.vocab_size = sizes.tokens
-        found: dict[str, Any] = {"vocab_size": sizes.tokens}
-        if text is not config:
-            found = {next(name for name in config.sub_configs if getattr(config, name, None) is text): found}
-        changes |= found
+        changes |= _nest(config, text, {"vocab_size": sizes.tokens}) or {}
     return config, changes
 
 
-def check_vocabulary(adapted: "AdaptedSizes", reader: AdapterReader) -> None:
+def _nest(config: Any, wanted: Any, values: dict[str, Any]) -> dict[str, Any] | None:
+    """Values of a configuration within `config`, as JSON values of `config`; None if it is not in there."""
+    if config is wanted:
+        return values
+    for name in config.sub_configs:
+        inner = getattr(config, name, None)
+        if inner is not None and (found := _nest(inner, wanted, values)) is not None:
+            return {name: found}
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedSizes:
+    """A model with an adapter's vocabulary, for [`check_vocabulary`].
+
+    `before`: the shapes of the parameters with the full model's vocabulary; `tokens`: the size of that one, and of the
+    adapter's; `whole`: the parameters of modules that the adapter saves whole.
+    """
+
+    model: PreTrainedModel
+    before: Mapping[str, tuple[int, ...]]
+    tokens: tuple[int, int]
+    whole: frozenset[str]
+
+
+def check_vocabulary(adapted: AdaptedSizes, reader: AdapterReader) -> None:
     """Refuse an adapter that was trained with another vocabulary, but does not have all that it changes.
 
     Args:
@@ -131,20 +153,6 @@ def check_vocabulary(adapted: "AdaptedSizes", reader: AdapterReader) -> None:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class AdaptedSizes:
-    """A model with an adapter's vocabulary, for [`check_vocabulary`].
-
-    `before`: the shapes of the parameters with the full model's vocabulary; `tokens`: the size of that one, and of the
-    adapter's; `whole`: the parameters of modules that the adapter saves whole.
-    """
-
-    model: PreTrainedModel
-    before: Mapping[str, tuple[int, ...]]
-    tokens: tuple[int, int]
-    whole: frozenset[str]
-
-
 def check_tokens(model: PreTrainedModel, peft_config: Any, tokens: int | None) -> None:
     """Refuse trained tokens that are beyond the vocabulary.
 
@@ -156,12 +164,11 @@ def check_tokens(model: PreTrainedModel, peft_config: Any, tokens: int | None) -
     Raises:
         ValueError: naming the vocabulary.
     """
-    indices = (
+    trained = (
         getattr(peft_config, "trainable_token_indices", None) or getattr(peft_config, "token_indices", None) or []
     )
-    highest = max(
-        (i for each in (indices.values() if isinstance(indices, dict) else [indices]) for i in each), default=-1
-    )
+    lists = trained.values() if isinstance(trained, dict) else [trained]
+    highest = max((index for indices in lists for index in indices), default=-1)
     embedding = _find_embedding(model)
     if embedding is not None and highest >= (tokens or embedding.num_embeddings):
         raise ValueError(

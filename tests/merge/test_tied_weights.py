@@ -97,8 +97,11 @@ THROUGH_PEFT = {
 }
 
 
+_NAMES = ["llama", "bert", pytest.param("gpt2", marks=pytest.mark.slow)]
+
+
 @pytest.mark.parametrize("kind", SAME)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", _NAMES)
 def test_weights_that_become_the_same_stay_tied(tmp_path, name, kind):
     if (name, kind) == ("gpt2", "LoHa"):
         pytest.skip("PEFT has no LoHa for Conv1D")
@@ -110,7 +113,7 @@ def test_weights_that_become_the_same_stay_tied(tmp_path, name, kind):
 
 
 @pytest.mark.parametrize("kind", [*NATIVE, *THROUGH_PEFT])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", _NAMES)
 def test_weights_that_become_different_are_untied(tmp_path, name, kind):
     expected = _adapt(tmp_path, name, (NATIVE | THROUGH_PEFT)[kind](*MODELS[name][1:]))
     report, merged, logits = _merge(tmp_path, name)

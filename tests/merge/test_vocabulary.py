@@ -75,7 +75,7 @@ def test_embeddings_saved_along(tmp_path, name, tokens):
 
 
 @pytest.mark.parametrize("saving", [{}, {"save_embedding_layers": False}])
-@pytest.mark.parametrize("tokens", [68, 60])
+@pytest.mark.parametrize("tokens", [68, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["untied", "tied", "classifier", "vision and language"])
 def test_modules_to_save(tmp_path, name, tokens, saving):
     """As LLaMA-Factory and axolotl write them for added tokens."""
