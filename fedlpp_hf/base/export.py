@@ -82,6 +82,7 @@ def export_base(
     config = source.read_config()
     model = build_meta_model(config, model_class)
     plan = plan_tensors(model, source.shapes)
+    source.check_scales(plan.left_out)
     skip = default_skip_modules(model) if skip_modules is None else sorted(skip_modules)
     check_missing(model, plan.missing, skip)
     config.architectures = [type(model).__name__]

@@ -116,5 +116,6 @@ def check_missing(model: PreTrainedModel, missing: list[str], skip: list[str]) -
     if lost:
         raise ValueError(
             f"`{lost[0]}` of {type(model).__name__} is missing, and {len(lost) - 1} more. Are the weights complete, and "
-            "of this `model_class`? At export, name the module in `skip_modules` if clients are to initialize it."
+            f"of this `model_class`? Export the base with model_class={type(model).__name__} (--model_class) if the full model "
+            "has it; at export, name the module in `skip_modules` if clients are to initialize it."
         )

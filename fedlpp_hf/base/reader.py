@@ -23,16 +23,40 @@ class BaseReader:
         shapes: the shapes of the full model's parameters.
         transposed: the parameters that the full model stores `(in, out)`, as `Conv1D` does; bitsandbytes stores them
             `(out, in)`.
+        prefix: the full model's name for its backbone. A base may be of the backbone alone, or with another head: what
+            only the base has is not read.
 
     Raises:
         ValueError: if the directory is not a base, or belongs to another model.
     """
 
-    def __init__(self, base_dir: str | os.PathLike, shapes: Mapping[str, tuple[int, ...]], transposed: set[str]):
-        self.entries = {entry["name"]: entry for entry in read_manifest(base_dir)["tensors"]}
-        unknown = sorted(set(self.entries) - set(shapes))
+    def __init__(
+        self,
+        base_dir: str | os.PathLike,
+        shapes: Mapping[str, tuple[int, ...]],
+        transposed: set[str],
+        prefix: str = "",
+    ):
+        manifest = read_manifest(base_dir)
+        start, self.entries, others = f"{prefix}.", {}, []
+        for entry in manifest["tensors"]:
+            name = entry["name"]
+            found = next((n for n in (name, start + name, name.removeprefix(start)) if n in shapes), None)
+            if found is None:
+                others.append(name.removeprefix(start))
+                continue
+            self.entries[found] = entry
+            if tuple(entry["shape"]) != shapes[found]:
+                raise ValueError(
+                    f"The base's `{name}` has shape {tuple(entry['shape'])}, the full model's {shapes[found]}; it is of another "
+                    "model."
+                )
+        parts = {name.removeprefix(start).split(".")[0] for name in shapes}
+        unknown = [name for name in others if name.split(".")[0] in parts or not self.entries]
         if unknown:
-            raise ValueError(f"The base has `{unknown[0]}`, but the full model does not; it is of another model.")
+            raise ValueError(
+                f"The base has `{unknown[0]}`, but the full model does not; it is of another model. Export a base of this one."
+            )
         self._shapes, self._transposed = shapes, transposed
         self._tensors = {
             name: (Path(base_dir) / shard.file, tensor)
@@ -50,18 +74,18 @@ class BaseReader:
         Raises:
             ValueError: if it has another shape.
         """
-        kind = self.entries[name]["kind"]
+        kind, stored = self.entries[name]["kind"], self.entries[name]["name"]
         if kind == "linear4bit":
-            value = self._read_nf4(name)
+            value = self._read_nf4(stored)
         elif kind == "linear8bit":
-            scales = self._read_stored(f"{name.removesuffix('weight')}SCB").float()
-            value = self._read_stored(name).float() * (scales[:, None] / 127)
+            scales = self._read_stored(f"{stored.removesuffix('weight')}SCB").float()
+            value = self._read_stored(stored).float() * (scales[:, None] / 127)
         else:
-            value = self._read_stored(name).float()
+            value = self._read_stored(stored).float()
         if name in self._transposed and kind.startswith("linear"):
             value = value.T.contiguous()
         if tuple(value.shape) != self._shapes[name]:
-            raise ValueError(f"The base's `{name}` has shape {tuple(value.shape)}; it is of another model.")
+            raise ValueError(f"The base's `{name}` has shape {tuple(value.shape)}; its manifest is of another model.")
         return value
 
     def _read_nf4(self, name: str) -> torch.Tensor:

@@ -14,8 +14,8 @@ from ..aggregation.products import join_residual
 from ..aggregation.variate import average_variates
 from ..base.export import export_base
 from ..hub.push import push_merged
-from ..merge.merge import merge_adapter
-from ..tensors.adapters import load_adapter_, split_tensors
+from ..merge.merge import check_merge, merge_adapter
+from ..tensors.adapters import load_adapter_, split_tensors, write_adapter
 from ..wire.encoding import restore_tensors
 from ..wire.messages import ClientTask, LocalOptions
 from .blueprint import TrainerBlueprint
@@ -45,7 +45,12 @@ class OwnerHandler:
         return manifest["totals"], {}
 
     def initial_adapter(self, tensors):
-        return {}, self.trainer.guard.initial
+        initial = self.trainer.guard.initial
+        if self.blueprint.args.merge:  # better refused now than after all rounds
+            place = self.scratch / "initial_adapter"
+            write_adapter(place, initial, self.trainer.model.peft_config["default"])
+            check_merge(self.blueprint.full_model, place, model_class=self.blueprint.model_class)
+        return {}, initial
 
     def evaluate(self, tensors):
         with self._holding(tensors):
