@@ -66,8 +66,8 @@ class MetricChoice:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a metric's value is a number."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether a metric's value is a number that can be printed as one."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000)
 
 
 def is_result(name: str) -> bool:

@@ -81,7 +81,7 @@ class FederatedServer:
         self.evaluate_proxy = evaluate_proxy
         self.on_round = on_round
         self.federation_id = ""
-        self._proxy: Payload | None = None
+        self._committed: ServerState | None = None  # after the last round, which is not always the one that is published
         self.store = RoundStore(args.output_dir)
         self.optimizer = ServerOptimizer(args.server_optimizer, args.server_learning_rate, args.server_momentum)
         self.admission = Admission(args, adapter, self.num_examples, self.store.updates_dir)
@@ -109,7 +109,6 @@ class FederatedServer:
                 done += 1
                 stop = self._run_round(done, train_clients)
             records = self.store.records()
-            self._proxy = self.make_proxy(self.adapter) if self.args.broadcasts else None
             published = find_published_round(self.args, records)
             if published != done:
                 self.state = ServerState.from_tensors(*self.store.load(published))
@@ -138,8 +137,10 @@ class FederatedServer:
         return quantize_tensors(adapter, self.args.adapter_bits, self.args.adapter_block_size)
 
     def client_adapter(self) -> dict[str, torch.Tensor] | None:
-        """What clients hold after the last round: its proxy; None where nothing is broadcast, or no round has ended."""
-        return None if self._proxy is None else restore_tensors(self._proxy)
+        """What clients hold after the last round: its proxy; None where nothing is broadcast, or nothing is committed."""
+        if self._committed is None or not self.args.broadcasts:
+            return None
+        return restore_tensors(self.make_proxy(self._committed.adapter))
 
     def _begin(self, overwrite: bool = False) -> tuple[int, bool]:
         self.federation_id = secrets.token_hex(8)
@@ -161,7 +162,7 @@ class FederatedServer:
         check_resumable(then, self._describe(), self.args)
         state = ServerState.from_tensors(*self.store.load(done))
         check_tensors(state.adapter, self.adapter)
-        self.state = state
+        self.state = self._committed = state
         check_chosen(self.args, self.store.records()[-1])
         return done, False
 
@@ -256,6 +257,7 @@ class FederatedServer:
         if not number:
             check_chosen(self.args, record)
         self.store.commit(number, self.adapter, self.peft_config, self.state.to_tensors(), record)
+        self._committed = self.state
         return self.on_round is not None and self.on_round(record) is True
 
     def _describe(self) -> dict[str, Any]:
