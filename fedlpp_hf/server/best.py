@@ -20,11 +20,13 @@ def check_chosen(args: FederatedConfig, record: Mapping[str, Any]) -> None:
         ValueError: naming it, and the metrics that there are.
     """
     key, metrics = MetricChoice.of(args).key, read_judged(record)
-    if args.load_best_model_at_end and not is_number(metrics.get(key)):
+    wanted = args.load_best_model_at_end or (key is not None and bool(metrics))
+    if wanted and not is_number(metrics.get(key)):
         names = ", ".join(name for name, value in metrics.items() if is_number(value)) or "none: pass `eval_dataset`"
         raise ValueError(
-            f"metric_for_best_model={args.metric_for_best_model!r} with load_best_model_at_end=True: evaluation gives no "
-            f"number `{key}`. Choose one of the metrics there are ({names})."
+            f"metric_for_best_model={args.metric_for_best_model!r} with "
+            f"load_best_model_at_end={args.load_best_model_at_end}: evaluation gives no number `{key}`. Choose one of the "
+            f"metrics there are ({names})."
         )
 
 
