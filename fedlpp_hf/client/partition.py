@@ -13,6 +13,7 @@ from ..config.federated import FederatedConfig
 # What a dataset given as its columns has for keys, and no client is called.
 _COLUMNS = ("input_ids", "attention_mask", "labels", "pixel_values", "messages", "prompt")
 
+
 def group_rows(column: Iterable) -> dict[str, np.ndarray]:
     """Row indices by value of `column` as text, sorted, in time proportional to the rows.
 
@@ -126,22 +127,27 @@ def partition_clients(train_dataset: Any, args: FederatedConfig) -> dict[str, An
         check_splits(train_dataset, "`train_dataset`")
         if columns := [name for name in _COLUMNS if name in train_dataset]:
             raise ValueError(
-                f"`train_dataset` is a {type(train_dataset).__name__} with the key {columns[0]!r}, which is a column and no "
+                f"`train_dataset` is of type {type(train_dataset).__name__}, with the key {columns[0]!r}, which is a column and no "
                 "client. Make one dataset of it by Dataset.from_dict(...), or give a mapping of client ids to datasets."
             )
         clients = name_clients(train_dataset)
         for client, rows in clients.items():
-            check_rows(rows, f"The rows of client {client!r}", args.max_steps)
+            check_rows(rows, f"The rows of client {client!r}", args)
         return clients
     if is_stream(train_dataset):
         raise ValueError(
-            f"`train_dataset` is a {type(train_dataset).__name__}: a stream can't be partitioned, as its rows have no "
+            f"`train_dataset` is of type {type(train_dataset).__name__}: a stream can't be partitioned, as its rows have no "
             "numbers. Give a mapping of client ids to streams, with max_steps, or a dataset with a length."
         )
-    check_rows(train_dataset, "`train_dataset`", args.max_steps)
+    check_rows(train_dataset, "`train_dataset`", args)
     clients = name_clients(
         partition_dataset(
-            train_dataset, args.partition, args.num_clients or 1, args.dirichlet_alpha, args.dirichlet_column, args.seed
+            train_dataset,
+            args.partition,
+            args.num_clients or 1,
+            args.dirichlet_alpha,
+            args.dirichlet_column,
+            args.seed,
         )
     )
     if not clients:
@@ -167,7 +173,9 @@ def name_clients(datasets: Mapping[Hashable, Any]) -> dict[str, Any]:
         try:
             name.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"The client id {name!r} is no valid text ({error.reason}). Rename that client.") from None
+            raise ValueError(
+                f"The client id {name!r} is no valid text ({error.reason}). Rename that client."
+            ) from None
         named[name] = datasets[client]
     return named
 
@@ -187,7 +195,7 @@ def check_splits(data: Any, what: str) -> None:
         )
 
 
-def check_rows(rows: Any, what: str, max_steps: int) -> None:
+def check_rows(rows: Any, what: str, args: FederatedConfig) -> None:
     """Refuse what a Trainer can't train on: neither rows by number, nor a stream with `max_steps`.
 
     Raises:
@@ -198,12 +206,12 @@ def check_rows(rows: Any, what: str, max_steps: int) -> None:
     if hasattr(rows, "to_parquet") and hasattr(rows, "iloc"):
         raise ValueError(f"{what}: a pandas {kind} was given; expected a Dataset. Use Dataset.from_pandas(...).")
     if is_stream(rows):
-        if max_steps <= 0:
-            raise ValueError(f"{what}: a {kind} streams its rows, and a local run must know its steps. Set max_steps.")
+        if args.max_steps <= 0:
+            raise ValueError(f"{what} come as a stream ({kind}), and a local run must know its steps. Set max_steps.")
         return
     if isinstance(rows, str | bytes | Mapping) or not (hasattr(rows, "__getitem__") and hasattr(rows, "__len__")):
         raise ValueError(
-            f"{what}: a {kind} was given; expected a Dataset, a list of rows, a torch dataset with a length, or an "
+            f"{what}: of type {kind}; expected a Dataset, a list of rows, a torch dataset with a length, or an "
             "IterableDataset with max_steps."
         )
 

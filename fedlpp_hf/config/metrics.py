@@ -67,7 +67,9 @@ class MetricChoice:
 
 def is_number(value: Any) -> bool:
     """Whether a metric's value is a number that can be printed as one."""
-    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000)
+    return isinstance(value, float) or (
+        isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000
+    )
 
 
 def is_result(name: str) -> bool:

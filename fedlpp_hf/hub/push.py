@@ -98,7 +98,9 @@ def push_adapter(
             raise ValueError(f"`{directory}` has no `{name}`; expected the output_dir of a federation.")
     federation = directory if (directory / FEDERATION_DIR).is_dir() else None
     with explain_refusals(repo_id):
-        write_model_card(directory, repo_id, source=source, federation_dir=federation, audit=audit, token=token, metadata=metadata)
+        write_model_card(
+            directory, repo_id, source=source, federation_dir=federation, audit=audit, token=token, metadata=metadata
+        )
     files = {name: directory / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD)}
     destination = Destination(repo_id, private, allow_public, revision, create_pr, token)
     return _upload(files, destination, source, commit_message)

@@ -198,7 +198,9 @@ def describe_federation(output_dir: str | os.PathLike) -> list[str]:
     lines += ["", *format_table(rows), "", f"{format_bytes(down)} to clients, {format_bytes(up)} from clients in all."]
     if (store.root / "base" / BASE_MANIFEST).is_file():
         lines.append(f"The clients' base: fedlpp-hf inspect {store.root / 'base'}")
-    return lines + [f"WARNING: {text}" for text in find_warnings(records[0]["metrics"], records[-1]["metrics"], choice)]
+    return lines + [
+        f"WARNING: {text}" for text in find_warnings(records[0]["metrics"], records[-1]["metrics"], choice)
+    ]
 
 
 def describe_merge(report: "MergeReport", layers: bool = False) -> list[str]:

@@ -38,7 +38,9 @@ def draw_rounds(
         ("server", "server's model (owner)", "#0b6e4f"),
         ("proxy", "base + proxy (clients)", "#c8553d"),
     ):
-        points = [(r["round"], r["metrics"][view][name]) for r in records if is_number(r["metrics"].get(view, {}).get(name))]
+        points = [
+            (r["round"], r["metrics"][view][name]) for r in records if is_number(r["metrics"].get(view, {}).get(name))
+        ]
         if len(points) > 1:
             axes.plot(*zip(*points, strict=True), marker="o", label=label, color=color)
         elif points:

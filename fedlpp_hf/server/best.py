@@ -39,8 +39,12 @@ def find_published_round(args: FederatedConfig, records: Sequence[Mapping[str, A
         return last
     values = {record["round"]: read_judged(record).get(choice.key) for record in records if record["round"]}
     for number, value in values.items():
-        if is_number(value) and value == value and (  # NaN is better than nothing else
-            best is None or choice.is_better(choice.key, value, values[best])
+        if (
+            is_number(value)
+            and value == value
+            and (  # NaN is better than nothing else
+                best is None or choice.is_better(choice.key, value, values[best])
+            )
         ):
             best = number
     return last if best is None else best

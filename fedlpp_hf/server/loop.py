@@ -81,7 +81,9 @@ class FederatedServer:
         self.evaluate_proxy = evaluate_proxy
         self.on_round = on_round
         self.federation_id = ""
-        self._committed: ServerState | None = None  # after the last round, which is not always the one that is published
+        self._committed: ServerState | None = (
+            None  # after the last round, which is not always the one that is published
+        )
         self.store = RoundStore(args.output_dir)
         self.optimizer = ServerOptimizer(args.server_optimizer, args.server_learning_rate, args.server_momentum)
         self.admission = Admission(args, adapter, self.num_examples, self.store.updates_dir)

@@ -17,6 +17,8 @@ from ..wire.messages import ClientTask
 
 
 _Parent: Any = Trainer if TYPE_CHECKING else object
+# Where launchers say how many processes they start.
+_WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 class RanksMixin(_Parent):
@@ -50,13 +52,14 @@ def check_launch(args: TrainingArguments) -> None:
     Raises:
         ValueError: naming both numbers of processes.
     """
-    launched = os.environ.get("WORLD_SIZE", "")
-    if launched.isdecimal() and int(launched) > args.world_size:
-        raise ValueError(
-            f"{launched} processes were launched (WORLD_SIZE), but this Trainer's world has {args.world_size}: each process "
-            "would run the whole federation, in the same output_dir. Launch one process, or several that the Trainer knows of: "
-            "`torchrun --nproc_per_node N`, without FSDP or DeepSpeed."
-        )
+    for variable in _WORLD_SIZES:
+        launched = os.environ.get(variable, "")
+        if launched.isdecimal() and int(launched) > args.world_size:
+            raise ValueError(
+                f"{launched} processes were launched ({variable}), but this Trainer's world has {args.world_size}: each process "
+                "would run the whole federation, in the same output_dir. Launch one process; or several that the Trainer knows "
+                "of, with `torchrun --nproc_per_node N` (and use_cpu=True where there is no GPU), without FSDP or DeepSpeed."
+            )
 
 
 def broadcast_bytes(data: bytes | None, device: torch.device) -> bytes:

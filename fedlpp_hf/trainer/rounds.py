@@ -136,7 +136,9 @@ class Rounds:
         """A round is a step, and an epoch, too: so that what plots a Trainer's history plots this one."""
         number = record["round"]
         self.state.global_step, self.state.epoch = number, float(number)
-        views = {name: value for name, value in flatten_record(record).items() if name.startswith(("proxy/", "server/"))}
+        views = {
+            name: value for name, value in flatten_record(record).items() if name.startswith(("proxy/", "server/"))
+        }
         loss = {"loss": mean_client_loss(record)} if record["clients"] else {}
         entry = {**loss, **read_judged(record), **views, "epoch": float(number), "step": number}
         self.state.log_history.append(entry)

@@ -12,7 +12,11 @@ from transformers import TrainingArguments
 
 
 # Trackers that upload what is in `output_dir` where a variable says so: the clients' base, with all rounds.
-_UPLOADS = {"WandbCallback": "WANDB_LOG_MODEL", "CometCallback": "COMET_LOG_ASSETS", "DVCLiveCallback": "HF_DVCLIVE_LOG_MODEL"}
+_UPLOADS = {
+    "WandbCallback": "WANDB_LOG_MODEL",
+    "CometCallback": "COMET_LOG_ASSETS",
+    "DVCLiveCallback": "HF_DVCLIVE_LOG_MODEL",
+}
 
 
 def check_uploads(trackers: Iterable[Any]) -> None:

@@ -69,7 +69,13 @@ def test_headline_is_a_result(metrics, shown):
 
 
 def test_headline_is_a_number():
-    metrics = {"eval_per_class": {"0": 1.0}, "eval_note": "text", "eval_flag": True, "eval_none": None, "eval_loss": 1.0}
+    metrics = {
+        "eval_per_class": {"0": 1.0},
+        "eval_note": "text",
+        "eval_flag": True,
+        "eval_none": None,
+        "eval_loss": 1.0,
+    }
     assert MetricChoice().main(metrics) == "eval_loss"
     assert MetricChoice("note").main(metrics) == "eval_loss"
 

@@ -20,6 +20,12 @@ def test_trackers_get_numbers_by_name():
 
 
 def test_trackers_get_no_metric_that_is_no_number():
-    metrics = {"eval_loss": 1.0, "eval_per_class": {"0": 1.0}, "eval_note": "text", "eval_none": None, "eval_list": [1.0]}
+    metrics = {
+        "eval_loss": 1.0,
+        "eval_per_class": {"0": 1.0},
+        "eval_note": "text",
+        "eval_none": None,
+        "eval_list": [1.0],
+    }
     logs = flatten_record(make_record(1, metrics, metrics))
     assert {name for name in logs if "/eval" in name} == {"proxy/eval_loss", "server/eval_loss"}

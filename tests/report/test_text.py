@@ -82,11 +82,20 @@ def test_the_user_says_which_way_is_better(args):
 
 
 def test_metrics_that_are_no_numbers_are_left_out(args):
-    metrics = {"eval_per_class": {"0": 1.0}, "eval_note": "text", "eval_none": None, "eval_list": [1.0], "eval_loss": 1.0}
+    metrics = {
+        "eval_per_class": {"0": 1.0},
+        "eval_note": "text",
+        "eval_none": None,
+        "eval_list": [1.0],
+        "eval_loss": 1.0,
+    }
     text = render_report([make_record(n, metrics, metrics | {"eval_loss": None}) for n in range(2)], args)
     header, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|"]
     assert header == ["model", "held by", "loss"] and [row[2] for row in rows[1:]] == ["", "1.0000", "1.0000", ""]
-    assert describe_round(make_record(1, metrics, metrics), 2).split(" | ")[2:4] == ["base + proxy loss 1.0000", "server loss 1.0000"]
+    assert describe_round(make_record(1, metrics, metrics), 2).split(" | ")[2:4] == [
+        "base + proxy loss 1.0000",
+        "server loss 1.0000",
+    ]
 
 
 def test_best_round_is_named_and_its_metrics_are_shown(args):

@@ -56,7 +56,9 @@ def test_best_round_is_published_and_resumed_from_the_last(tmp_path):
     server.run(answer_all)
     assert torch.equal(server.adapter[KEY_B], torch.full((4, 2), 2.0))
     assert torch.equal(read_adapter(tmp_path)[0][KEY_B], torch.full((4, 2), 2.0))
-    assert torch.equal(server.client_adapter()[KEY_B], torch.full((4, 2), 3.0))  # what clients have is the last round's
+    assert torch.equal(
+        server.client_adapter()[KEY_B], torch.full((4, 2), 3.0)
+    )  # what clients have is the last round's
     longer = judge(make_server(tmp_path, num_rounds=4, load_best_model_at_end=True), losses)
     longer.run(answer_all, resume=True)
     assert torch.equal(longer.adapter[KEY_B], torch.full((4, 2), 4.0))
@@ -65,7 +67,10 @@ def test_best_round_is_published_and_resumed_from_the_last(tmp_path):
 
 def test_metric_that_is_not_measured_is_refused_before_a_client_trains(tmp_path):
     for options, message in (
-        ({"metric_for_best_model": "f1"}, "'f1' with load_best_model_at_end=True: .* no number `eval_f1`.*.eval_loss."),
+        (
+            {"metric_for_best_model": "f1"},
+            "'f1' with load_best_model_at_end=True: .* no number `eval_f1`.*.eval_loss.",
+        ),
         ({}, None),
     ):
         server = judge(make_server(tmp_path / str(message), load_best_model_at_end=True, **options), [3.0, 2.0, 1.0])

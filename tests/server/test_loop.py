@@ -77,7 +77,9 @@ def test_updates_leave_nothing_behind(tmp_path):
     """Neither files, nor what is open or mapped of deleted ones, which would hold their room on the disk."""
 
     def is_open(_=None):
-        held = {os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()} - {str(server.store.root / LOCK_FILE)}
+        held = {os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()} - {
+            str(server.store.root / LOCK_FILE)
+        }
         return any(str(tmp_path) in text for text in (*held, Path("/proc/self/maps").read_text()))
 
     opened = []

@@ -197,7 +197,9 @@ def test_best_round_by_the_servers_metric_is_merged(full_bert, tmp_path):
     class Judged(FederatedTrainer):
         def evaluate_metrics(self, eval_dataset=None):
             metrics = super().evaluate_metrics(eval_dataset)
-            if metrics and self.args.full_model is None:  # in the owner's process: worse with every step away from zero
+            if (
+                metrics and self.args.full_model is None
+            ):  # in the owner's process: worse with every step away from zero
                 moved = sum(float(p.abs().sum()) for key, p in self.guard.parameters.items() if "lora_B" in key)
                 return metrics | {"eval_closeness": -moved}
             return metrics | {"eval_closeness": 0.0}

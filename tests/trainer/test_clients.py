@@ -35,7 +35,9 @@ class Skips(FederatedTrainer):
 @pytest.mark.parametrize("options", [{}, {"neftune_noise_alpha": 5.0}, {"gradient_checkpointing": True}], ids=str)
 def test_a_run_that_raises_costs_its_client_alone(llama_base, lora, tmp_path, caplog, options):
     failed, skipped = (
-        make_trainer(load_base(llama_base), tmp_path / cls.__name__, lora, cls=cls, eval_dataset=make_rows(), **options)
+        make_trainer(
+            load_base(llama_base), tmp_path / cls.__name__, lora, cls=cls, eval_dataset=make_rows(), **options
+        )
         for cls in (Fails, Skips)
     )
     failed.train()
@@ -65,7 +67,9 @@ def test_when_all_runs_fail_the_message_says_why(llama_base, lora, tmp_path):
         load_base(llama_base), make_args(tmp_path), train_dataset=rows, peft_config=lora,
         data_collator=lambda rows: rows[0]["no such column"],
     )  # fmt: skip
-    with pytest.raises(RuntimeError, match="Round 1 has 0 acceptable updates.*site-0: its run failed: KeyError: 'no such"):
+    with pytest.raises(
+        RuntimeError, match="Round 1 has 0 acceptable updates.*site-0: its run failed: KeyError: 'no such"
+    ):
         trainer.train()
 
 
@@ -104,7 +108,9 @@ def strip(rows):
 )
 def test_clients_train_on_what_trainers_take(llama_base, lora, tmp_path, wrap):
     rows = make_rows(8)
-    trainer = make_trainer(load_base(llama_base), tmp_path, lora, train_dataset={7: wrap(rows), "b": rows}, num_rounds=1)
+    trainer = make_trainer(
+        load_base(llama_base), tmp_path, lora, train_dataset={7: wrap(rows), "b": rows}, num_rounds=1
+    )
     trainer.train()
     clients = trainer.server.store.records()[1]["clients"]
     assert {name: (client["num_examples"], client["steps"]) for name, client in clients.items()} == {
@@ -114,7 +120,9 @@ def test_clients_train_on_what_trainers_take(llama_base, lora, tmp_path, wrap):
     assert trainer.server.num_examples["b"] == 8
     # Two steps of four rows each are all of a stream of eight; and what is a list has the order of a Dataset.
     if isinstance(wrap(rows), (list, Subset)):
-        plain = make_trainer(load_base(llama_base), tmp_path / "plain", lora, train_dataset={"7": rows, "b": rows}, num_rounds=1)
+        plain = make_trainer(
+            load_base(llama_base), tmp_path / "plain", lora, train_dataset={"7": rows, "b": rows}, num_rounds=1
+        )
         plain.train()
         assert_equal(dict(trainer.server.adapter), dict(plain.server.adapter))
 
@@ -130,18 +138,19 @@ def test_resumed_stream_is_the_same_client(llama_base, lora, tmp_path):
         other.train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
 @pytest.mark.parametrize(
     "launched, refused", [(None, False), ("", False), ("1", False), ("2", True), ("8", True), ("nonsense", False)]
 )
-def test_launch_in_which_each_process_is_alone_is_refused(llama_base, lora, tmp_path, monkeypatch, launched, refused):
+def test_launch_in_which_each_process_is_alone_is_refused(lora, tmp_path, monkeypatch, variable, launched, refused):
     """As with FSDP or DeepSpeed on a machine where the Trainer does not take part in the launch."""
     args = make_args(tmp_path)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv(variable, raising=False)
     if launched is not None:
-        monkeypatch.setenv("WORLD_SIZE", launched)
+        monkeypatch.setenv(variable, launched)
     if not refused:
         return check_launch(args)
-    with pytest.raises(ValueError, match=rf"{launched} processes were launched .WORLD_SIZE., .* world has 1"):
+    with pytest.raises(ValueError, match=rf"{launched} processes were launched .{variable}., .* world has 1"):
         FederatedTrainer("no/such/model", args, train_dataset=make_rows(), peft_config=lora)
     assert not (tmp_path / "_federation").exists()
     return None

@@ -41,13 +41,17 @@ class Owner:
         return {"eval_loss": 0.5}
 
 
-@pytest.mark.parametrize("fails", [(), ("merge",), ("audit",), ("reference",), ("own rows",), ("merge", "audit", "reference")], ids=str)
+@pytest.mark.parametrize(
+    "fails", [(), ("merge",), ("audit",), ("reference",), ("own rows",), ("merge", "audit", "reference")], ids=str
+)
 def test_report_is_written_whatever_fails(llama_base, lora, tmp_path, monkeypatch, caplog, fails):
     owner = Owner(*fails)
 
     def audit(trainer):
         owner.do("audit")
-        return SimpleNamespace(write=lambda directory: None, summarize=list, check_threshold=lambda: owner.do("threshold"))
+        return SimpleNamespace(
+            write=lambda directory: None, summarize=list, check_threshold=lambda: owner.do("threshold")
+        )
 
     monkeypatch.setattr("fedlpp_hf.trainer.finish.audit_federation", audit)
     options = {"num_rounds": 1, "max_steps": 1, "merge": True, "audit": True, "compare_full_precision": True}
@@ -109,7 +113,10 @@ def test_metrics_of_any_kind_reach_the_report(llama_base, lora, tmp_path, caplog
     warned = [record for record in caplog.records if "JSON can't hold" in record.message]
     assert len(warned) == 1 and all(f"eval_{name}" in warned[0].message for name in LOST)
     trainer.save_state()
-    assert json.loads((tmp_path / "trainer_state.json").read_text())["log_history"][1]["eval_per_class"] == {"0": 1.0, "1": 0.5}
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["log_history"][1]["eval_per_class"] == {
+        "0": 1.0,
+        "1": 0.5,
+    }
 
 
 def test_values_are_those_of_json():

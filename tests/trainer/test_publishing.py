@@ -48,7 +48,9 @@ def test_untrained_adapter_does_not_replace_a_federations(llama_base, lora, tmp_
     before = (tmp_path / "adapter_model.safetensors").read_bytes()
     again = make_trainer(load_base(llama_base), tmp_path, lora, num_rounds=1, max_steps=1)
     for call in (again.save_model, again.push_to_hub):
-        with pytest.raises(ValueError, match="has the adapter of a federation of 1 rounds, and this trainer has trained none"):
+        with pytest.raises(
+            ValueError, match="has the adapter of a federation of 1 rounds, and this trainer has trained none"
+        ):
             call()
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
     again.save_model(str(tmp_path / "elsewhere"))
@@ -67,7 +69,12 @@ def test_repository_is_private_from_the_start(llama_base, lora, tmp_path, hub):
     # As Transformers' example scripts call it.
     kwargs = {"finetuned_from": str(llama_base), "tasks": "text-generation", "dataset": "Stories", "language": "en"}
     trainer.push_to_hub(**kwargs, tags=["stories"], license="mit")
-    assert set(hub.files("owner/out")) == {".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert set(hub.files("owner/out")) == {
+        ".gitattributes",
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     text = hub.files("owner/out")["README.md"].data.decode()
     card = ModelCard(text).data.to_dict()
     assert (card["language"], card["license"], card["pipeline_tag"]) == ("en", "mit", "text-generation")
@@ -85,7 +92,13 @@ def test_public_repository_is_refused_before_anything_is_trained(llama_base, lor
     options = {} if exists else {"hub_private_repo": False}
     with pytest.raises(ValueError, match="`owner/public` is or would be public"):
         make_trainer(
-            load_base(llama_base), tmp_path, lora, push_to_hub=True, hub_token="writer", hub_model_id="owner/public", **options
+            load_base(llama_base),
+            tmp_path,
+            lora,
+            push_to_hub=True,
+            hub_token="writer",
+            hub_model_id="owner/public",
+            **options,
         )
     assert exists or "owner/public" not in hub.repos
     assert RoundStore(tmp_path).latest() is None
@@ -115,7 +128,9 @@ def test_push_without_a_hub_ends_in_one_line(llama_base, lora, tmp_path, hub, mo
 
 def test_model_card(llama_base, lora, tmp_path):
     trainer = train_one(llama_base, tmp_path / "out", lora, eval_dataset=make_rows())
-    trainer.create_model_card(model_name="stories-lora", dataset_name="Stories", tags="stories", finetuned_from="org/full")
+    trainer.create_model_card(
+        model_name="stories-lora", dataset_name="Stories", tags="stories", finetuned_from="org/full"
+    )
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.text.strip().startswith("# stories-lora") and "base + last proxy" in card.text
     assert card.data.tags[0] == "stories" and card.data.base_model == "org/full"
@@ -153,7 +168,9 @@ def test_what_scripts_do_after_training(llama_base, lora, tmp_path):
 @pytest.mark.parametrize("options", [{}, {"adapter_bits": 2}, {"broadcast": "never", "num_rounds": 1}], ids=str)
 def test_live_model_is_what_a_client_holds(llama_base, lora, tmp_path, options):
     rows = make_rows()
-    trainer = make_trainer(load_base(llama_base), tmp_path, lora, eval_dataset=rows, **{"learning_rate": 0.05, **options})
+    trainer = make_trainer(
+        load_base(llama_base), tmp_path, lora, eval_dataset=rows, **{"learning_rate": 0.05, **options}
+    )
     before = trainer.predict(rows).predictions
     trainer.train()
     view = trainer.server.store.records()[-1 if "adapter_bits" in options or not options else 0]["metrics"]["proxy"]

@@ -108,7 +108,11 @@ def test_relative_paths_are_hidden_too(tmp_path, monkeypatch):
     args.resume_from_checkpoint = "models/full"
     args.run_name = "either/or"
     values = hide_owner(args).to_dict()
-    assert (values["output_dir"], values["full_model"], values["resume_from_checkpoint"]) == ("out", "<FULL_MODEL>", "full")
+    assert (values["output_dir"], values["full_model"], values["resume_from_checkpoint"]) == (
+        "out",
+        "<FULL_MODEL>",
+        "full",
+    )
     assert values["run_name"] == "either/or"
 
 
@@ -123,7 +127,8 @@ def test_model_that_trackers_see_has_no_weights(full_llama):
 
 
 @pytest.mark.parametrize(
-    "name, variable", [("wandb", "WANDB_LOG_MODEL"), ("comet_ml", "COMET_LOG_ASSETS"), ("dvclive", "HF_DVCLIVE_LOG_MODEL")]
+    "name, variable",
+    [("wandb", "WANDB_LOG_MODEL"), ("comet_ml", "COMET_LOG_ASSETS"), ("dvclive", "HF_DVCLIVE_LOG_MODEL")],
 )
 def test_trackers_that_would_upload_the_base_are_refused(llama_base, lora, tmp_path, monkeypatch, name, variable):
     tracker = INTEGRATION_TO_CALLBACK[name]
