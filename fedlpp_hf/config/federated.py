@@ -2,6 +2,7 @@
 """`FederatedConfig`: the groups of options on top of `TrainingArguments`, as one flat surface."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -37,11 +38,13 @@ class FederatedConfig(RunOptions, AuditOptions, AggregationOptions, PrecisionOpt
     num_train_epochs: float = field(default=1.0, metadata={"help": "Local epochs of each client in each round."})
 
     def __post_init__(self):
-        best, self.load_best_model_at_end = self.load_best_model_at_end, False  # which would need checkpoints of a run
-        if best and self.metric_for_best_model is None:
-            self.metric_for_best_model = "loss"
-        if self.greater_is_better is None and self.metric_for_best_model is not None:
-            self.greater_is_better = not lower_is_better(self.metric_for_best_model)
+        options: Any = self
+        best = options.load_best_model_at_end
+        options.load_best_model_at_end = False  # for the parent, which would ask for a run's own checkpoints
+        if best and options.metric_for_best_model is None:
+            options.metric_for_best_model = "loss"
+        if options.greater_is_better is None and options.metric_for_best_model is not None:
+            options.greater_is_better = not lower_is_better(options.metric_for_best_model)
         super().__post_init__()
         if self.eval_strategy != "no":
             raise ValueError(

@@ -8,22 +8,24 @@ from typing import Any
 
 
 # Last words of metrics that are better when small.
-_LOWER = frozenset(
-    "loss perplexity ppl error errors err mse mae mape smape mase rmse rmsle msle nmse nrmse wer cer ter mer per eer fpr fnr "
-    "entropy nll bpb bpc fid kid brier ece mce crps divergence kl distance deviation regret latency cost toxicity".split()
-)
+_LOWER = {
+    "loss", "perplexity", "ppl", "error", "errors", "err", "mse", "mae", "mape", "smape", "mase", "rmse", "rmsle", "msle",
+    "nmse", "nrmse", "wer", "cer", "ter", "mer", "per", "eer", "fpr", "fnr", "entropy", "nll", "bpb", "bpc", "fid", "kid",
+    "brier", "ece", "mce", "crps", "divergence", "kl", "distance", "deviation", "regret", "latency", "cost", "toxicity",
+}  # fmt: skip
 _LOWER_ENDINGS = ("loss", "perplexity", "error", "entropy", "mse", "mae")
 # Words behind the metric's own name.
-_BEHIND = frozenset(
-    "rate mean avg average macro micro weighted score value total sum norm normalized overall all at val valid validation test "
-    "dev ortho".split()
-)
+_BEHIND = {
+    "rate", "mean", "avg", "average", "macro", "micro", "weighted", "score", "value", "total", "sum", "norm", "normalized",
+    "overall", "all", "at", "val", "valid", "validation", "test", "dev", "ortho",
+}  # fmt: skip
 # Last words of what trainers and metrics report beside their results: counts, timings, properties of the answers.
-_NO_RESULT = frozenset(
-    "tokens runtime second epoch step steps time memory length lengths len margin margins ratio penalty bp counts totals chosen "
-    "rejected clipped threshold std min max rank flos".split()
-)
-_NO_RESULT_ANYWHERE = frozenset(("min", "max", "std", "logps", "logits", "odds", "mem", "num"))
+_NO_RESULT = {
+    "tokens", "runtime", "second", "epoch", "step", "steps", "time", "memory", "length", "lengths", "len", "margin",
+    "margins", "ratio", "penalty", "bp", "counts", "totals", "chosen", "rejected", "clipped", "threshold", "std", "min",
+    "max", "rank", "flos",
+}  # fmt: skip
+_NO_RESULT_ANYWHERE = {"min", "max", "std", "logps", "logits", "odds", "mem", "num"}
 
 
 @dataclass(frozen=True, slots=True)

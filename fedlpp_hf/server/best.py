@@ -21,7 +21,7 @@ def check_chosen(args: FederatedConfig, record: Mapping[str, Any]) -> None:
     """
     key, metrics = MetricChoice.of(args).key, read_judged(record)
     wanted = args.load_best_model_at_end or (key is not None and bool(metrics))
-    if wanted and not is_number(metrics.get(key)):
+    if wanted and not is_number(metrics.get(str(key))):
         names = ", ".join(name for name, value in metrics.items() if is_number(value)) or "none: pass `eval_dataset`"
         raise ValueError(
             f"metric_for_best_model={args.metric_for_best_model!r} with "
@@ -34,17 +34,15 @@ def find_published_round(args: FederatedConfig, records: Sequence[Mapping[str, A
     """The last round, or with `load_best_model_at_end` the best one from round 1 on; of equals, the first."""
     last: int = records[-1]["round"]
     choice = MetricChoice.of(args)
-    best: int | None = None
+    best: tuple[int, float] | None = None
     if not args.load_best_model_at_end or choice.key is None:
         return last
-    values = {record["round"]: read_judged(record).get(choice.key) for record in records if record["round"]}
-    for number, value in values.items():
+    for record in records:
+        value = read_judged(record).get(choice.key)
         if (
-            is_number(value)
-            and value == value
-            and (  # NaN is better than nothing else
-                best is None or choice.is_better(choice.key, value, values[best])
-            )
-        ):
-            best = number
-    return last if best is None else best
+            not record["round"] or value is None or not is_number(value) or value != value
+        ):  # NaN is better than nothing
+            continue
+        if best is None or choice.is_better(choice.key, value, best[1]):
+            best = (record["round"], value)
+    return last if best is None else best[0]

@@ -41,6 +41,7 @@ class LocalRunMixin(_Parent):
     guard: QuantizedBaseCallback
     callback_handler: EventHandler
     rounds: Rounds | None  # of the federation that runs, or has run
+    neftune_hook_handle: Any
 
     def prepare_local_runs(self) -> None:
         """Set up what runs share. Called once, when the trainer is made."""

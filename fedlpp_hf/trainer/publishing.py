@@ -71,7 +71,7 @@ class PublishingMixin(_Parent):
                 store.publish(adapter, config)  # whole or not at all
             else:
                 write_adapter(directory, adapter, config)
-            processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+            processor: Any = self.processing_class or getattr(self.data_collator, "tokenizer", None)
             if hasattr(processor, "save_pretrained"):
                 processor.save_pretrained(directory)
         if self.args.push_to_hub and not _internal_call:
@@ -153,7 +153,7 @@ class PublishingMixin(_Parent):
             commit_message=commit_message or "Adapter of a federation",
             token=token or self.args.hub_token,
             metadata=_make_metadata(card),
-            **{"source": self.args.full_model or None} | self._hub_options(kwargs),
+            **self._hub_options({"source": self.args.full_model or None} | kwargs),
         )
 
     def merge_and_push(self, repo_id: str, **kwargs: Any) -> str:

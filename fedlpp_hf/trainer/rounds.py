@@ -68,13 +68,9 @@ class Rounds:
             self._call("on_round_begin", client_ids=[task.client_id for task in tasks])
             for answer in train_clients(tasks):
                 self.begin_client(answer.client_id)
-                failed = isinstance(answer, ClientFailure)
-                self._call(
-                    "on_client_end",
-                    client_id=answer.client_id,
-                    metrics=None if failed else dict(answer.metrics),
-                    reason=answer.reason if failed else None,
-                )
+                metrics = None if isinstance(answer, ClientFailure) else dict(answer.metrics)
+                reason = answer.reason if isinstance(answer, ClientFailure) else None
+                self._call("on_client_end", client_id=answer.client_id, metrics=metrics, reason=reason)
                 yield answer
 
         return train
@@ -146,7 +142,7 @@ class Rounds:
     def _judge(self, record: Mapping[str, Any]) -> None:
         key, best = self.choice.key, self.state.best_metric
         value = None if key is None else read_judged(record).get(key)
-        if key is None or not is_number(value) or value != value:
+        if key is None or value is None or not is_number(value) or value != value:
             return
         if best is None or self.choice.is_better(key, value, best):
             self.state.best_metric, self.state.best_global_step = value, record["round"]

@@ -61,8 +61,8 @@ class TrackedModel:
         self._count = sum(parameter.numel() for parameter in model.parameters()) if hasattr(model, "parameters") else 0
         self.config = copy.deepcopy(getattr(model, "config", None))
         for holder in (self.config, getattr(self.config, "text_config", None)):
-            if hasattr(holder, "_name_or_path"):
-                holder._name_or_path = ""
+            if getattr(holder, "_name_or_path", ""):
+                setattr(holder, "_name_or_path", "")  # noqa: B010
         self.peft_config = copy.deepcopy(getattr(model, "peft_config", None))
         for config in (self.peft_config or {}).values():
             config.base_model_name_or_path = config.revision = None

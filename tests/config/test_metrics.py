@@ -9,17 +9,20 @@ from fedlpp_hf.config.federated import FederatedConfig
 from fedlpp_hf.config.metrics import MetricChoice, is_result, lower_is_better
 
 
-LOWER = """
-eval_loss eval_test_loss loss eval_perplexity eval_ppl eval_mse eval_mae eval_rmse eval_wer eval_cer eval_ter eval_entropy eval_nll
-eval_mean_squared_error eval_word_error_rate eval_error_rate eval_error eval_rmse_mean eval_loss_all eval_nmse eval_logloss
-eval_cross_entropy eval_brier_score eval_dev_mean_absolute_error eval_ece eval_perplexity_per_word eval_top_5_error eval_wer_ortho
-eval_negative_log_likelihood eval_false_positive_rate eval_edit_distance eval_MSE eval_negative_loss eval_mse_validation eval_l2_error
-""".split()
-GREATER = """
-eval_accuracy eval_f1 eval_bleu eval_rougeL eval_loss_data_accuracy eval_answer eval_power eval_error_free accuracy eval_r2
-eval_negative_mse eval_neg_mean_squared_error eval_log_likelihood eval_true_negative_rate eval_mean_token_accuracy eval_reward
-eval_matthews_correlation eval_sts-dev_spearman_cosine eval_rewards/accuracies eval_ndcg@10 eval_lossless eval_auc
-""".split()
+LOWER = [
+    "eval_loss", "eval_test_loss", "loss", "eval_perplexity", "eval_ppl", "eval_mse", "eval_mae", "eval_rmse", "eval_wer",
+    "eval_cer", "eval_ter", "eval_entropy", "eval_nll", "eval_mean_squared_error", "eval_word_error_rate",
+    "eval_error_rate", "eval_error", "eval_rmse_mean", "eval_loss_all", "eval_nmse", "eval_logloss", "eval_cross_entropy",
+    "eval_brier_score", "eval_dev_mean_absolute_error", "eval_ece", "eval_perplexity_per_word", "eval_top_5_error",
+    "eval_wer_ortho", "eval_negative_log_likelihood", "eval_false_positive_rate", "eval_edit_distance", "eval_MSE",
+    "eval_negative_loss", "eval_mse_validation", "eval_l2_error",
+]  # fmt: skip
+GREATER = [
+    "eval_accuracy", "eval_f1", "eval_bleu", "eval_rougeL", "eval_loss_data_accuracy", "eval_answer", "eval_power",
+    "eval_error_free", "accuracy", "eval_r2", "eval_negative_mse", "eval_neg_mean_squared_error", "eval_log_likelihood",
+    "eval_true_negative_rate", "eval_mean_token_accuracy", "eval_reward", "eval_matthews_correlation",
+    "eval_sts-dev_spearman_cosine", "eval_rewards/accuracies", "eval_ndcg@10", "eval_lossless", "eval_auc",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LOWER)

@@ -212,9 +212,8 @@ def test_federation_without_a_commit_is_no_obstacle(tmp_path):
 
 def test_one_process_runs_a_federation(store):
     other = RoundStore(store.output_dir)
-    with store.lock():
-        with pytest.raises(ValueError, match="Another process is running a federation in"), other.lock():
-            pass
+    with store.lock(), pytest.raises(ValueError, match="Another process is running a federation in"), other.lock():
+        pass
     with other.lock():
         pass
 

@@ -76,7 +76,7 @@ def test_clients_elsewhere_begin_at_the_latest_when_they_answer(llama_base, lora
     def train_clients(tasks):
         return [trainer.train_client(task) for task in reversed(tasks)]
 
-    trainer.train_remotely(train_clients, {client: 8 for client in trainer.client_datasets})
+    trainer.train_remotely(train_clients, dict.fromkeys(trainer.client_datasets, 8))
     named = [event for event in hears.heard if event[0] in ("client", "client's end")]
     assert [event[0] for event in named] == ["client", "client's end"] * 3
 

@@ -8,10 +8,9 @@ import torch
 from huggingface_hub import ModelCard, constants
 from transformers import AutoTokenizer
 
-from fedlpp_hf import RoundStore, load_base
+from fedlpp_hf import FederatedTrainer, RoundStore, load_base
 from fedlpp_hf.tensors.adapters import read_adapter
 from tests.helpers import assert_equal, make_args, make_rows, make_tokenizer, make_trainer
-from fedlpp_hf import FederatedTrainer
 
 
 def train_one(base, output_dir, lora, **options):
