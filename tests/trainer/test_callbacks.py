@@ -184,6 +184,7 @@ def test_early_stopping_without_evaluation_is_refused(llama_base, lora, tmp_path
         trainer.train()
 
 
+@pytest.mark.slow
 def test_best_round_by_the_servers_metric_is_merged(full_bert, tmp_path):
     """Accuracy of the server's model, which the owner's process measures, and not of the proxy."""
     from peft import LoraConfig
