@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from .manifest import BASE_MANIFEST, hash_file, write_json
+from ..tensors.atomic import hash_file
+from .manifest import BASE_MANIFEST, write_json
 from .shards import WEIGHTS, WEIGHTS_INDEX
 
 

@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..tensors.atomic import hash_file
+
 
 BASE_MANIFEST = "base_manifest.json"
 FORMAT_VERSION = 1
@@ -105,15 +107,6 @@ def write_manifest(directory: Path, manifest: dict[str, Any], digests: dict[str,
 def write_json(path: Path, value: Any) -> None:
     """Write `value` with sorted keys, so that equal values give equal files."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def hash_file(path: Path) -> str:
-    """The file's sha256 in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _compute_fingerprint(manifest: dict[str, Any]) -> str:

@@ -33,6 +33,7 @@ def write_model_card(
     federation_dir: str | os.PathLike | None = None,
     audit: str | os.PathLike | None = None,
     token: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `README.md` into a directory and return its path. The card says so where something is unknown.
 
@@ -43,6 +44,7 @@ def write_model_card(
         federation_dir: the federation's `output_dir`: rounds, clients, bits and all tables of `report.md`.
         audit: Markdown or JSON of a privacy audit; by default `audit.md` or `audit.json` in `federation_dir`.
         token: of the Hub; by default the one of this machine.
+        metadata: in place of the full model's; tags are added.
 
     Raises:
         ValueError: if one of these files can't be read.
@@ -55,6 +57,8 @@ def write_model_card(
     data["tags"] = list(dict.fromkeys([*data.get("tags", []), *_TAGS]))
     if source is not None and not Path(source).is_dir():
         data["base_model"], data["base_model_relation"] = str(source), "adapter" if is_adapter else "finetune"
+    if metadata:
+        data |= dict(metadata) | {"tags": list(dict.fromkeys([*metadata.get("tags", []), *data["tags"]]))}
     federation = Path(federation_dir) if federation_dir is not None else None
     parts = [
         f"# {repo_id.rsplit('/', 1)[-1]}",

@@ -3,7 +3,9 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo, ModelCard
 
@@ -79,6 +81,7 @@ def push_adapter(
     revision: str | None = None,
     create_pr: bool = False,
     audit: str | os.PathLike | None = None,
+    metadata: Mapping[str, Any] | None = None,
     commit_message: str = "Adapter of a federation",
     token: str | None = None,
 ) -> CommitInfo:
@@ -87,6 +90,7 @@ def push_adapter(
     Args:
         directory: a federation's `output_dir`, or another PEFT repository.
         repo_id: repository; the other arguments and the errors are those of [`push_merged`].
+        metadata: for the card, in place of the full model's.
     """
     directory = Path(directory)
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
@@ -94,7 +98,9 @@ def push_adapter(
             raise ValueError(f"`{directory}` has no `{name}`; expected the output_dir of a federation.")
     federation = directory if (directory / FEDERATION_DIR).is_dir() else None
     with explain_refusals(repo_id):
-        write_model_card(directory, repo_id, source=source, federation_dir=federation, audit=audit, token=token)
+        write_model_card(
+            directory, repo_id, source=source, federation_dir=federation, audit=audit, token=token, metadata=metadata
+        )
     files = {name: directory / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD)}
     destination = Destination(repo_id, private, allow_public, revision, create_pr, token)
     return _upload(files, destination, source, commit_message)

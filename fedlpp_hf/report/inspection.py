@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..base.manifest import BASE_MANIFEST, check_base, read_manifest
 from ..config.federated import FederatedConfig
+from ..config.metrics import MetricChoice, is_number
 from ..config.options import card_labels
 from ..server.store import FEDERATION_DIR, FEDERATION_FILE, RoundStore
 from ..tensors.adapters import ADAPTER_CONFIG, lora_factors, read_adapter
 from ..tensors.codebooks import BITS
 from ..tensors.packing import packed_size
-from .metrics import main_metric, mean_client_loss
+from .metrics import mean_client_loss
 from .tables import format_bytes, format_table
 from .text import find_warnings
 
@@ -171,10 +172,11 @@ def describe_federation(output_dir: str | os.PathLike) -> list[str]:
     ]
     if not records:
         return [*lines, "No round is committed."]
+    choice = MetricChoice.of(config)
     views = [
         (view, label, name)
         for view, label in (("proxy", "base + proxy"), ("server", "server"))
-        if (name := main_metric(next((r["metrics"][view] for r in records if view in r["metrics"]), {})))
+        if (name := choice.main(next((r["metrics"][view] for r in records if view in r["metrics"]), {})))
     ]
     header = ["round", "clients", "rejected", "clients' loss"]
     header += [f"{label} {name.removeprefix('eval_')}" for _, label, name in views] + ["down", "up", "seconds"]
@@ -187,7 +189,7 @@ def describe_federation(output_dir: str | os.PathLike) -> list[str]:
                 str(len(record["clients"])),
                 str(len(record["rejected"])),
                 f"{mean_client_loss(record):.4f}" if record["clients"] else "",
-                *("" if value is None else f"{value:.4f}" for value in metrics),
+                *(f"{value:.4f}" if is_number(value) else "" for value in metrics),
                 *(format_bytes(record[way]) for way in ("bytes_down", "bytes_up")),
                 f"{record['seconds']:.1f}",
             ]
@@ -196,7 +198,9 @@ def describe_federation(output_dir: str | os.PathLike) -> list[str]:
     lines += ["", *format_table(rows), "", f"{format_bytes(down)} to clients, {format_bytes(up)} from clients in all."]
     if (store.root / "base" / BASE_MANIFEST).is_file():
         lines.append(f"The clients' base: fedlpp-hf inspect {store.root / 'base'}")
-    return lines + [f"WARNING: {text}" for text in find_warnings(records[0]["metrics"], records[-1]["metrics"])]
+    return lines + [
+        f"WARNING: {text}" for text in find_warnings(records[0]["metrics"], records[-1]["metrics"], choice)
+    ]
 
 
 def describe_merge(report: "MergeReport", layers: bool = False) -> list[str]:

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import EarlyStoppingCallback
 
-from fedlpp_hf import FederatedTrainer, load_base
+from fedlpp_hf import FederatedCallback, FederatedTrainer, load_base
 from fedlpp_hf.processes.workers import ClientWorkers, as_bytes, as_tensor, share_gpus
 from fedlpp_hf.wire.messages import ClientFailure, ClientTask, ClientUpdate
 from tests.helpers import assert_equal, make_args, make_rows, make_trainer
@@ -33,14 +34,43 @@ class HangingTrainer(FederatedTrainer):
         return super().train_client(task, rows)
 
 
+class Pushes(FederatedCallback):
+    """Changes what a client trains, and hears of rounds."""
+
+    def __init__(self):
+        self.heard = []
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, model, **kwargs):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+
+    def on_client_begin(self, args, state, control, *, round_number, client_id, **kwargs):
+        self.heard.append((round_number, client_id, "begins"))
+
+    def on_client_end(self, args, state, control, *, round_number, client_id, metrics, reason, **kwargs):
+        self.heard.append((round_number, client_id, reason))
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self.heard.append(state.global_step)
+
+
 def test_any_number_of_workers_ends_in_the_same_bits(llama_base, lora, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)  # one thread for each worker, as the tests have
-    ends = []
+    ends, heard = [], []
     for count in (1, 2):  # error feedback: what a client remembers is there for the next worker that trains it
         trainer = make_trainer(llama_base, tmp_path / str(count), lora, client_workers=count, update_bits=4)
+        callback = Pushes()  # a worker has a copy for its local runs; rounds are heard of here
+        trainer.add_callback(callback)
+        trainer.add_callback(EarlyStoppingCallback())  # of rounds alone: a worker has no use for it
+        trainer.eval_dataset, trainer.args.metric_for_best_model = make_rows(8), "loss"
+        trainer.args.greater_is_better = True
         trainer.train()
         ends.append(trainer.server.adapter)
+        heard.append(callback.heard)
     assert_equal(*ends)
+    assert sorted(map(str, heard[0])) == sorted(map(str, heard[1])) and len(heard[0]) >= 7
     assert any(value.abs().sum() > 0 for key, value in ends[0].items() if "lora_B" in key)
 
 
