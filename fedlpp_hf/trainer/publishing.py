@@ -30,7 +30,7 @@ class PublishingMixin(_Parent):
             store = RoundStore(output_dir or self.args.output_dir)
             adapter = self.guard.initial if self.server is None else self.server.adapter
             store.output_dir.mkdir(parents=True, exist_ok=True)
-            store.publish(adapter, self.model.peft_config["default"])
+            store.publish(adapter, self.guard.peft_config)
 
     def push_to_hub(
         self, commit_message: str | None = None, blocking: bool = True, token: str | None = None, **kwargs: Any
