@@ -22,7 +22,7 @@ COMPANIONS = [
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
     "tokenizer.model", "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
-    "processor_config.json",
+    "processor_config.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
 ]  # fmt: skip
 _OWNERS_KEYS = ("name_or_path", "_commit_hash", "auto_map", "_file", "_path", "_dir")
 

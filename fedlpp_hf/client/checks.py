@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..base.heads import list_new_parameters
@@ -36,6 +37,24 @@ def find_peft_model(model: Any) -> PeftModel:
             "Pass `peft_config=LoraConfig(...)`, or a PeftModel."
         )
     return found[0]
+
+
+def find_transformer(model: torch.nn.Module) -> str:
+    """Where the model of transformers is: "" for the model itself, or its place inside, as in a SentenceTransformer.
+
+    Raises:
+        ValueError: if there is none, or more than one.
+    """
+    places = [place for place, module in model.named_modules() if isinstance(module, PreTrainedModel)]
+    if "" in places:
+        return ""
+    tops = [place for place in places if not any(place.startswith(f"{other}.") for other in places)]
+    if len(tops) != 1:
+        raise ValueError(
+            f"The model is a {type(model).__name__} with {len(tops)} models of transformers inside; expected one, which gets "
+            "the adapter."
+        )
+    return tops[0]
 
 
 def check_model(model: Any, allow_full_precision: bool = False) -> None:

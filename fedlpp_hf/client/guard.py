@@ -61,6 +61,7 @@ class QuantizedBaseCallback(TrainerCallback):
         self.task: ClientTask | None = None
         self.update: ClientUpdate | None = None
         self.parameters: dict[str, torch.nn.Parameter] = {}
+        self.trained = torch.nn.ParameterList()  # by the task's rule
         self.initial: dict[str, torch.Tensor] = {}
         self.fingerprint = ""
         self.frozen: list[tuple[str, torch.Tensor]] = []
@@ -99,6 +100,7 @@ class QuantizedBaseCallback(TrainerCallback):
             )
         self.task, self.update = task, None
         trained = set(trainable_keys(task.options.rule, self.parameters))
+        self.trained = torch.nn.ParameterList(p for key, p in self.parameters.items() if key in trained)
         for key, parameter in self.parameters.items():
             parameter.requires_grad_(key in trained)
 

@@ -2,7 +2,8 @@
 """What a process beside this one needs to build a trainer like this one's: the owner's, and those that train clients."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from transformers import AutoConfig, PreTrainedModel
 from ..base.heads import initialize_new_parameters_
 from ..base.load import load_base
 from ..base.model_class import choose_model_class, is_headless
+from ..client.checks import ADAPTER, find_transformer
 from ..config.federated import FederatedConfig
 from ..config.options import options_beside, reference_options
 from ..tensors.codebooks import FULL_PRECISION
+from .sentence_models import is_sentence_trainer, load_sentence_model
 from .trainer_needs import find_needs, takes_loss_from_model
 
 
@@ -83,8 +86,11 @@ class TrainerBlueprint:
             **self.trainer_arguments,
         )
 
-    def check(self) -> None:
-        """Refuse arguments of the model that a base can't have.
+    def check(self, loads_model: bool) -> None:
+        """Refuse arguments that can't hold for the model that clients train on and for the owner's.
+
+        Args:
+            loads_model: Whether the trainer loads its model from a path.
 
         Raises:
             ValueError: naming the argument.
@@ -92,10 +98,17 @@ class TrainerBlueprint:
         for name, instead in _REFUSED.items():
             if self.model_init_kwargs.get(name):
                 raise ValueError(f"model_init_kwargs has {name}={self.model_init_kwargs[name]!r}; {instead}.")
+        losses = self.trainer_arguments.get("loss")
+        for loss in losses.values() if isinstance(losses, dict) else [losses]:
+            if (loads_model or self.full_model) and isinstance(loss, torch.nn.Module) and list(loss.parameters()):
+                raise ValueError(
+                    f"`loss` is a {type(loss).__name__} with a model in it, but each process loads its own. Pass the class, "
+                    f"loss={type(loss).__name__}, or functools.partial of it, which is called with that model."
+                )
 
     def follow(self, model: PeftModel) -> None:
         """Take adapter, class and labels from the model that clients train on, where it was not loaded from a path."""
-        self.peft_config = model.peft_config["default"]
+        self.peft_config = model.peft_config[ADAPTER]
         base = model.get_base_model()
         if not self.base_dir and self.model_class is None and isinstance(base, PreTrainedModel):
             self.model_class = type(base)
@@ -125,8 +138,12 @@ class TrainerBlueprint:
         """The owner's model in full precision; in float32 on the CPU, where 16-bit products are many times slower."""
         options = {"dtype": torch.float32 if args.device.type == "cpu" else "auto"} | self.init_kwargs
         config, _ = AutoConfig.from_pretrained(self.full_model, return_unused_kwargs=True, **options)
-        model = self.choose_class(config).from_pretrained(self.full_model, **options)
-        initialize_new_parameters_(model, args.seed, torch.float32)
+        with self._explaining_sizes():
+            if is_sentence_trainer(self.trainer_class):
+                model = load_sentence_model(self.trainer_class, self.full_model, **options)
+            else:
+                model = self.choose_class(config).from_pretrained(self.full_model, **options)
+        initialize_new_parameters_(model.get_submodule(find_transformer(model)), args.seed, torch.float32)
         return model
 
     def load_base(self) -> torch.nn.Module:
@@ -134,11 +151,26 @@ class TrainerBlueprint:
         options = {name: value for name, value in self.init_kwargs.items() if name != "revision"}
         config, _ = AutoConfig.from_pretrained(self.base_dir, return_unused_kwargs=True, **options)
         modules = self.peft_config.modules_to_save or ()
-        model = load_base(self.base_dir, self.choose_class(config), new_modules=modules, **options)
+        with self._explaining_sizes():
+            model = load_base(self.base_dir, self.choose_class(config), new_modules=modules, **options)
         initialize_new_parameters_(model, self.args.seed, torch.float32)
+        if is_sentence_trainer(self.trainer_class):
+            return load_sentence_model(self.trainer_class, self.base_dir, model, **options)
         return model
 
     @property
     def init_kwargs(self) -> dict[str, Any]:
         """`model_init_kwargs`, with what the trainer needs of its model."""
         return {**find_needs(self.trainer_class).init_kwargs, **self.model_init_kwargs}
+
+    @contextmanager
+    def _explaining_sizes(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise ValueError(
+                f"The checkpoint has a head of another size than model_init_kwargs={self.init_kwargs} asks for. Leave "
+                "num_labels out to train its head, or add 'ignore_mismatched_sizes': True for a new one."
+            ) from error

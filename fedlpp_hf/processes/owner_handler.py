@@ -25,6 +25,8 @@ from ..wire.encoding import restore_tensors
 from ..wire.messages import ClientTask, LocalOptions
 from .blueprint import TrainerBlueprint
 from .measurement import choose_rows, measure_rows
+from .model_check import check_adapter_fits
+from .sentence_models import copy_modules, is_sentence_trainer
 
 
 class OwnerHandler:
@@ -37,6 +39,7 @@ class OwnerHandler:
 
     def export_base(self, tensors, output_dir: str):
         args, blueprint = self.blueprint.args, self.blueprint
+        check_adapter_fits(self.source, self.config, self.model_class, blueprint.peft_config)
         manifest = export_base(
             blueprint.full_model,
             output_dir,
@@ -49,6 +52,8 @@ class OwnerHandler:
             revision=blueprint.init_kwargs.get("revision"),
             overwrite=True,
         )
+        if is_sentence_trainer(blueprint.trainer_class):
+            copy_modules(self.source, Path(output_dir))
         return manifest["totals"], {}
 
     def initial_adapter(self, tensors):
@@ -136,8 +141,12 @@ class OwnerHandler:
         return trainer.evaluate_metrics(), {}
 
     @cached_property
+    def source(self) -> FullModel:
+        return FullModel(self.blueprint.full_model, self.blueprint.init_kwargs.get("revision"))
+
+    @cached_property
     def config(self) -> Any:
-        return FullModel(self.blueprint.full_model, self.blueprint.init_kwargs.get("revision")).read_config()
+        return self.source.read_config()
 
     @property
     def model_class(self) -> Any:

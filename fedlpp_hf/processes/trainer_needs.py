@@ -40,6 +40,6 @@ def find_needs(trainer_class: type) -> TrainerNeeds:
     return _OF_TRL if any(parent.__module__.startswith("trl.") for parent in parents) else TrainerNeeds()
 
 
-def takes_loss_from_model(trainer_class: type, arguments: Mapping[str, Any]) -> bool:
+def takes_loss_from_model(trainer_class: Any, arguments: Mapping[str, Any]) -> bool:
     """Whether the loss is the one that the model's forward returns: nothing else computes it."""
     return trainer_class.compute_loss is Trainer.compute_loss and arguments.get("compute_loss_func") is None

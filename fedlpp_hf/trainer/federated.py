@@ -39,6 +39,8 @@ from .rows import RowsMixin
 # The underscore keeps it out of `push_to_hub` of the adapter.
 CLIENTS_DIR = "_clients"  # what simulated clients keep to themselves from round to round
 
+_HIDDEN: dict[str, Any] = {"report_to": [], "model_init_kwargs": None}
+
 
 class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, PublishingMixin):
     """Makes a `Trainer` subclass federated: `class FederatedSFTTrainer(FederatedMixin, SFTTrainer)`.
@@ -83,6 +85,8 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, PublishingMixin):
         _check_arguments(args, kwargs)
         if peft_config is not None:
             check_adapter_config(peft_config)
+        elif isinstance(model, str | Path):
+            raise ValueError("`peft_config` is missing: say which adapter to train, e.g. LoraConfig(r=8).")
         args = copy.copy(args)
         self.server: FederatedServer | None = None
         self.raw_datasets = partition_clients(train_dataset, args)
@@ -99,7 +103,7 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, PublishingMixin):
             client_datasets=self.raw_datasets if args.compare_full_precision else None,
             trainer_arguments={"data_collator": data_collator, "eval_dataset": eval_dataset, **kwargs},
         )
-        self.blueprint.check()
+        self.blueprint.check(isinstance(model, str | Path))
         model, self.owner = resolve_model(model, self.blueprint)
         model = add_adapter(model, peft_config, args.seed)
         self.blueprint.follow(find_peft_model(model))
@@ -115,16 +119,17 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, PublishingMixin):
         }
         # An empty list of trackers for the parent: a client's run would open and close them each time. And no arguments for
         # a model that is loaded already: some of TRL's trainers would refuse, others warn.
-        hidden = {"report_to": [], "model_init_kwargs": None}
-        kept = {name: getattr(args, name) for name in hidden if hasattr(args, name)}
-        vars(args).update({name: hidden[name] for name in kept})
+        shown = {name: getattr(args, name) for name in _HIDDEN if hasattr(args, name)}
+        for name in shown:
+            setattr(args, name, _HIDDEN[name])
         super().__init__(
             model=model,
             args=args,
             callbacks=[self.guard, *(callbacks or [])],
             **{name: value for name, value in arguments.items() if value is not None},
         )
-        vars(args).update(kept)
+        for name, value in shown.items():
+            setattr(args, name, value)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         for parameter in self.guard.parameters.values():
@@ -217,7 +222,7 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, PublishingMixin):
             num_examples,
             self.guard.fingerprint,
             owner=self.owner,
-            evaluate_proxy=self._evaluate_together if self.eval_dataset is not None else None,
+            evaluate_proxy=self._evaluate_together if self.evaluates else None,
             on_round=reporter.on_round,
         )
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel, set_seed
+from transformers import set_seed
 
 from ..base.heads import list_new_parameters
 from ..base.manifest import BASE_MANIFEST
-from ..client.checks import ADAPTER, find_peft_model, is_quantized
+from ..client.checks import ADAPTER, find_peft_model, find_transformer, is_quantized
 from ..processes.blueprint import TrainerBlueprint
 from ..processes.owner import OwnerProcess
 from ..server.store import FEDERATION_DIR, RoundStore
@@ -76,7 +76,7 @@ def add_adapter(model: torch.nn.Module, peft_config: PeftConfig | None, seed: in
         return model
     if peft_config is None:
         raise ValueError("`peft_config` is missing: say which adapter to train, e.g. LoraConfig(r=8).")
-    place = _find_transformer(model)
+    place = find_transformer(model)
     transformer = model.get_submodule(place)
     _check_modules_to_save(transformer, peft_config.modules_to_save or ())
     set_seed(seed)  # every client's untouched adapter must start at the same A
@@ -111,24 +111,10 @@ def start_adapter(
     for key, value in own.items():
         if any(f".{factor}" in key for factor in ("lora_A", "lora_B", "lora_embedding_")):
             continue
-        original = named.get(names[id(live[key])].replace(f".modules_to_save.{ADAPTER}.", ".original_module."))
+        original = named[names[id(live[key])].replace(f".modules_to_save.{ADAPTER}.", ".original_module.")]
         if original is live[key] or (id(original) not in new and torch.equal(original.float(), live[key].float())):
             start[key] = value
     return start
-
-
-def _find_transformer(model: torch.nn.Module) -> str:
-    """Where the transformers model is: the model itself, or inside it, as in a SentenceTransformer."""
-    places = [place for place, module in model.named_modules() if isinstance(module, PreTrainedModel)]
-    tops = [place for place in places if not any(place.startswith(f"{other}.") for other in places if other != place)]
-    if "" in places:
-        return ""
-    if len(tops) != 1:
-        raise ValueError(
-            f"The model is a {type(model).__name__} with {len(tops)} models of transformers inside; expected one, which gets "
-            "the adapter."
-        )
-    return tops[0]
 
 
 def _check_modules_to_save(model: torch.nn.Module, names: Collection[str]) -> None:

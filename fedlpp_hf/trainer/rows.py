@@ -12,7 +12,11 @@ from transformers import Trainer
 
 _Parent: Any = Trainer if TYPE_CHECKING else object
 
-_METHODS = ("_prepare_dataset", "_precompute_ref_logps", "preprocess_dataset")  # of TRL, of TRL, of sentence-transformers
+_METHODS = (
+    "_prepare_dataset",
+    "_precompute_ref_logps",
+    "preprocess_dataset",
+)  # of TRL, of TRL, of sentence-transformers
 _CLIENT = "_client_number"  # a column that goes through a constructor beside the rows
 
 
@@ -24,6 +28,7 @@ class RowsMixin(_Parent):
     the rows of all clients at once, with a column that says whose they are.
     """
 
+    train_dataset: Any
     _calls: list[tuple[Callable[..., Any], dict[str, Any], str]] | None = None  # None: nothing is noted
     _given: Any = None  # the rows that the constructor got
     _prepared: Any = None  # what has become of them so far
@@ -41,7 +46,9 @@ class RowsMixin(_Parent):
     def rows_for_constructor(self, datasets: Mapping[str, Any], eval_dataset: Any) -> Any:
         """What the parent's constructor gets as `train_dataset`; it may be None."""
         self._calls = []
-        rows = list(datasets.values()) or ([*eval_dataset.values()] if isinstance(eval_dataset, dict) else [eval_dataset])
+        rows = list(datasets.values()) or (
+            [*eval_dataset.values()] if isinstance(eval_dataset, dict) else [eval_dataset]
+        )
         if len(datasets) > 1 and self._prepares_inline() and all(isinstance(part, Dataset) for part in rows):
             columns = [part.add_column(_CLIENT, [number] * len(part)) for number, part in enumerate(rows)]
             rows = [concatenate_datasets(columns)]
@@ -99,6 +106,8 @@ class RowsMixin(_Parent):
         parents = type(self).__mro__
         parents = parents[parents.index(RowsMixin) + 1 :]
         return not any(hasattr(parent, method) for parent in parents for method in _METHODS) and any(
-            "__init__" in vars(parent) and issubclass(parent, Trainer) and not parent.__module__.startswith("transformers.")
+            "__init__" in vars(parent)
+            and issubclass(parent, Trainer)
+            and not parent.__module__.startswith("transformers.")
             for parent in parents
         )
