@@ -38,7 +38,7 @@ def check_adapter_config(config: PeftConfig) -> None:
     """
     if config.peft_type != PeftType.LORA or not isinstance(config, LoraConfig):
         raise ValueError(
-            f"peft_config is a {type(config).__name__}; expected a LoraConfig. Clients' updates are averaged as LoRA's "
+            f"peft_config has the type {type(config).__name__}; expected LoraConfig. Clients' updates are averaged as LoRA's "
             "factors and merged as s·B·A, which this adapter is not."
         )
     init = config.init_lora_weights
@@ -50,8 +50,8 @@ def check_adapter_config(config: PeftConfig) -> None:
     for option in fields(config):
         if option.name not in _OPTIONS and not _is_default(config, option):
             raise ValueError(
-                f"LoraConfig({option.name}={getattr(config, option.name)!r}) does not go with a federation: the adapter "
-                "would be more than s·B·A of its factors. Leave the option out."
+                f"LoraConfig({option.name}={getattr(config, option.name)!r}) does not go with a federation, which averages and "
+                "quantizes the factors A and B, and merges s·B·A. Leave the option out."
             )
 
 

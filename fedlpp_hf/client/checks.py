@@ -101,6 +101,11 @@ def _check_adapter(model: PeftModel) -> None:
         )
     config = model.peft_config[ADAPTER]
     check_adapter_config(config)
+    if any(".modules_to_save." in key for key in adapter_parameters(model)):
+        raise ValueError(
+            f"bias={config.bias!r} and modules_to_save={sorted(config.modules_to_save)}: PEFT would save their biases twice, "
+            "under names that no model has. Set bias='lora_only', or 'none'."
+        )
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     without = [name for name, layer in layers.items() if getattr(layer.get_base_layer(), "bias", None) is None]
     if config.lora_bias and without:

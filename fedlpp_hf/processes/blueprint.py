@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, PreTrainedModel
 
@@ -68,6 +69,7 @@ class TrainerBlueprint:
             reference: Run the federation in full precision, with plain updates and a plain mean.
         """
         args = copy.copy(self.args)
+        PartialState(cpu=args.use_cpu)  # the arguments were made in another process, where they have set it
         values = {"output_dir": str(output_dir)} | options_beside(type(args))
         if reference:
             values |= reference_options(type(args))

@@ -21,6 +21,7 @@ from ..client.checks import check_loss_weights, check_model, find_peft_model
 from ..client.guard import QuantizedBaseCallback
 from ..client.partition import check_client_sizes, partition_clients
 from ..config.federated import FederatedConfig
+from ..config.rules import check_products
 from ..processes.blueprint import TrainerBlueprint
 from ..processes.owner import OwnerProcess
 from ..processes.workers import ClientWorkers
@@ -106,9 +107,10 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, PublishingMixin):
         self.blueprint.check(isinstance(model, str | Path))
         model, self.owner = resolve_model(model, self.blueprint)
         model = add_adapter(model, peft_config, args.seed)
-        self.blueprint.follow(find_peft_model(model))
         unquantized = args.base_bits == FULL_PRECISION
         check_model(model, unquantized)
+        self.blueprint.follow(find_peft_model(model))
+        check_products(args.aggregation, self.blueprint.peft_config)
         memory_dir = Path(args.output_dir) / CLIENTS_DIR
         self.guard = QuantizedBaseCallback(memory_dir=memory_dir, allow_full_precision=unquantized)
         arguments = {

@@ -184,6 +184,11 @@ class Case:
         return "-".join(filter(None, (self.trainer, self.loaded or self.stored, self.new, self.note))).replace(" ", "_")
 
     @property
+    def with_owner(self) -> bool:
+        """Whether it says more of the owner's process than a case before."""
+        return self.note in ("", "regression", "several labels") and self.trainer not in ("CPOTrainer", "RLOOTrainer")
+
+    @property
     def family(self) -> str:
         return next(family for family in CONFIGS if self.stored.startswith(family))
 
@@ -279,7 +284,8 @@ def render_table() -> str:
         if not case.new:
             trained += [f"`{name}`" for name in case.lora.get("modules_to_save", ())]
             trained += ["`classifier`"] if case.task == "SEQ_CLS" else []
-        trainer = f"{case.trainer}, {case.note}" if case.note else case.trainer
+        name = f"`{case.trainer}`" + (" (TRL's experimental)" if case.trainer in ("ORPOTrainer", "CPOTrainer") else "")
+        trainer = f"{name}, {case.note}" if case.note else name
         loaded = case.loaded or case.stored
         lines.append(f"| {trainer} | {case.stored} | {loaded} | {', '.join(trained)} | `{case.headline}` |")
     return "\n".join(lines)
