@@ -30,7 +30,12 @@ def headless(tmp_path_factory):
 
 HEADS = {
     "bert": ["classifier.weight", "classifier.bias"],
-    "roberta": ["classifier.dense.weight", "classifier.dense.bias", "classifier.out_proj.weight", "classifier.out_proj.bias"],
+    "roberta": [
+        "classifier.dense.weight",
+        "classifier.dense.bias",
+        "classifier.out_proj.weight",
+        "classifier.out_proj.bias",
+    ],
     "llama": ["score.weight"],
 }
 

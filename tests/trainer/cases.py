@@ -181,7 +181,9 @@ class Case:
 
     @property
     def name(self) -> str:
-        return "-".join(filter(None, (self.trainer, self.loaded or self.stored, self.new, self.note))).replace(" ", "_")
+        return "-".join(filter(None, (self.trainer, self.loaded or self.stored, self.new, self.note))).replace(
+            " ", "_"
+        )
 
     @property
     def with_owner(self) -> bool:

@@ -125,7 +125,9 @@ def test_an_option_that_a_later_peft_brings():
 def test_names_and_numbers_of_adapters(llama_base, tmp_path, lora):
     args, rows = make_args(tmp_path), make_rows()
     named = get_peft_model(load_base(llama_base), lora, adapter_name="mine")
-    with pytest.raises(ValueError, match=r"the adapters \['mine'\], of which \['mine'\] are active; expected .*'default'"):
+    with pytest.raises(
+        ValueError, match=r"the adapters \['mine'\], of which \['mine'\] are active; expected .*'default'"
+    ):
         FederatedTrainer(named, args, train_dataset=rows)
     two = get_peft_model(load_base(llama_base), lora)
     two.add_adapter("second", lora)
@@ -156,7 +158,9 @@ def test_biases_that_can_not_be_merged(llama_base, full_bert, tmp_path):
 
 
 def test_modules_that_the_base_has_quantized(llama_base, tmp_path):
-    with pytest.raises(ValueError, match=r"modules_to_save=\['o_proj'\]: `model.layers.0.self_attn.o_proj` is quantized"):
+    with pytest.raises(
+        ValueError, match=r"modules_to_save=\['o_proj'\]: `model.layers.0.self_attn.o_proj` is quantized"
+    ):
         make_trainer(str(llama_base), tmp_path, LoraConfig(r=4, modules_to_save=["o_proj"], **TARGETS))
 
 

@@ -91,7 +91,9 @@ def test_with_the_full_model(name, checkpoints, tmp_path):
     for record in trainer.server.store.records():
         server, proxy = record["metrics"]["server"], record["metrics"]["proxy"]
         assert server.keys() == proxy.keys()
-        assert server["eval_loss"] == pytest.approx(proxy["eval_loss"], rel=0.2, abs=0.05)  # they differ by a quantizer
+        assert server["eval_loss"] == pytest.approx(
+            proxy["eval_loss"], rel=0.2, abs=0.05
+        )  # they differ by a quantizer
     merged = tmp_path / MERGED_DIR
     _, info = getattr(transformers, case.loaded or case.stored).from_pretrained(merged, output_loading_info=True)
     assert info["missing_keys"] == set()
@@ -103,4 +105,6 @@ def test_with_the_full_model(name, checkpoints, tmp_path):
 
 def test_the_docs_have_this_table():
     page = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
-    assert render_table() in page, "replace the table in docs/trainers.md by what `python -m tests.trainer.cases` prints"
+    assert render_table() in page, (
+        "replace the table in docs/trainers.md by what `python -m tests.trainer.cases` prints"
+    )

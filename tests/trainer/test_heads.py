@@ -19,7 +19,15 @@ from fedlpp_hf.client.checks import find_peft_model
 from fedlpp_hf.tensors.adapters import PREFIX
 from fedlpp_hf.trainer.model import start_adapter
 from fedlpp_hf.trainer.publishing import MERGED_DIR
-from tests.helpers import SMALL_MODELS, assert_equal, make_args, make_labelled_rows, make_rows, make_sft_classes, make_tokenizer
+from tests.helpers import (
+    SMALL_MODELS,
+    assert_equal,
+    make_args,
+    make_labelled_rows,
+    make_rows,
+    make_sft_classes,
+    make_tokenizer,
+)
 
 
 HEAD = f"{PREFIX}classifier.weight"
@@ -121,7 +129,9 @@ def test_a_pooler_that_the_checkpoint_does_not_have(tmp_path):
     """Of a masked language model: PEFT's task type trains the classifier, and nothing the pooler."""
     torch.manual_seed(0)
     AutoModelForMaskedLM.from_config(SMALL_MODELS["bert"][1]).save_pretrained(tmp_path / "full")
-    with pytest.raises(ValueError, match=r"`bert.pooler.dense.weight`, `bert.pooler.dense.bias` .*modules_to_save=\['pooler'\]"):
+    with pytest.raises(
+        ValueError, match=r"`bert.pooler.dense.weight`, `bert.pooler.dense.bias` .*modules_to_save=\['pooler'\]"
+    ):
         make_classifier(tmp_path / "full", tmp_path / "refused")
     both = LoraConfig(**LORA, task_type="SEQ_CLS", modules_to_save=["pooler", "classifier"])
     trainer = make_classifier(tmp_path / "full", tmp_path / "out", both, num_rounds=1, merge=False)
