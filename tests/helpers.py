@@ -110,7 +110,7 @@ def task_of(trainer, client="site-0"):
     server = FederatedServer(
         trainer.args,
         trainer.guard.initial,
-        trainer.model.peft_config["default"],
+        trainer.guard.peft_config,
         {name: len(rows) for name, rows in trainer.client_datasets.items()},
         trainer.guard.fingerprint,
     )
@@ -136,11 +136,12 @@ def make_sft_classes():
 
 def make_tokenizer():
     """A tokenizer of the tiny models' words."""
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {"<pad>": 0, "<eos>": 1, **{f"w{number}": number for number in range(2, VOCABULARY)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 

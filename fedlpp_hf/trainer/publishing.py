@@ -64,7 +64,7 @@ class PublishingMixin(_Parent):
                     f"`{directory}` has the adapter of a federation of {store.latest()} rounds, and this trainer has trained "
                     "none. Call train(resume_from_checkpoint=True) first, or push what is there with `fedlpp-hf push`."
                 )
-            untrained = (self.guard.initial, self.model.peft_config["default"])
+            untrained = (self.guard.initial, self.guard.peft_config)
             adapter, config = untrained if self.server is None else self.server.merged_adapter()
             directory.mkdir(parents=True, exist_ok=True)
             if own:
