@@ -44,6 +44,7 @@ def make_environment(state_dir: Path) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_HOME": str(state_dir / "flwr"),
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",  # default: one second, added to every message
+        "FORWARDED_ALLOW_IPS": "127.0.0.1",  # the default; else a header could make another machine local to the gate
         SERVER_FILE: str(state_dir / "server.json"),
         # Flower finds its own commands by name.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
