@@ -137,11 +137,8 @@ def test_server_starts_on_any_of_its_addresses(tmp_path, monkeypatch, capsys, li
 
 def test_port_of_another_process_is_refused(tmp_path):
     (tmp_path / "federation.yaml").touch()
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        with pytest.raises(ValueError, match="choose another --port"):
-            run_server(
-                str(tmp_path / "federation.yaml"), state_dir=str(tmp_path / "state"), port=other.getsockname()[1]
-            )
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(ValueError, match="choose another --port"):
+        run_server(str(tmp_path / "federation.yaml"), state_dir=str(tmp_path / "state"), port=other.getsockname()[1])
 
 
 @pytest.mark.parametrize(
