@@ -59,7 +59,10 @@ def run_server(
         RuntimeError: if the SuperLink or the run can't be started.
     """
     check_flower()
-    listen, hosts = _check_addresses(listen, port, hosts, insecure)
+    listen, hosts = read_addresses(listen, port, hosts, insecure)
+    for host in hosts:
+        if reason := explain_unreachable(host, listen):
+            print(f"Note: clients do not reach `{host}`: {reason}, unless something forwards it.", flush=True)
     if not Path(config).is_file():
         raise ValueError(f"--config `{config}` does not exist; expected the YAML file of the federation.")
     if client_keys is not None and not Path(client_keys).is_dir():
@@ -92,6 +95,34 @@ def run_server(
         return run_app(state, environment)
 
 
+def read_addresses(listen: str, port: int, hosts: Sequence[str], insecure: bool) -> tuple[str, list[str]]:
+    """Read `--listen` and `--hosts`: where to listen, and by which names clients reach this machine, at least one.
+
+    Args:
+        listen: as typed.
+        port: of the server.
+        hosts: as typed.
+        insecure: whether only loopback is allowed.
+
+    Raises:
+        ValueError: if one of them is wrong, or they do not go together.
+    """
+    address = parse_address(listen, "--listen")
+    if address.port not in (None, port):
+        raise ValueError(f"--listen `{listen}`: the port is an option, too; set --port {address.port}.")
+    names = parse_hosts(hosts, port)
+    if insecure:
+        for host in (address.host, *names):
+            check_loopback(host)
+    if not names and is_wildcard(address.host):
+        raise ValueError(
+            f"--listen `{listen}` is for other machines. Give --hosts, the names or addresses by which they reach this one: "
+            "the certificate holds them."
+        )
+    check_local(address.host)
+    return address.host, names or [address.host]
+
+
 def wait_for_port(port: int, process: subprocess.Popen, log: Path, host: str = "127.0.0.1") -> None:
     """Wait until `process` listens on `port` of `host`.
 
@@ -122,28 +153,6 @@ def _is_listening(host: str, port: int) -> bool:
             return True
     except OSError:
         return False
-
-
-def _check_addresses(listen: str, port: int, hosts: Sequence[str], insecure: bool) -> tuple[str, list[str]]:
-    """Read `--listen` and `--hosts`: where to listen, and by which names clients reach this machine, at least one."""
-    address = parse_address(listen, "--listen")
-    if address.port not in (None, port):
-        raise ValueError(f"--listen `{listen}`: the port is an option, too; set --port {address.port}.")
-    names = parse_hosts(hosts, port)
-    if insecure:
-        for host in (address.host, *names):
-            check_loopback(host)
-    if not names and is_wildcard(address.host):
-        raise ValueError(
-            f"--listen `{listen}` is for other machines. Give --hosts, the names or addresses by which they reach this one: "
-            "the certificate holds them."
-        )
-    check_local(address.host)
-    names = names or [address.host]
-    for name in names:
-        if reason := explain_unreachable(name, address.host):
-            print(f"Note: clients do not reach `{name}`: {reason}, unless something forwards it.", flush=True)
-    return address.host, names
 
 
 def _describe_client_command(config: str, address: str, state: Path | None) -> str:

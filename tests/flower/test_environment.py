@@ -40,6 +40,24 @@ class TestFlowerVersion:
             "fedlpp-hf: error: This needs Flower (flwr<1.42,>=1.41, on Python 3.11 or newer): pip install 'fedlpp_hf[flower]'.\n"
         )
 
+    @pytest.mark.parametrize("package", ["cryptography", "httpx", "idna", "packaging", "starlette"])
+    def test_rest_of_the_extra_is_asked_for(self, monkeypatch, package):
+        def version(name):
+            if name == package:
+                raise PackageNotFoundError(name)
+            return "1.41.3"
+
+        extra = [
+            f"{name}>=1; extra == 'flower'"
+            for name in ("flwr", "cryptography", "httpx", "idna", "packaging", "starlette")
+        ]
+        monkeypatch.setattr(environment, "version", version)
+        monkeypatch.setattr(environment, "requires", lambda _: [*extra, "torch>=2", "trl>=1; extra == 'trl'"])
+        with pytest.raises(
+            ValueError, match=rf"`{package}`, which is not installed: pip install 'fedlpp_hf\[flower\]'"
+        ):
+            environment.check_flower()
+
     def test_one_within_the_range_passes(self, monkeypatch):
         monkeypatch.setattr(environment, "version", lambda package: "1.41.3")
         monkeypatch.setattr(environment, "requires", lambda package: ["flwr<1.42,>=1.41; extra == 'flower'"])
