@@ -36,9 +36,9 @@ def check_flower() -> None:
             f"pip install 'flwr{expected}'."
         )
     for requirement in requirements:
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            if requirement.marker.evaluate({"extra": "flower"}):
-                _check_installed(requirement.name)
+        marker = requirement.marker
+        if marker is not None and marker.evaluate({"extra": "flower"}) and not marker.evaluate({"extra": ""}):
+            _check_installed(requirement.name)
 
 
 def _check_installed(package: str) -> None:
