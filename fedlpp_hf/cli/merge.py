@@ -78,8 +78,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
-    if arguments.public and not arguments.push:
-        raise ValueError("--public is an option of the push; give --push REPO_ID too.")
+    if (arguments.public or arguments.allow_public) and not arguments.push:
+        raise ValueError("--public and --allow_public are options of the push; give --push REPO_ID too.")
     if arguments.weights is not None and len(arguments.weights) != len(arguments.adapter):
         raise ValueError(
             f"{len(arguments.weights)} weights for {len(arguments.adapter)} adapters; give --weights one number per adapter."

@@ -4,6 +4,7 @@
 import json
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -104,13 +105,14 @@ def test_owner_that_dies_is_reported(full_llama, lora, tmp_path):
 
 
 def test_what_cannot_cross_to_the_owner_is_explained(full_llama, lora, tmp_path):
-    with pytest.raises(ValueError, match="top level"):
+    lock = threading.Lock()
+    with pytest.raises(ValueError, match="The owner's process can't be given what it needs.*a lock"):
         FederatedTrainer(
             str(full_llama),
             make_args(tmp_path),
             train_dataset=make_rows(),
             peft_config=lora,
-            compute_metrics=lambda prediction: {},
+            compute_metrics=lambda prediction: {"locked": lock.locked()},
         )
 
 
