@@ -15,6 +15,17 @@ from transformers import HfArgumentParser
 from .spelling import name_options, suggest
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping; YAML would take the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"`{key}` stands {keys.count(key)} times in it; expected one line for each key.")
+        return super().construct_mapping(node, deep)
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Report a wrong value in one line, without the usage of hundreds of options before it."""
@@ -75,11 +86,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ValueError: if it is missing, malformed or something else.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ValueError(f"The config `{path}` can't be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The config `{path}` is not text in UTF-8 ({error}).") from error
     except yaml.YAMLError as error:
         raise ValueError(f"The config `{path}` is no valid YAML: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"The config `{path}` is wrong: {error}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):

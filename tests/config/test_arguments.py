@@ -59,6 +59,7 @@ def test_empty_file_is_an_empty_mapping(write_config):
         ("3: 4", "unknown key `3`"),
         ("- num_rounds", "holds a list"),
         ("num_rounds: [", "no valid YAML"),
+        ("num_rounds: 3\nseed: 1\nnum_rounds: 4", "`num_rounds` stands 2 times"),
         ("num_rounds: true", "has `num_rounds: true`; expected a value of type int"),
         ("num_rounds: null", "has `num_rounds: nothing`; expected a value of type int"),
         ("num_rounds: [3]", r"has `num_rounds: \[3\]`; expected a value of type int"),
@@ -81,6 +82,12 @@ def test_conflict_is_told_in_options(write_config):
         parse_args([FederatedConfig], ["--config", path, "--clients_per_round", "5"])
     with pytest.raises(ValueError, match="--weighting uniform"):
         parse_args([FederatedConfig], ["--config", path, "--robust", "median"])
+
+
+def test_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_bytes("name: é".encode("latin-1"))
+    with pytest.raises(ValueError, match="is not text in UTF-8"):
+        read_yaml(tmp_path / "config.yaml")
 
 
 def test_missing_file_is_named(tmp_path):

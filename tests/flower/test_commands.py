@@ -73,7 +73,11 @@ def test_wrong_configuration_is_told_in_options(write_config, options, flags, me
 
 
 @pytest.mark.parametrize(
-    "flags, message", [(["--num_rounds", "x"], "invalid int value: 'x'"), (["--bse_bits", "3"], "base_bits")]
+    "flags, message",
+    [
+        (["--num_rounds", "x"], "invalid int value: 'x'"),
+        pytest.param(["--bse_bits", "3"], "base_bits", marks=pytest.mark.slow),
+    ],
 )
 def test_wrong_configuration_is_noticed_before_anything_starts(tmp_path, write_config, capsys, flags, message):
     config, state = str(write_config()), str(tmp_path / "state")
