@@ -79,7 +79,9 @@ def make_node_key(directory: str | os.PathLike) -> Path:
         key = ec.generate_private_key(ec.SECP384R1())
         _write_key(path, key, serialization.PrivateFormat.OpenSSH)
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    write_atomically(directory / NODE_PUBLIC_KEY, public + b"\n")
+    public_file = directory / NODE_PUBLIC_KEY
+    if not public_file.is_file() or public_file.read_bytes() != public + b"\n":
+        write_atomically(public_file, public + b"\n")
     return path
 
 
@@ -101,7 +103,7 @@ def check_authority(path: str | os.PathLike) -> None:
         is_ca = False
     if not is_ca:
         raise ValueError(f"--certificate `{path}` is the certificate of a server, not of an authority; {expected}.")
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.UTC)
     if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
         raise ValueError(
             f"--certificate `{path}` is valid from {certificate.not_valid_before_utc:%Y-%m-%d} to "
@@ -134,7 +136,7 @@ def _prepare_authority(directory: Path) -> tuple[Signer, list[str]]:
             f"`{key_file}` is not the key of `{certificate_file}`. Restore the two from one backup; clients trust the "
             f"{CA_CERTIFICATE} that they have."
         )
-    today = datetime.datetime.now(datetime.timezone.utc)
+    today = datetime.datetime.now(datetime.UTC)
     if certificate is None:
         reason = "was made again, because it was lost or damaged. Clients can go on with the one that they have"
     elif certificate.not_valid_before_utc > today:
