@@ -43,6 +43,8 @@ class ClientWorkers:
     def train_clients(self, tasks: list[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
         """An answer to each of `tasks`, as they come; the clients with most rows begin, because they take longest."""
         waiting = sorted(tasks, key=lambda task: self.num_examples[task.client_id])
+        for worker in list(self._starting):  # loading the base is no part of a round's time
+            self._finish_start(worker)
         deadline = time.monotonic() + self.round_timeout
         try:
             while waiting or self._busy:
@@ -52,9 +54,8 @@ class ClientWorkers:
                     return
                 while waiting and self._idle:
                     worker, task = self._idle.pop(), waiting.pop()
-                    if worker in self._starting:  # loading the base is no part of a client's time
-                        worker.receive()
-                        self._starting.remove(worker)
+                    if worker in self._starting:  # it took the place of one that was lost in this round
+                        self._finish_start(worker)
                     self._busy[worker] = task.client_id
                     worker.send("train", {"task": as_tensor(task.to_bytes())})
                 yield from self._answers(deadline)
@@ -90,6 +91,10 @@ class ClientWorkers:
         del self._busy[worker]
         worker.kill()
         self._idle.append(self._start(worker.environment))
+
+    def _finish_start(self, worker: Service) -> None:
+        worker.receive()
+        self._starting.remove(worker)
 
     def _start(self, environment: Mapping[str, str]) -> Service:
         worker = Service("client worker", make_handler, (self.blueprint, self.threads), environment)

@@ -94,7 +94,9 @@ for arguments in {[arguments for arguments, _ in WRONG_ARGUMENTS]}:
 
 
 def test_wrong_input_ends_in_one_line(run, tmp_path, full_llama, llama_base):
-    assert_fails_in_one_line(run("quantize", tmp_path / "absent", tmp_path / "base"), "absent` is no directory")
+    assert_fails_in_one_line(
+        run("quantize", tmp_path / "absent", tmp_path / "base"), "absent` is neither a directory nor"
+    )
     assert_fails_in_one_line(run("quantize", llama_base, tmp_path / "base"), "is quantized already")
     assert_fails_in_one_line(run("quantize", full_llama, llama_base), "exists")
     assert_fails_in_one_line(
