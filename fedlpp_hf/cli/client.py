@@ -34,7 +34,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     check_file("--config", arguments.config)
     parse_server(arguments.server)
-    check_settings(arguments.config, arguments.flags, list(arguments.parser.list_options()))
+    if arguments.flags:  # the file is the federation's, which the server has checked; a flag is this client's own
+        check_settings(arguments.config, arguments.flags, list(arguments.parser.list_options()))
     code = run_client(
         arguments.config,
         arguments.data,
