@@ -2,6 +2,7 @@
 """`fedlpp-hf quantize`: export the quantized base."""
 
 import argparse
+from typing import Any
 
 from .arguments import BITS, find_model_class, parse_count, parse_size
 from .command import Command
@@ -26,11 +27,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_class", help="class of transformers (default: the one named in the model's config)")
     parser.add_argument("--revision", help="branch, tag or commit of the full model on the Hub")
     parser.add_argument("--max_shard_size", type=parse_size, default="2GB", help="size of a file (default 2GB)")
+    parser.add_argument("--mark", metavar="CLIENT", help="make the copy of this client, which `trace` recognizes")
+    parser.add_argument("--key", metavar="FILE", help="with --mark: the owner's secret; made if it is not there")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing base")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Call [`~fedlpp_hf.export_base`] and print what the base contains."""
+    if (arguments.mark is None) != (arguments.key is None):
+        raise ValueError("--mark CLIENT and --key FILE come together: whose copy it is, and the secret that marks it.")
+    if arguments.mark is not None and arguments.bits == "8":
+        raise ValueError("--mark with --bits 8: int8 rows have none of the levels that a mark needs. Use 1 to 4 bits.")
     from ..base.export import export_base
     from ..report.inspection import describe_base
 
@@ -45,9 +52,25 @@ def run(arguments: argparse.Namespace) -> None:
         model_class=find_model_class(arguments.model_class),
         revision=arguments.revision,
         overwrite=arguments.overwrite,
+        mark=_prepare_mark(arguments),
         max_shard_size=arguments.max_shard_size,
     )
     print("\n".join(describe_base(arguments.output_dir)))
+
+
+def _prepare_mark(arguments: argparse.Namespace) -> Any:
+    if arguments.mark is None:
+        return None
+    from ..base.marking import prepare_mark
+    from ..tensors.codebooks import check_bits
+
+    settings = {
+        "bits": check_bits(arguments.bits),
+        "block_size": arguments.block_size,
+        "skip_modules": arguments.skip_modules,
+        "model_class": arguments.model_class,
+    }
+    return prepare_mark(arguments.key, arguments.mark, arguments.full_model, settings)
 
 
 COMMAND = Command(
