@@ -1,6 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Quantizing one tensor of the full model: to bitsandbytes codes, or to floats with few different values."""
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -94,8 +95,18 @@ def quantize_base_tensor(
         "information_bytes": information,
         "information_bits": information * 8 / max(tensor.numel(), 1),
         "bytes": sum(t.nbytes for t in tensors.values()),
+        "digest": _compute_digest(name, kind, tensors),
     }
     return entry, tensors
+
+
+def _compute_digest(name: str, kind: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """The sha256 of what a parameter's tensors are in every copy of a base: a mark changes 4-bit codes, but no scale."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        if kind != "linear4bit" or key != name:
+            digest.update(tensors[key].contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def quantize_nf4(name: str, weight: torch.Tensor, settings: BaseSettings) -> dict[str, torch.Tensor]:

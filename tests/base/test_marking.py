@@ -61,14 +61,17 @@ def test_copies_differ_in_a_per_cent_of_their_codes_and_each_is_traced(wide_llam
     for key in codes[0]:
         if not key.endswith("proj.weight"):
             assert torch.equal(codes[0][key], codes[1][key]), key
+    manifests = [check_base(copies / client) for client in ("a", "b", "c")]
+    assert len({manifest["fingerprint"] for manifest in manifests}) == 1  # one federation's tasks fit all of them
+    assert len({manifest["copy"] for manifest in manifests}) == 3
     for client in ("a", "b", "c"):
-        check_base(copies / client)
         assert accuse(copies / client, copies) == [client]
     assert accuse(wide_llama, copies) == []
 
 
 def test_unmarked_base_and_another_owners_key_accuse_nobody(wide_llama, copies, tmp_path):
     export_base(wide_llama, tmp_path / "plain")
+    assert read_manifest(tmp_path / "plain")["fingerprint"] == read_manifest(copies / "a")["fingerprint"]
     assert accuse(tmp_path / "plain", copies) == []
     for client in ("a", "b", "c"):
         prepare_mark(tmp_path / "key.json", client, wide_llama, SETTINGS)
