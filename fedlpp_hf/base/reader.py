@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_blockwise
 
 from ..tensors.files import read_tensor
-from ..tensors.quantization import restore_from_levels
 from .manifest import read_manifest
-from .quantize import unpack_nibbles
+from .quantize import restore_int8, restore_nf4
 from .shards import read_shards
 
 
@@ -76,10 +74,10 @@ class BaseReader:
         """
         kind, stored = self.entries[name]["kind"], self.entries[name]["name"]
         if kind == "linear4bit":
-            value = self._read_nf4(stored)
+            keys = [key for key in self._tensors if key == stored or key.startswith(f"{stored}.")]
+            value = restore_nf4(stored, {key: self._read_stored(key) for key in keys})
         elif kind == "linear8bit":
-            scales = self._read_stored(f"{stored.removesuffix('weight')}SCB").float()
-            value = self._read_stored(stored).float() * (scales[:, None] / 127)
+            value = restore_int8(self._read_stored(stored), self._read_stored(f"{stored.removesuffix('weight')}SCB"))
         else:
             value = self._read_stored(stored).float()
         if name in self._transposed and kind.startswith("linear"):
@@ -87,17 +85,6 @@ class BaseReader:
         if tuple(value.shape) != self._shapes[name]:
             raise ValueError(f"The base's `{name}` has shape {tuple(value.shape)}; its manifest is of another model.")
         return value
-
-    def _read_nf4(self, name: str) -> torch.Tensor:
-        prefix = f"{name}."
-        state = {key.removeprefix(prefix): self._read_stored(key) for key in self._tensors if key.startswith(prefix)}
-        quantized = QuantState.from_dict(state, device=torch.device("cpu"))
-        scales = quantized.absmax
-        if quantized.nested:
-            scales = dequantize_blockwise(scales, quantized.state2) + quantized.offset
-        # Not dequantize_4bit: its AVX-512 kernel misreads rows that are not a whole number of blocks.
-        codes = unpack_nibbles(self._read_stored(name), list(quantized.shape))
-        return restore_from_levels(codes, scales, quantized.code, quantized.blocksize).view(quantized.shape)
 
     def _read_stored(self, name: str) -> torch.Tensor:
         return read_tensor(*self._tensors[name])

@@ -3,6 +3,7 @@
 
 import argparse
 import os
+from typing import Any
 
 from .arguments import BITS, add_json, check_full_model, find_model_class, parse_block_size, parse_size, print_json
 from .command import Command
@@ -29,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_class", help="class of transformers (default: the one named in the model's config)")
     parser.add_argument("--revision", help="branch, tag or commit of the full model on the Hub")
     parser.add_argument("--max_shard_size", type=parse_size, default="2GB", help="size of a file (default 2GB)")
+    parser.add_argument("--mark", metavar="CLIENT", help="make the copy of this client, which `trace` recognizes")
+    parser.add_argument("--key", metavar="FILE", help="with --mark: the owner's secret; made if it is not there")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing base")
     add_json(parser)
 
@@ -40,6 +43,10 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"`{arguments.output_dir}` exists; pass --overwrite to replace the base in it.")
     if arguments.double_quant and arguments.bits == "8":
         raise ValueError("--double_quant compresses 4-bit scales; with --bits 8 there are none. Leave it out.")
+    if (arguments.mark is None) != (arguments.key is None):
+        raise ValueError("--mark CLIENT and --key FILE come together: whose copy it is, and the secret that marks it.")
+    if arguments.mark is not None and arguments.bits == "8":
+        raise ValueError("--mark with --bits 8: int8 rows have none of the levels that a mark needs. Use 1 to 4 bits.")
     from ..base.export import export_base
     from ..report.base_inspection import describe_base, summarize_base
 
@@ -54,12 +61,28 @@ def run(arguments: argparse.Namespace) -> None:
         model_class=find_model_class(arguments.model_class),
         revision=arguments.revision,
         overwrite=arguments.overwrite,
+        mark=_prepare_mark(arguments),
         max_shard_size=arguments.max_shard_size,
     )
     if arguments.json:
         print_json(summarize_base(arguments.output_dir))
     else:
         print("\n".join(describe_base(arguments.output_dir)))
+
+
+def _prepare_mark(arguments: argparse.Namespace) -> Any:
+    if arguments.mark is None:
+        return None
+    from ..base.marking import prepare_mark
+    from ..tensors.codebooks import check_bits
+
+    settings = {
+        "bits": check_bits(arguments.bits),
+        "block_size": arguments.block_size,
+        "skip_modules": arguments.skip_modules,
+        "model_class": arguments.model_class,
+    }
+    return prepare_mark(arguments.key, arguments.mark, arguments.full_model, settings)
 
 
 COMMAND = Command(
