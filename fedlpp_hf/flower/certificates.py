@@ -103,7 +103,7 @@ def check_authority(path: str | os.PathLike) -> None:
         is_ca = False
     if not is_ca:
         raise ValueError(f"--certificate `{path}` is the certificate of a server, not of an authority; {expected}.")
-    now = datetime.datetime.now(datetime.UTC)
+    now = datetime.datetime.now(datetime.timezone.utc)
     if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
         raise ValueError(
             f"--certificate `{path}` is valid from {certificate.not_valid_before_utc:%Y-%m-%d} to "
@@ -136,7 +136,7 @@ def _prepare_authority(directory: Path) -> tuple[Signer, list[str]]:
             f"`{key_file}` is not the key of `{certificate_file}`. Restore the two from one backup; clients trust the "
             f"{CA_CERTIFICATE} that they have."
         )
-    today = datetime.datetime.now(datetime.UTC)
+    today = datetime.datetime.now(datetime.timezone.utc)
     if certificate is None:
         reason = "was made again, because it was lost or damaged. Clients can go on with the one that they have"
     elif certificate.not_valid_before_utc > today:

@@ -21,13 +21,15 @@ def check_flower() -> None:
     Raises:
         ValueError: if a package is not installed, or the version of flwr is outside the range of the extra.
     """
-    # The range is in setup.cfg.
+    # The range is in setup.cfg. There the extra's marker also tells the first Python version with a Flower.
     requirements = [Requirement(text) for text in requires("fedlpp_hf") or ()]
     expected = next(requirement.specifier for requirement in requirements if requirement.name == "flwr")
     try:
         installed = version("flwr")
     except PackageNotFoundError:
-        raise ValueError(f"This needs Flower (flwr{expected}): pip install 'fedlpp_hf[flower]'.") from None
+        raise ValueError(
+            f"This needs Flower (flwr{expected}, on Python 3.11 or newer): pip install 'fedlpp_hf[flower]'."
+        ) from None
     if not expected.contains(installed, prereleases=True):
         raise ValueError(
             f"flwr {installed} is installed; this version of fedlpp_hf was tested with flwr{expected} only. Run "

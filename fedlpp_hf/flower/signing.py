@@ -108,4 +108,4 @@ def _general_name(host: str) -> x509.GeneralName:
 
 
 def _now() -> datetime.datetime:
-    return datetime.datetime.now(datetime.UTC)
+    return datetime.datetime.now(datetime.timezone.utc)

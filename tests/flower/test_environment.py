@@ -37,7 +37,7 @@ class TestFlowerVersion:
 
     def test_none_is_asked_for(self, run):
         assert run(None) == (
-            "fedlpp-hf: error: This needs Flower (flwr<1.42,>=1.41): pip install 'fedlpp_hf[flower]'.\n"
+            "fedlpp-hf: error: This needs Flower (flwr<1.42,>=1.41, on Python 3.11 or newer): pip install 'fedlpp_hf[flower]'.\n"
         )
 
     @pytest.mark.parametrize("package", ["cryptography", "httpx", "idna", "packaging", "starlette"])
