@@ -124,7 +124,7 @@ def check_full_model(path: str) -> None:
         ValueError: if it is neither.
     """
     if not os.path.isdir(path) and not re.fullmatch(_REPO_ID, path):
-        raise ValueError(f"`{path}` is no directory, and no name of a repository on the Hub (org/model).")
+        raise ValueError(f"`{path}` is neither a directory nor a name on the Hub (`owner/name`).")
 
 
 def check_repo_id(repo_id: str) -> None:
