@@ -3,6 +3,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..client.checks import find_transformer
 
 
 MODULES = "modules.json"
+_CONFIG = ("num_labels", "id2label", "label2id", "problem_type")
 _WEIGHTS = (".safetensors", ".bin")
 
 
@@ -32,20 +34,24 @@ def load_sentence_model(
         transformer: Takes the place of the one that is loaded.
         options: For the transformer's `from_pretrained`.
     """
-    model = trainer_class.model_class(directory, device="cpu", model_kwargs=options)
+    config = {name: options.pop(name) for name in _CONFIG if name in options}
+    if transformer is not None:  # its heads are floats
+        config["quantization_config"] = transformer.config.quantization_config.to_dict()
+    model = trainer_class.model_class(directory, device="cpu", model_kwargs=options, config_kwargs=config)
     if transformer is not None:
         model.set_submodule(find_transformer(model), transformer)
     return model
 
 
-def copy_modules(source: FullModel, base_dir: Path) -> None:
-    """Copy what describes the modules around the transformer into the directory of its base.
+def list_module_configs(source: FullModel) -> dict[str, Path]:
+    """The files that describe the modules around the transformer of a model, by their place in its directory.
 
     Raises:
-        ValueError: if one of them has weights, which a base does not hold.
+        ValueError: if one of the modules has weights, which a base does not hold.
     """
     described = source.list_companions([MODULES])
     modules = json.loads(described[0].read_text(encoding="utf-8")) if described else []
+    configs = {}
     for folder in (module["path"] for module in modules if module["path"]):
         weights = sorted(path.name for path in (source.directory / folder).glob("*") if path.suffix in _WEIGHTS)
         if weights:
@@ -53,6 +59,13 @@ def copy_modules(source: FullModel, base_dir: Path) -> None:
                 f"`{source.model}` has weights outside its transformer (`{folder}/{weights[0]}`), which a base does not hold. "
                 "Use a model whose other modules have no weights, such as pooling and normalizing."
             )
-        for config in source.list_companions([f"{folder}/config.json"]):
-            (base_dir / folder).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(config, base_dir / folder / "config.json")
+        name = f"{folder}/config.json"
+        configs |= {name: path for path in source.list_companions([name])}
+    return configs
+
+
+def copy_configs(configs: Mapping[str, Path], base_dir: Path) -> None:
+    """Copy what [`list_module_configs`] found into the directory of the transformer's base."""
+    for name, path in configs.items():
+        (base_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, base_dir / name)

@@ -31,7 +31,7 @@ from ..tensors.codebooks import FULL_PRECISION
 from ..wire.encoding import encode_message
 from ..wire.messages import ClientFailure, ClientTask, ClientUpdate
 from .local_run import LocalRunMixin
-from .model import add_adapter, resolve_model, start_adapter
+from .model import add_adapter, check_adapter_switching, resolve_model, start_adapter
 from .publishing import MERGED_DIR, PublishingMixin
 from .ranks import RanksMixin
 from .rows import RowsMixin
@@ -138,6 +138,7 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, PublishingMixin):
             # TRL casts the adapter of a quantized model to bfloat16, where a small step rounds to nothing.
             parameter.data = parameter.data.float()
         check_loss_weights(self)
+        check_adapter_switching(self.model, args)
         self.client_datasets = self.prepare_clients(self.raw_datasets)
         check_client_sizes(
             self.client_datasets, args.train_batch_size * args.world_size if args.dataloader_drop_last else 1
