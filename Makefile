@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 CONFIG ?= recipes/configs/quickstart.yaml
 
-.PHONY: quickstart test quality style bench clean
+.PHONY: quickstart test test-all quality style bench clean
 
 quickstart: $(VENV)/.installed-demo
 	$(BIN)/python recipes/data/docstrings.py out/docstrings
@@ -13,8 +14,12 @@ quickstart: $(VENV)/.installed-demo
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu \
 		recipes/sequence_classification.py --config $(CONFIG) --overwrite
 
+# Something of everything, for whoever is changing something; `test-all` has the rest, and is what CI runs.
 test: $(VENV)/.installed-test
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
+	$(PYTEST) -m "not slow"
+
+test-all: $(VENV)/.installed-test
+	$(PYTEST)
 
 quality: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

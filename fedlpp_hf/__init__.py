@@ -10,6 +10,7 @@ __version__ = "0.1.0.dev0"
 # Names are imported on first use, so that `import fedlpp_hf` costs next to nothing.
 _EXPORTS = {
     "AuditReport": "audit.report",
+    "FederatedCallback": "trainer.callbacks",
     "FederatedConfig": "config.federated",
     "FederatedMixin": "trainer.federated",
     "FederatedServer": "server.loop",
@@ -27,6 +28,7 @@ _EXPORTS = {
 }
 __all__ = [
     "AuditReport",
+    "FederatedCallback",
     "FederatedConfig",
     "FederatedMixin",
     "FederatedServer",
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from .merge.merge import merge_adapter
     from .server.loop import FederatedServer
     from .server.store import RoundStore
+    from .trainer.callbacks import FederatedCallback
     from .trainer.federated import FederatedMixin, FederatedTrainer
 
 

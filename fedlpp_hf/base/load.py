@@ -13,6 +13,7 @@ from .heads import DEFAULT_SEED, initialize_new_parameters_
 from .kernels import keep_layout_
 from .manifest import check_base, read_manifest
 from .modules import build_meta_model, check_missing, default_skip_modules
+from .tensor_plan import plan_tensors
 
 
 def load_base(
@@ -58,6 +59,9 @@ def load_base(
     if type(meta).__name__ != manifest["architecture"]:  # its heads are not on the skip list of the export
         skip = config.quantization_config["llm_int8_skip_modules"]
         skip += [name for name in [*default_skip_modules(meta), *new] if name not in skip]
+        # Before loading, which can't initialize a quantized layer.
+        absent = plan_tensors(meta, [entry["name"] for entry in manifest["tensors"]]).missing
+        check_missing(meta, sorted(set(absent) - set(manifest["initialized_by_clients"])), new)
     model, info = model_class.from_pretrained(
         base_dir, config=config, dtype=dtype or "auto", device_map=device_map, output_loading_info=True, **kwargs
     )

@@ -23,6 +23,7 @@ from ..wire.messages import ClientTask, ClientUpdate
 from .checks import ADAPTER, check_model, find_manifest, find_peft_model
 from .fedprox import add_proximal_gradient_
 from .memory import ClientMemory
+from .partition import is_stream
 
 
 TASK_FILE = "task.safetensors"
@@ -134,7 +135,7 @@ class QuantizedBaseCallback(TrainerCallback):
             round=self.current_task.round,
             client_id=self.current_task.client_id,
             base_fingerprint=self.fingerprint,
-            num_examples=len(train_dataloader.dataset),
+            num_examples=_count_examples(train_dataloader.dataset, args, state),
             delta=payload,
             metrics={"loss": logs[-1] if logs else float("nan"), "steps": state.global_step},
         )
@@ -192,6 +193,13 @@ class QuantizedBaseCallback(TrainerCallback):
         """
         if self.digest_base() != self._digest:
             raise RuntimeError("The base differs from what it was before training; it must stay frozen.")
+
+
+def _count_examples(rows: Any, args: Any, state: Any) -> int:
+    """The client's rows; of a stream, as many as it has trained on."""
+    if is_stream(rows):
+        return state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return len(rows)
 
 
 def _read_task(path: Path) -> ClientTask:

@@ -2,6 +2,7 @@
 """`FederatedConfig`: the groups of options on top of `TrainingArguments`, as one flat surface."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -9,6 +10,7 @@ from transformers.utils import logging
 
 from .aggregation import AggregationOptions
 from .audit import AuditOptions
+from .metrics import lower_is_better
 from .precision import PrecisionOptions
 from .rounds import RoundOptions
 from .run import RunOptions
@@ -26,7 +28,8 @@ class FederatedConfig(RunOptions, AuditOptions, AggregationOptions, PrecisionOpt
     The options of each group are documented there: [`RoundOptions`], [`PrecisionOptions`], [`AggregationOptions`],
     [`AuditOptions`], [`RunOptions`]. `num_train_epochs` (1 by default) or `max_steps`, the optimizer, the schedule and the
     batch size hold for each client and round. Local runs neither checkpoint nor evaluate: the federation commits and
-    evaluates every round.
+    evaluates every round. `load_best_model_at_end` publishes the best round by `metric_for_best_model` of the server's
+    metrics.
 
     Raises:
         ValueError: for options that are out of range or do not go together.
@@ -35,6 +38,13 @@ class FederatedConfig(RunOptions, AuditOptions, AggregationOptions, PrecisionOpt
     num_train_epochs: float = field(default=1.0, metadata={"help": "Local epochs of each client in each round."})
 
     def __post_init__(self):
+        options: Any = self
+        best = options.load_best_model_at_end
+        options.load_best_model_at_end = False  # for the parent, which would ask for a run's own checkpoints
+        if best and options.metric_for_best_model is None:
+            options.metric_for_best_model = "loss"
+        if options.greater_is_better is None and options.metric_for_best_model is not None:
+            options.greater_is_better = not lower_is_better(options.metric_for_best_model)
         super().__post_init__()
         if self.eval_strategy != "no":
             raise ValueError(
@@ -42,7 +52,8 @@ class FederatedConfig(RunOptions, AuditOptions, AggregationOptions, PrecisionOpt
                 "evaluates in every round, on `eval_dataset`."
             )
         self.save_strategy = "no"
-        self.load_best_model_at_end = False
+        self.load_best_model_at_end = best
+        self.eval_on_start = False  # the federation always does, and a local run never
         # Several GPUs in one process mean nn.DataParallel to a Trainer: the base copied in every step, batches n times as
         # large. Ranks (`torchrun`) and `client_workers` have one GPU each.
         self._n_gpu = min(self.n_gpu, 1)

@@ -3,7 +3,9 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo, ModelCard
 
@@ -79,6 +81,7 @@ def push_adapter(
     revision: str | None = None,
     create_pr: bool = False,
     audit: str | os.PathLike | None = None,
+    metadata: Mapping[str, Any] | None = None,
     commit_message: str = "Adapter of a federation",
     token: str | None = None,
 ) -> CommitInfo:
@@ -87,6 +90,7 @@ def push_adapter(
     Args:
         directory: a federation's `output_dir`, or another PEFT repository.
         repo_id: repository; the other arguments and the errors are those of [`push_merged`].
+        metadata: for the card, in place of the full model's.
     """
     directory = Path(directory)
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
@@ -94,7 +98,9 @@ def push_adapter(
             raise ValueError(f"`{directory}` has no `{name}`; expected the output_dir of a federation.")
     federation = directory if (directory / FEDERATION_DIR).is_dir() else None
     with explain_refusals(repo_id):
-        write_model_card(directory, repo_id, source=source, federation_dir=federation, audit=audit, token=token)
+        write_model_card(
+            directory, repo_id, source=source, federation_dir=federation, audit=audit, token=token, metadata=metadata
+        )
     files = {name: directory / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD)}
     destination = Destination(repo_id, private, allow_public, revision, create_pr, token)
     return _upload(files, destination, source, commit_message)
@@ -109,8 +115,9 @@ def _check_merged(directory: Path) -> None:
             f"`{directory}` has `{FEDERATION_DIR}`, the state of a federation with files of its clients. Push the "
             "directory that the merge wrote."
         )
-    for name in _NEVER_PUSHED:
-        if (directory / name).exists():
+    for path in sorted(directory.rglob("*")):
+        if path.name in _NEVER_PUSHED:
+            name = path.relative_to(directory)
             raise ValueError(f"`{directory}` has `{name}`, which must not be published. Is it a client's directory?")
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils.sha import sha_fileobj
 from transformers.utils import logging
 
@@ -71,6 +77,7 @@ def upload_files(
     with explain_refusals(repo_id):
         source_info = api.model_info(source, files_metadata=True) if source else None
         head = _open_repository(api, destination, confidential=source_info is None or bool(source_info.private))
+        repo_id = head.id  # with its namespace, whether or not that was given
         plan = _plan_commit(files, head, source if source != repo_id else None, source_info)
         logger.info(
             f"{repo_id}: {len(plan.adds)} files to send, {len(plan.copies)} to copy from {source}, "
@@ -99,7 +106,7 @@ def explain_refusals(repo_id: str) -> Iterator[None]:
     """Add to the Hub's refusals what to do about them.
 
     Raises:
-        RuntimeError: instead of an `HfHubHTTPError`.
+        RuntimeError: in one line, instead of an `HfHubHTTPError`, or where the Hub can't be reached at all.
     """
     hints = {
         401: "Log in with `hf auth login`, or pass a token.",
@@ -115,6 +122,35 @@ def explain_refusals(repo_id: str) -> Iterator[None]:
             f"The Hub refused the push to `{repo_id}` ({status}): {error}. "
             + hints.get(status or 0, "Files that arrived are kept; push again.")
         ) from error
+    except LocalTokenNotFoundError as error:
+        raise RuntimeError(f"The push to `{repo_id}` needs a token. {hints[401]}") from error
+    except Exception as error:
+        # What says that there is no connection is of the HTTP library, and huggingface_hub has changed that.
+        offline = isinstance(error, OfflineModeIsEnabled)
+        if not offline and not type(error).__module__.startswith("http"):
+            raise
+        reason = "HF_HUB_OFFLINE is set" if offline else f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise RuntimeError(
+            f"The Hub can't be reached for `{repo_id}` ({reason}). What is on disk stays: push it later, with "
+            "`fedlpp-hf push` or `trainer.push_to_hub()`."
+        ) from error
+
+
+def open_repository(destination: Destination, source: str | None) -> str:
+    """The repository's id with its namespace. It is created if it does not exist, private unless `destination` says otherwise.
+
+    Args:
+        destination: the repository.
+        source: the full model on the Hub; None if it is not there.
+
+    Raises:
+        ValueError: if the repository is, or would be, public against `destination`.
+        RuntimeError: if the Hub refuses, or can't be reached.
+    """
+    api = HfApi(token=destination.token)
+    with explain_refusals(destination.repo_id):
+        confidential = source is None or bool(api.model_info(source).private)
+        return _open_repository(api, destination, confidential).id
 
 
 def _open_repository(api: HfApi, destination: Destination, confidential: bool) -> Any:
@@ -122,6 +158,8 @@ def _open_repository(api: HfApi, destination: Destination, confidential: bool) -
     repo_id = destination.repo_id
     if not destination.private:
         _check_public(destination, confidential)
+    if "/" not in repo_id:  # of one's own namespace; without one the Hub would look among its oldest models
+        repo_id = api.create_repo(repo_id, private=destination.private, exist_ok=True).repo_id
     try:
         head = api.model_info(repo_id, files_metadata=True)
     except RepositoryNotFoundError:

@@ -32,6 +32,12 @@ _LAUNCHER_VARIABLES = (
     "MASTER_ADDR",
     "MASTER_PORT",
     "GROUP_RANK",
+    *(f"{launcher}_{what}" for launcher in ("OMPI_COMM_WORLD", "MV2_COMM_WORLD", "PMI") for what in ("SIZE", "RANK")),
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "MV2_COMM_WORLD_LOCAL_RANK",
+    # How they shard the model over their workers.
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_DEEPSPEED",
 )
 # Run as `python -c`: the parent's `sys.path` is there before anything is imported.
 BOOTSTRAP = """\

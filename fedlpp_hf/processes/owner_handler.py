@@ -18,8 +18,7 @@ from ..base.export import export_base
 from ..base.full_model import FullModel
 from ..base.model_class import change_config, list_float_modules
 from ..hub.push import push_merged
-from ..merge.check import check_merge
-from ..merge.merge import merge_adapter
+from ..merge.merge import check_merge, merge_adapter
 from ..tensors.adapters import load_adapter_, split_tensors, write_adapter
 from ..wire.encoding import restore_tensors
 from ..wire.messages import ClientTask, LocalOptions
@@ -114,7 +113,8 @@ class OwnerHandler:
     def check_merge(self, tensors, peft_config: dict[str, Any]):
         blueprint, directory = self.blueprint, self.scratch / "untrained"
         write_adapter(directory, tensors, PeftConfig.from_peft_type(**peft_config))
-        check_merge(blueprint.full_model, directory, self.model_class, blueprint.init_kwargs.get("revision"))
+        revision = blueprint.init_kwargs.get("revision")
+        check_merge(blueprint.full_model, directory, model_class=self.model_class, revision=revision)
         return {}, {}
 
     def merge(self, tensors, adapter_dir: str, output_dir: str):

@@ -53,7 +53,7 @@ class Service:
         except Exception as error:  # whatever an object's own `__reduce__` raises
             raise ValueError(
                 f"The {name}'s process can't be given what it needs ({type(error).__name__}: {error}). Something that "
-                "compute_metrics, a collator, the trainer's class or the rows refer to can't be pickled: a lock, an open "
+                "compute_metrics, a collator, a callback, the trainer's class or the rows refer to can't be pickled: a lock, an open "
                 "file, a generator? Make it inside the function that uses it."
             ) from error
         ours, theirs = socket.socketpair()

@@ -5,13 +5,14 @@ import gc
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..client.partition import count_rows
 from ..wire.messages import ClientFailure, ClientTask, ClientUpdate
 from .blueprint import TrainerBlueprint
 from .service import Service
@@ -29,13 +30,25 @@ class ClientWorkers:
         blueprint: Of the trainer that each worker builds.
         count: Workers.
         threads: Threads of each worker.
+        on_begin: Called with the id of each client whose run begins.
     """
 
-    def __init__(self, blueprint: TrainerBlueprint, count: int, threads: int | None = None):
+    def __init__(
+        self,
+        blueprint: TrainerBlueprint,
+        count: int,
+        threads: int | None = None,
+        on_begin: Callable[[str], None] | None = None,
+    ):
         self.blueprint = blueprint
         self.round_timeout = blueprint.args.round_timeout or math.inf
         self.threads = threads or max((os.cpu_count() or 1) // count, 1)
-        self.num_examples = {client: len(rows) for client, rows in blueprint.client_datasets.items()}
+        self.on_begin = on_begin
+        # A stream's rows are not known: it may take as long as any.
+        self.num_examples = {
+            client: math.inf if count is None else count
+            for client, count in count_rows(blueprint.client_datasets).items()
+        }
         self._starting: set[Service] = set()
         self._idle = [self._start(environment) for environment in share_gpus(count)]
         self._busy: dict[Service, str] = {}  # the client that it trains
@@ -43,6 +56,8 @@ class ClientWorkers:
     def train_clients(self, tasks: list[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
         """An answer to each of `tasks`, as they come; the clients with most rows begin, because they take longest."""
         waiting = sorted(tasks, key=lambda task: self.num_examples[task.client_id])
+        for worker in list(self._starting):  # loading the base is no part of a round's time
+            self._finish_start(worker)
         deadline = time.monotonic() + self.round_timeout
         try:
             while waiting or self._busy:
@@ -52,10 +67,11 @@ class ClientWorkers:
                     return
                 while waiting and self._idle:
                     worker, task = self._idle.pop(), waiting.pop()
-                    if worker in self._starting:  # loading the base is no part of a client's time
-                        worker.receive()
-                        self._starting.remove(worker)
+                    if worker in self._starting:  # it took the place of one that was lost in this round
+                        self._finish_start(worker)
                     self._busy[worker] = task.client_id
+                    if self.on_begin is not None:
+                        self.on_begin(task.client_id)
                     worker.send("train", {"task": as_tensor(task.to_bytes())})
                 yield from self._answers(deadline)
         finally:
@@ -90,6 +106,10 @@ class ClientWorkers:
         del self._busy[worker]
         worker.kill()
         self._idle.append(self._start(worker.environment))
+
+    def _finish_start(self, worker: Service) -> None:
+        worker.receive()
+        self._starting.remove(worker)
 
     def _start(self, environment: Mapping[str, str]) -> Service:
         worker = Service("client worker", make_handler, (self.blueprint, self.threads), environment)

@@ -4,13 +4,24 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .metrics import Record, main_metric
+from ..config.metrics import MetricChoice, is_number
+from .metrics import Record
 
 
 def draw_rounds(
-    records: Sequence[Record], path: Path, references: Mapping[str, Mapping[str, float]] | None = None
+    records: Sequence[Record],
+    path: Path,
+    references: Mapping[str, Mapping[str, float]] | None = None,
+    choice: MetricChoice | None = None,
 ) -> bool:
-    """Draw the main metric of proxy and server over the rounds; False if matplotlib is not installed."""
+    """Draw the main metric of proxy and server over the rounds; False if matplotlib is not installed.
+
+    Args:
+        records: Of all rounds, from round 0.
+        path: Of the picture.
+        references: Metrics of models that nobody holds, by label.
+        choice: The metric that counts.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -19,7 +30,7 @@ def draw_rounds(
     metrics: Mapping[str, float] = next(
         (record["metrics"][view] for record in records for view in record["metrics"]), {}
     )
-    name = main_metric(metrics) or ""
+    name = (choice or MetricChoice()).main(metrics) or ""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -27,13 +38,15 @@ def draw_rounds(
         ("server", "server's model (owner)", "#0b6e4f"),
         ("proxy", "base + proxy (clients)", "#c8553d"),
     ):
-        points = [(r["round"], r["metrics"][view][name]) for r in records if name in r["metrics"].get(view, {})]
+        points = [
+            (r["round"], r["metrics"][view][name]) for r in records if is_number(r["metrics"].get(view, {}).get(name))
+        ]
         if len(points) > 1:
             axes.plot(*zip(*points, strict=True), marker="o", label=label, color=color)
         elif points:
             axes.axhline(points[0][1], linestyle=":", label=f"{label}, before", color=color)
     for style, (label, reference) in zip(("--", ":"), (references or {}).items(), strict=False):
-        if name in reference:
+        if is_number(reference.get(name)):
             axes.axhline(reference[name], linestyle=style, color="#555555", label=label)
     axes.set_xlabel("round")
     axes.set_ylabel(name.removeprefix("eval_"))

@@ -10,6 +10,7 @@ from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
 from ..config.federated import FederatedConfig
+from ..config.metrics import MetricChoice
 from .metrics import Record, flatten_record
 from .picture import draw_rounds
 from .text import AttackerRow, describe_round, render_report
@@ -22,7 +23,9 @@ class RoundReporter:
         self.args = args
         self.trackers = trackers
         self.output_dir = Path(args.output_dir)
+        self.choice = MetricChoice.of(args)
         self.state, self.control = TrainerState(is_world_process_zero=True), TrainerControl()
+        self._text, self._drawn = "", False
         self._bar = tqdm(total=args.num_rounds, unit="round", disable=args.disable_tqdm, leave=False, delay=0.1)
 
     def __enter__(self) -> "RoundReporter":
@@ -46,28 +49,32 @@ class RoundReporter:
         self.state.global_step = number
         self.trackers.on_log(self.args, self.state, self.control, logs=flatten_record(record))
         if not self.args.disable_tqdm:
-            tqdm.write(describe_round(record, self.args.num_rounds))
+            tqdm.write(describe_round(record, self.args.num_rounds, self.choice))
 
-    def finish(
+    def write(
         self,
         records: Sequence[Record],
         references: Mapping[str, Mapping[str, float]] | None = None,
         attackers: Sequence[AttackerRow] = (),
     ) -> None:
-        """Write `report.md`, `metrics.jsonl` and `rounds.png`, and print the report.
+        """Write `report.md`, `metrics.jsonl` and `rounds.png`, in place of those that are there.
 
         Args:
             records: Of all rounds, from round 0.
             references: Metrics of models that nobody holds, by label.
             attackers: What the audit adds to the table.
         """
-        text = render_report(records, self.args, references, attackers)
+        self._text = render_report(records, self.args, references, attackers)
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (self.output_dir / "metrics.jsonl").write_text(lines, encoding="utf-8")
-        (self.output_dir / "report.md").write_text(text, encoding="utf-8")
-        drawn = draw_rounds(records, self.output_dir / "rounds.png", references)
-        if not self.args.disable_tqdm:
-            self._bar.clear()
-            tqdm.write(f"\n{text}")
-            if not drawn:
-                tqdm.write("No rounds.png: it needs matplotlib (pip install fedlpp_hf[demo]).")
+        (self.output_dir / "report.md").write_text(self._text, encoding="utf-8")
+        self._drawn = draw_rounds(records, self.output_dir / "rounds.png", references, self.choice)
+
+    def show(self) -> None:
+        """Print the report that was written last, unless progress bars are off."""
+        if self.args.disable_tqdm or not self._text:
+            return
+        self._bar.clear()
+        tqdm.write(f"\n{self._text}")
+        if not self._drawn:
+            tqdm.write("No rounds.png: it needs matplotlib (pip install fedlpp_hf[demo]).")

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..config.federated import FederatedConfig
-from .metrics import Record, is_better, main_metric, mean_client_loss
+from ..config.metrics import MetricChoice, is_number
+from ..server.best import find_published_round
+from .metrics import Record, mean_client_loss
 from .tables import format_bytes, format_table
 
 
@@ -18,14 +20,17 @@ class AttackerRow:
     stolen: str
 
 
-def describe_round(record: Record, num_rounds: int) -> str:
+_BY_NAME = MetricChoice()
+
+
+def describe_round(record: Record, num_rounds: int, choice: MetricChoice = _BY_NAME) -> str:
     """One line: clients' loss, the metric of proxy and server, bytes, and who was left out."""
     parts = [f"round {record['round']}/{num_rounds}"]
     if record["clients"]:
         parts.append(f"clients' loss {mean_client_loss(record):.4f}")
     for view, label in (("proxy", "base + proxy"), ("server", "server")):
         metrics = record["metrics"].get(view, {})
-        name = main_metric(metrics)
+        name = choice.main(metrics)
         if name:
             parts.append(f"{label} {name.removeprefix('eval_')} {metrics[name]:.4f}")
     if record["round"]:
@@ -43,6 +48,11 @@ def render_report(
 ) -> str:
     """The report of a whole federation as Markdown."""
     first, last = records[0]["metrics"], records[-1]["metrics"]
+    choice, published = MetricChoice.of(args), find_published_round(args, records)
+    after = "server's model after"
+    if published != records[-1]["round"]:
+        after = f"server's model after round {published}"
+        last = last | {"server": records[published]["metrics"].get("server", {})}
     bits = {32: "full precision"}.get(args.base_bits, f"{args.base_bits} bits")
     proxy_bits = {32: "full precision"}.get(args.adapter_bits, f"{args.adapter_bits} bits")
     rows = [
@@ -50,14 +60,14 @@ def render_report(
         (f"base before ({bits})", "clients", first.get("proxy")),
         (f"base + last proxy ({proxy_bits})", "clients", last.get("proxy")),
         *((row.label, "clients", row.metrics) for row in attackers),
-        ("server's model after", "owner", last.get("server")),
+        (after, "owner", last.get("server")),
         *((label, "nobody (reference)", metrics) for label, metrics in (references or {}).items()),
     ]
     shown = [(label, holder, metrics) for label, holder, metrics in rows if metrics]
-    names = list(dict.fromkeys(name for _, _, metrics in shown for name in metrics))
+    names = list(dict.fromkeys(name for _, _, metrics in shown for name in metrics if is_number(metrics[name])))
     table = [["model", "held by", *(name.removeprefix("eval_") for name in names)]]
     table += [
-        [label, holder, *(f"{metrics[name]:.4f}" if name in metrics else "" for name in names)]
+        [label, holder, *(f"{metrics[name]:.4f}" if is_number(metrics.get(name)) else "" for name in names)]
         for label, holder, metrics in shown
     ]
     if attackers:
@@ -74,28 +84,39 @@ def render_report(
         f"{len(records) - 1} rounds, {clients} client runs ({rejected} rejected), {format_bytes(down)} to clients, "
         f"{format_bytes(up)} from clients, {sum(record['seconds'] for record in records):.0f} s.",
         *(["\nStolen value: a share of the server's gain over local training; audit.md has more."] * bool(attackers)),
-        *(f"\n**Warning.** {warning}" for warning in find_warnings(first, last)),
+        *(
+            [
+                f"\nRound {published} is published, the best by `{choice.key}`. The evaluation set chose it, so its metrics are "
+                "better than on rows that it has not seen."
+            ]
+            * args.load_best_model_at_end
+        ),
+        *(f"\n**Warning.** {warning}" for warning in find_warnings(first, last, choice)),
     ]
     return "\n".join(lines) + "\n"
 
 
-def find_warnings(first: Mapping[str, Mapping[str, float]], last: Mapping[str, Mapping[str, float]]) -> list[str]:
+def find_warnings(
+    first: Mapping[str, Mapping[str, float]],
+    last: Mapping[str, Mapping[str, float]],
+    choice: MetricChoice = _BY_NAME,
+) -> list[str]:
     """What the owner should know before using the server's model."""
     server = last.get("server")
-    name = main_metric(server) if server else None
+    name = choice.main(server) if server else None
     if not server or not name:
         return []
     warnings = []
     label = name.removeprefix("eval_")
     proxy = last.get("proxy", {})
-    if name in proxy and is_better(name, proxy[name], server[name]):
+    if is_number(proxy.get(name)) and choice.is_better(name, proxy[name], server[name]):
         warnings.append(
             f"The clients' proxy ({label} {proxy[name]:.4f}) is better than the server's model ({server[name]:.4f}): the "
             "adapter has learned to repair the quantized base, which the full model does not need, and what the clients "
             "hold is worth more than what the owner gained. Try fewer local steps or a lower learning rate, more bits in "
             "the base (`base_bits`), a full model that knows the task better before it starts, or `broadcast=never`."
         )
-    if name in first.get("server", {}) and is_better(name, first["server"][name], server[name]):
+    if is_number(first.get("server", {}).get(name)) and choice.is_better(name, first["server"][name], server[name]):
         warnings.append(
             f"The server's model is worse than the owner's was at the start ({label} {first['server'][name]:.4f} → "
             f"{server[name]:.4f}). The update repairs the base rather than learning the task, the learning rate is too "

@@ -1,7 +1,6 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """The server: the only round loop. It touches adapters only; no parameter of it could take a model."""
 
-import json
 import math
 import secrets
 import time
@@ -19,7 +18,6 @@ from ..aggregation.products import join_residual
 from ..aggregation.round import RoundUpdates
 from ..aggregation.rules import aggregate
 from ..config.federated import FederatedConfig
-from ..config.options import free_options
 from ..config.rules import check_products, trainable_keys
 from ..tensors.adapters import check_tensors, global_norm
 from ..tensors.codebooks import FULL_PRECISION
@@ -27,7 +25,9 @@ from ..tensors.quantization import quantize_tensors
 from ..wire.encoding import Payload, restore_tensors
 from ..wire.messages import ClientFailure, ClientTask, ClientUpdate, LocalOptions
 from .admission import AcceptedUpdate, Admission
+from .best import check_chosen, find_published_round
 from .owner import Owner
+from .resume import check_resumable
 from .state import ServerState
 from .store import RoundStore
 
@@ -48,7 +48,7 @@ class FederatedServer:
         base_fingerprint: Of the base that clients must hold.
         owner: Asked for the metrics of W + θ, and for the control variate.
         evaluate_proxy: Takes an adapter as a client would hold it and returns metrics on the base.
-        on_round: Called with the record of each committed round.
+        on_round: Called with the record of each committed round; where it returns True, that round is the run's last.
 
     Raises:
         ValueError: for options that this federation can't have.
@@ -64,7 +64,7 @@ class FederatedServer:
         *,
         owner: Owner | None = None,
         evaluate_proxy: Callable[[Mapping[str, torch.Tensor]], dict[str, float]] | None = None,
-        on_round: Callable[[dict[str, Any]], None] | None = None,
+        on_round: Callable[[dict[str, Any]], bool | None] | None = None,
     ):
         args.check_clients(len(num_examples))
         check_products(args.aggregation, peft_config)
@@ -81,6 +81,9 @@ class FederatedServer:
         self.evaluate_proxy = evaluate_proxy
         self.on_round = on_round
         self.federation_id = ""
+        self._committed: ServerState | None = (
+            None  # after the last round, which is not always the one that is published
+        )
         self.store = RoundStore(args.output_dir)
         self.optimizer = ServerOptimizer(args.server_optimizer, args.server_learning_rate, args.server_momentum)
         self.admission = Admission(args, adapter, self.num_examples, self.store.updates_dir)
@@ -93,15 +96,26 @@ class FederatedServer:
     def run(self, train_clients: TrainClients, resume: bool = False) -> list[dict[str, Any]]:
         """Run all rounds, or those that are left; returns the record of every round, round 0 being the state before.
 
+        With `load_best_model_at_end` the server's state is then that of the best round; without, of the last one. That state
+        is published in `output_dir`.
+
         Raises:
             ValueError: if there is a federation in the way, or nothing to resume, or the one to resume differs.
             RuntimeError: if fewer than `min_clients` updates of a round were acceptable.
         """
-        done = self._resume() if resume else self._begin()
-        for number in range(done + 1, self.args.num_rounds + 1):
-            self._run_round(number, train_clients)
-        self.store.publish(*self.merged_adapter())
-        return self.store.records()
+        if resume:
+            self.store.read()  # before the lock makes a directory
+        with self.store.lock():
+            done, stop = self._resume() if resume else self._begin()
+            while done < self.args.num_rounds and not stop:
+                done += 1
+                stop = self._run_round(done, train_clients)
+            records = self.store.records()
+            published = find_published_round(self.args, records)
+            if published != done:
+                self.state = ServerState.from_tensors(*self.store.load(published))
+            self.store.publish(*self.merged_adapter())
+        return records
 
     def sample_clients(self, number: int) -> list[str]:
         """The clients of a round, uniform without replacement, a function of (seed, round) alone."""
@@ -124,7 +138,13 @@ class FederatedServer:
             return dict(adapter)
         return quantize_tensors(adapter, self.args.adapter_bits, self.args.adapter_block_size)
 
-    def _begin(self, overwrite: bool = False) -> int:
+    def client_adapter(self) -> dict[str, torch.Tensor] | None:
+        """What clients hold after the last round: its proxy; None where nothing is broadcast, or nothing is committed."""
+        if self._committed is None or not self.args.broadcasts:
+            return None
+        return restore_tensors(self.make_proxy(self._committed.adapter))
+
+    def _begin(self, overwrite: bool = False) -> tuple[int, bool]:
         self.federation_id = secrets.token_hex(8)
         self.store.create(self._describe(), overwrite or self.args.overwrite)
         if self.args.aggregation == "freeze_a" and self.args.broadcasts:
@@ -132,32 +152,24 @@ class FederatedServer:
             held = restore_tensors(self.make_proxy(self.adapter))
             frozen = {key: held[key] for key in held.keys() - trainable_keys("freeze_a", held)}
             self.state = ServerState(dict(self.adapter) | frozen)
-        self._commit(0, {"clients": {}, "rejected": {}, "asked": [], "bytes_down": 0, "bytes_up": 0, "seconds": 0.0})
-        return 0
+        nothing = {"clients": {}, "rejected": {}, "asked": [], "bytes_down": 0, "bytes_up": 0, "seconds": 0.0}
+        return 0, self._commit(0, nothing)
 
-    def _resume(self) -> int:
+    def _resume(self) -> tuple[int, bool]:
         then = self.store.read()
         done = self.store.latest()
         if done is None:
             return self._begin(overwrite=True)  # it was stopped before its first commit
         self.federation_id = then["federation_id"]
-        now, free = json.loads(json.dumps(self._describe()))["config"], free_options(type(self.args))
-        if self.args.learning_rate_horizon == "round":
-            free = free | {"num_rounds"}
-        for name, value in then["config"].items():
-            if name not in free and now.get(name) != value:
-                raise ValueError(
-                    f"This federation was begun with {name}={value!r}, now it is {now.get(name)!r}. Resume with the same "
-                    "configuration, or start another federation in another output_dir."
-                )
-        if then["base_fingerprint"] != self.base_fingerprint:
-            raise ValueError("The base differs from the one that this federation was begun with.")
+        check_resumable(then, self._describe(), self.args)
         state = ServerState.from_tensors(*self.store.load(done))
         check_tensors(state.adapter, self.adapter)
-        self.state = state
-        return done
+        self.state = self._committed = state
+        check_chosen(self.args, self.store.records()[-1])
+        return done, False
 
-    def _run_round(self, number: int, train_clients: TrainClients) -> None:
+    def _run_round(self, number: int, train_clients: TrainClients) -> bool:
+        """Run and commit a round; returns whether it shall be the last."""
         began = time.perf_counter()
         proxy = self.make_proxy(self.adapter) if self.args.broadcasts else None  # one for all, whatever their number
         tasks = {client: self._make_task(number, client, proxy) for client in self.sample_clients(number)}
@@ -181,8 +193,9 @@ class FederatedServer:
             "seconds": time.perf_counter() - began,
             **report,
         }
-        self._commit(number, record)
+        stop = self._commit(number, record)
         self.admission.forget()
+        return stop
 
     def _make_task(self, number: int, client: str, proxy: Payload | None) -> ClientTask:
         args = self.args
@@ -236,16 +249,18 @@ class FederatedServer:
         self.state = ServerState(adapter, optimizer, result.residual)
         return report
 
-    def _commit(self, number: int, record: dict[str, Any]) -> None:
+    def _commit(self, number: int, record: dict[str, Any]) -> bool:
         metrics = {}
         if self.evaluate_proxy is not None and (number == 0 or self.args.broadcasts):
             metrics["proxy"] = self.evaluate_proxy(restore_tensors(self.make_proxy(self.adapter)))
         if self.owner is not None:
             metrics["server"] = self.owner.evaluate(self.adapter, self.state.residual)
         record = {"round": number, **record, "metrics": metrics}
+        if not number:
+            check_chosen(self.args, record)
         self.store.commit(number, self.adapter, self.peft_config, self.state.to_tensors(), record)
-        if self.on_round is not None:
-            self.on_round(record)
+        self._committed = self.state
+        return self.on_round is not None and self.on_round(record) is True
 
     def _describe(self) -> dict[str, Any]:
         config = {key: value for key, value in self.args.to_dict().items() if key not in _SECRET}

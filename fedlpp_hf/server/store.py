@@ -1,10 +1,14 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """A federation's state on disk: rounds that are committed whole or not at all."""
 
+import fcntl
+import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +18,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..tensors.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter, write_adapter
-from ..tensors.atomic import sync_path, write_atomically
+from ..tensors.atomic import hash_file, sync_path, write_atomically
 
 
 FEDERATION_DIR = "_federation"  # `push_to_hub` skips names that begin with an underscore
 FEDERATION_FILE = "federation.json"
 ROUND_FILE = "round.json"
 SERVER_STATE = "server_state.safetensors"
+ROUND_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, SERVER_STATE)  # and the record, which has their digests
+LOCK_FILE = "lock"
 SCHEMA_VERSION = 2
+_ADVICE = "Delete that round's directory, and those of later rounds, to resume from the round before it."
+
+logger = logging.getLogger(__name__)
 
 
 class RoundStore:
@@ -43,14 +52,34 @@ class RoundStore:
     def exists(self) -> bool:
         return (self.root / FEDERATION_FILE).is_file()
 
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from running a federation here meanwhile. The lock ends with the process that has it.
+
+        Raises:
+            ValueError: if another one has it.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        with open(self.root / LOCK_FILE, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"Another process is running a federation in `{self.output_dir}`. Wait for it, end it, or choose another "
+                    "output_dir. Does each process of a launch run one by itself?"
+                ) from error
+            except OSError as error:  # some network file systems have no locks
+                logger.warning(f"`{self.root}` can't be locked ({error}). Run one federation there at a time.")
+            yield
+
     def create(self, federation: Mapping[str, Any], overwrite: bool = False) -> None:
-        """Begin a federation.
+        """Begin a federation. One that was stopped before its first commit is no obstacle.
 
         Raises:
             ValueError: if there is one already and `overwrite` is not set.
         """
         if self.exists:
-            if not overwrite:
+            if not overwrite and self.latest() is not None:
                 raise ValueError(
                     f"`{self.output_dir}` already holds a federation. Resume it with `resume_from_checkpoint=True` "
                     "(--resume_from_checkpoint), delete it with `overwrite=True` (--overwrite), or choose another "
@@ -92,9 +121,11 @@ class RoundStore:
         shutil.rmtree(directory, ignore_errors=True)  # left by a run that died before its commit mark
         write_adapter(directory, adapter, peft_config)
         save_file({key: value.contiguous() for key, value in server_state.items()}, directory / SERVER_STATE)
-        for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG, SERVER_STATE):
+        for name in ROUND_FILES:
             sync_path(directory / name)
-        _write_json(directory / ROUND_FILE, record)
+        files = {name: hash_file(directory / name) for name in ROUND_FILES}
+        record = {**record, "files": files}
+        _write_json(directory / ROUND_FILE, record | {"sha256": _digest_record(record)})
 
     def latest(self) -> int | None:
         """The last committed round, or None."""
@@ -105,21 +136,39 @@ class RoundStore:
         """Adapter and server state of a committed round.
 
         Raises:
-            ValueError: if a file is damaged.
+            ValueError: if a file is damaged, be it by one bit.
         """
         directory = self.round_dir(number)
         try:
+            files = self._read_record(number)["files"]
+            for name in ROUND_FILES:
+                if (found := hash_file(directory / name)) != files[name]:
+                    raise ValueError(
+                        f"Round {number}: `{directory / name}` is damaged. Its SHA-256 is {found[:12]}…, and {ROUND_FILE} has "
+                        f"{files[name][:12]}…. {_ADVICE}"
+                    )
             return read_adapter(directory)[0], load_file(directory / SERVER_STATE)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"Round {number} in `{directory}` can't be read ({error}). Delete that directory to resume from the "
-                "round before it."
-            ) from error
+        except (SafetensorError, OSError, KeyError) as error:
+            raise ValueError(f"Round {number} in `{directory}` can't be read ({error}). {_ADVICE}") from error
 
     def records(self) -> list[dict[str, Any]]:
-        """The records of all committed rounds, in order."""
+        """The records of all committed rounds, in order.
+
+        Raises:
+            ValueError: if one is missing or damaged.
+        """
         latest = self.latest()
-        return [] if latest is None else [_read_json(self.round_dir(n) / ROUND_FILE) for n in range(latest + 1)]
+        records = [] if latest is None else [self._read_record(number) for number in range(latest + 1)]
+        return [{key: value for key, value in record.items() if key != "files"} for record in records]
+
+    def _read_record(self, number: int) -> dict[str, Any]:
+        path = self.round_dir(number) / ROUND_FILE
+        record = _read_json(path)
+        if record.pop("sha256", None) != _digest_record(record):
+            raise ValueError(
+                f"Round {number}: `{path}` is damaged or was changed by hand: it differs from its own SHA-256. {_ADVICE}"
+            )
+        return record
 
     def publish(self, adapter: Mapping[str, torch.Tensor], peft_config: PeftConfig) -> None:
         """Make `output_dir` itself a PEFT repository of the server's adapter."""
@@ -128,6 +177,11 @@ class RoundStore:
         for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
             os.replace(staging / name, self.output_dir / name)
         staging.rmdir()
+
+
+def _digest_record(record: Mapping[str, Any]) -> str:
+    text = json.dumps(json.loads(json.dumps(record)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -4,22 +4,22 @@
 import copy
 import dataclasses
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
+from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import TrainOutput
 
-from ..audit.audit import audit_federation, check_auditable
+from ..audit.audit import check_auditable
 from ..client.adapter_config import check_adapter_config
 from ..client.checks import check_loss_weights, check_model, find_peft_model
 from ..client.guard import QuantizedBaseCallback
-from ..client.partition import check_client_sizes, partition_clients
+from ..client.partition import check_client_sizes, count_rows, partition_clients
 from ..config.federated import FederatedConfig
 from ..config.rules import check_products
 from ..processes.blueprint import TrainerBlueprint
@@ -27,14 +27,21 @@ from ..processes.owner import OwnerProcess
 from ..processes.workers import ClientWorkers
 from ..report.rounds import RoundReporter
 from ..server.loop import FederatedServer, TrainClients
+from ..server.resume import read_resume
+from ..server.store import RoundStore
+from ..tensors.adapters import load_adapter_
 from ..tensors.codebooks import FULL_PRECISION
 from ..wire.encoding import encode_message
 from ..wire.messages import ClientFailure, ClientTask, ClientUpdate
+from .callbacks import EventHandler, means_rounds
+from .finish import finish_federation
 from .local_run import LocalRunMixin
 from .model import add_adapter, check_adapter_switching, resolve_model, start_adapter
-from .publishing import MERGED_DIR, PublishingMixin
-from .ranks import RanksMixin
+from .publishing import PublishingMixin
+from .ranks import RanksMixin, check_launch
+from .rounds import Rounds
 from .rows import RowsMixin
+from .trackers import check_uploads
 
 
 # The underscore keeps it out of `push_to_hub` of the adapter.
@@ -84,12 +91,14 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, PublishingMixin):
         **kwargs: Any,
     ):
         _check_arguments(args, kwargs)
+        check_launch(args)
         if peft_config is not None:
             check_adapter_config(peft_config)
         elif isinstance(model, str | Path):
             raise ValueError("`peft_config` is missing: say which adapter to train, e.g. LoraConfig(r=8).")
         args = copy.copy(args)
         self.server: FederatedServer | None = None
+        self._users_callbacks = list(callbacks or [])
         self.raw_datasets = partition_clients(train_dataset, args)
         if self.raw_datasets:
             args.check_clients(len(self.raw_datasets))
@@ -150,13 +159,18 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, PublishingMixin):
         self.prepare_local_runs()
 
     def train(self, resume_from_checkpoint: bool | str | None = None, **kwargs: Any) -> TrainOutput:
-        """Run the federation's rounds; `resume_from_checkpoint=True` goes on after the last committed one.
+        """Run the federation's rounds, and leave the live model as what a client holds after the last one.
+
+        Args:
+            resume_from_checkpoint: True goes on after the last committed round; so does the path of `output_dir`.
 
         Raises:
-            ValueError: if `output_dir` holds a federation and neither resuming nor overwriting was asked for.
+            ValueError: if `output_dir` holds a federation and neither resuming nor overwriting was asked for, or if the one to
+                resume had other options, clients, rows or another base.
         """
         if not self.client_datasets:
             raise ValueError("There are no clients here: `train_dataset` is empty. Use `train_remotely`.")
+        resume = read_resume(resume_from_checkpoint, RoundStore(self.args.output_dir))
         # What lives long is frozen, else the `gc.collect()` in accelerate's `free_memory` walks all of it in every run.
         gc.collect()
         gc.freeze()
@@ -164,12 +178,12 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, PublishingMixin):
             if not self.is_world_process_zero():
                 self.follow()
                 return TrainOutput(0, 0.0, {})
-            num_examples = {client: len(rows) for client, rows in self.client_datasets.items()}
+            num_examples = count_rows(self.client_datasets)
             if self.args.client_workers == 1:
-                return self.train_remotely(self.train_clients, num_examples, resume_from_checkpoint)
+                return self.train_remotely(self.train_clients, num_examples, resume)
             workers = self._start_workers()
             try:
-                return self.train_remotely(workers.train_clients, num_examples, resume_from_checkpoint)
+                return self.train_remotely(workers.train_clients, num_examples, resume)
             finally:
                 workers.close()
         finally:
@@ -186,35 +200,43 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, PublishingMixin):
         Raises:
             ValueError: as [`train`].
         """
+        resume = read_resume(resume_from_checkpoint, RoundStore(self.args.output_dir))
         if self.args.audit:
             check_auditable(self)
         reporter = RoundReporter(self.args, self._make_trackers())
-        self.server = self._make_server(num_examples, reporter)
+        rounds = self.rounds = Rounds(self.args, self.callback_handler, self.eval_dataset is not None)
+
+        def on_round(record: dict[str, Any]) -> bool:
+            reporter.on_round(record)
+            return rounds.on_round(record)
 
         def train_and_report(tasks: list[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
-            for answer in train_clients(tasks):
+            for answer in rounds.follow(train_clients)(tasks):
                 yield answer
                 reporter.on_client(answer.client_id)
 
+        self.server = self._make_server(num_examples, on_round)
         with reporter:
-            records = self.server.run(train_and_report, bool(resume_from_checkpoint))
-            self.share("stop")
-            self.guard.prove_base_unmoved()
-            references = self._run_references()
-            if self.owner is not None and self.args.merge:
-                self.owner.merge(self.args.output_dir, Path(self.args.output_dir) / MERGED_DIR)
-            audit = audit_federation(self) if self.args.audit else None
-            if audit is not None:
-                audit.write(self.args.output_dir)
-            reporter.finish(records, references, audit.summarize() if audit else [])
-        if audit is not None:
-            audit.check_threshold()
-        self.state = TrainerState(global_step=len(records) - 1, is_world_process_zero=True)
-        losses = [client["loss"] for client in records[-1]["clients"].values()]
-        loss = sum(losses) / len(losses) if losses else float("nan")
-        return TrainOutput(len(records) - 1, loss, records[-1]["metrics"].get("server", {}))
+            rounds.begin()
+            try:
+                records = self.server.run(train_and_report, resume)
+                self.share("hold", lambda: encode_message("adapter", {}, self._client_adapter()))
+                self.share("stop")
+                output = rounds.finish(records)
+                finish_federation(self, records, reporter)
+            finally:
+                self.state = rounds.state  # a local run has put its own there
+                load_adapter_(self.guard.parameters, self._client_adapter())
+        return output
 
-    def _make_server(self, num_examples: Mapping[str, int | None], reporter: RoundReporter) -> FederatedServer:
+    def _client_adapter(self) -> Mapping[str, torch.Tensor]:
+        """What a client holds: the last round's proxy; before the rounds, and where nothing is sent, the base's adapter."""
+        held = None if self.server is None else self.server.client_adapter()
+        return self.guard.initial if held is None else held
+
+    def _make_server(
+        self, num_examples: Mapping[str, int | None], on_round: Callable[[dict[str, Any]], bool]
+    ) -> FederatedServer:
         adapter = dict(self.guard.initial)
         if self.owner is not None:
             adapter = start_adapter(find_peft_model(self.model), adapter, self.owner.initial_adapter())
@@ -226,20 +248,14 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, PublishingMixin):
             self.guard.fingerprint,
             owner=self.owner,
             evaluate_proxy=self._evaluate_together if self.evaluates else None,
-            on_round=reporter.on_round,
+            on_round=on_round,
         )
 
-    def _make_trackers(self) -> CallbackHandler:
-        trackers = get_reporting_integration_callbacks(self.args.report_to)
-        return CallbackHandler([DefaultFlowCallback, *trackers], self.model, self.processing_class, None, None)
-
-    def _run_references(self) -> dict[str, dict[str, float]]:
-        references: dict[str, dict[str, float]] = {}
-        if self.owner is not None and self.args.compare_full_precision:
-            references["federation in full precision"] = self.owner.run_reference()
-            if self.owner.has_rows:
-                references["owner's own rows alone"] = self.owner.run_reference(own_rows=True)
-        return references
+    def _make_trackers(self) -> EventHandler:
+        trackers = [make() for make in get_reporting_integration_callbacks(self.args.report_to)]
+        trackers += self.callback_handler.trackers
+        check_uploads(trackers)
+        return EventHandler([DefaultFlowCallback, *trackers], self.model, self.processing_class)
 
     def _start_workers(self) -> ClientWorkers:
         args, blueprint = self.args, self.blueprint
@@ -253,10 +269,24 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, PublishingMixin):
                 f"client_workers={args.client_workers}: each loads the base; give `model` as the path of one, not as a model."
             )
         # What is the owner's stays out of it.
-        theirs = dataclasses.replace(blueprint, owner_dataset=None, client_datasets=self.raw_datasets)
+        arguments = blueprint.trainer_arguments | {"callbacks": self._callbacks_of_runs()}
+        theirs = dataclasses.replace(
+            blueprint, owner_dataset=None, client_datasets=self.raw_datasets, trainer_arguments=arguments
+        )
         if blueprint.base_dir:
             theirs = dataclasses.replace(theirs, full_model="")
-        return ClientWorkers(theirs, args.client_workers)
+        return ClientWorkers(theirs, args.client_workers, None, self._begin_client)
+
+    def _begin_client(self, client_id: str) -> None:
+        if self.rounds is not None:
+            self.rounds.begin_client(client_id)
+
+    def _callbacks_of_runs(self) -> list[Any]:
+        """The user's callbacks that local runs need in a worker, too: each worker has its copy."""
+        here = self.callback_handler.callbacks
+        passed = [entry for entry in here if any(entry is one or type(entry) is one for one in self._users_callbacks)]
+        added = [entry for entry in here if entry not in self._own_callbacks]
+        return [entry for entry in [*passed, *added] if not means_rounds(entry)]
 
     def _evaluate_together(self, adapter: Mapping[str, torch.Tensor]) -> dict[str, float]:
         self.share("evaluate", lambda: encode_message("adapter", {}, adapter))

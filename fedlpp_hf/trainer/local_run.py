@@ -3,18 +3,26 @@
 
 import gc
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer, set_seed
+from transformers.integrations.neftune import deactivate_neftune
+from transformers.utils import logging
 
 from ..client.guard import QuantizedBaseCallback
 from ..processes.workers import late_reason
 from ..tensors.adapters import load_adapter_
 from ..wire.messages import ClientFailure, ClientTask, ClientUpdate
+from .callbacks import EventHandler
+from .rounds import Rounds
+from .values import keep_values
 
+
+logger = logging.get_logger(__name__)
 
 # For type checkers the mixin is the Trainer that it will be mixed with.
 _Parent: Any = Trainer if TYPE_CHECKING else object
@@ -31,9 +39,16 @@ class LocalRunMixin(_Parent):
 
     client_datasets: dict[str, Any]
     guard: QuantizedBaseCallback
+    callback_handler: EventHandler
+    rounds: Rounds | None  # of the federation that runs, or has run
+    neftune_hook_handle: Any
 
     def prepare_local_runs(self) -> None:
         """Set up what runs share. Called once, when the trainer is made."""
+        self.rounds = None
+        self.callback_handler = EventHandler.of(self.callback_handler)
+        self._own_callbacks = list(self.callback_handler.callbacks)  # those that a trainer elsewhere makes by itself
+        self._skipped: set[str] = set()  # metrics that are no values
         self._horizon = (0, 1)
         self._decay_names: list[str] | None = None
         self._trimmed: set[str] = set()  # clients whose rows have only the columns that the model takes
@@ -62,7 +77,8 @@ class LocalRunMixin(_Parent):
         # The samplers of TRL's online trainers and of sentence-transformers start at this seed.
         seed, self.args.seed = self.args.seed, task.seed
         try:
-            super().train()
+            with self.callback_handler.local_run():
+                super().train()
         finally:
             self.args.seed = seed
         if self.guard.update is None:
@@ -76,19 +92,20 @@ class LocalRunMixin(_Parent):
                 setattr(self, name, value)
 
     def train_clients(self, tasks: list[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
-        """An answer to each of `tasks`, one after the other in this process."""
+        """An answer to each of `tasks`, one after the other in this process. A run that raises costs its client alone."""
         began, timeout = time.monotonic(), self.args.round_timeout
         for place, task in enumerate(tasks, 1):
             if timeout is not None and time.monotonic() - began > timeout:
                 yield ClientFailure(task.client_id, late_reason(timeout))
                 continue
             self.share("train", task.to_bytes)
-            yield self.train_client(task)
+            if self.rounds is not None:
+                self.rounds.begin_client(task.client_id)
+            yield self._try_client(task)
             if place % _FREEZE_EVERY == 0:
                 # What is kept of each client would be walked in every later run. The last run's optimizer must not be
                 # among it: what is frozen is not collected.
-                self.optimizer = self.lr_scheduler = None
-                self.accelerator.free_memory()
+                self._drop_run()
                 gc.freeze()
 
     @property
@@ -96,13 +113,44 @@ class LocalRunMixin(_Parent):
         """Whether there is something to evaluate on: rows, or an evaluator of sentence-transformers."""
         return self.eval_dataset is not None or getattr(self, "evaluator", None) is not None
 
-    def evaluate_metrics(self, eval_dataset: Any = None) -> dict[str, float]:
-        """The trainer's evaluation without its timings; empty where there is no evaluation dataset."""
+    def _try_client(self, task: ClientTask) -> ClientUpdate | ClientFailure:
+        try:
+            return self.train_client(task)
+        except Exception as error:
+            if self.args.world_size > 1:
+                raise  # the other ranks are in the middle of the run, and would wait for this one for ever
+            reason = f"its run failed: {type(error).__name__}: {error}"
+            logger.warning(f"Client {task.client_id!r}: {reason}\n{traceback.format_exc()}")
+        # After the exception is gone, and with it what its frames hold.
+        self.is_in_train = False
+        if getattr(self, "neftune_hook_handle", None) is not None:
+            deactivate_neftune(self.model, self.neftune_hook_handle, self.accelerator)
+            self.neftune_hook_handle = None
+        self.model.zero_grad()
+        self._drop_run()
+        self.guard.prove_base_unmoved()  # all later clients train on it
+        return ClientFailure(task.client_id, reason)
+
+    def _drop_run(self) -> None:
+        self.optimizer = self.lr_scheduler = None
+        self.accelerator.free_memory()
+
+    def evaluate_metrics(self, eval_dataset: Any = None) -> dict[str, Any]:
+        """The trainer's evaluation without its timings, and without what JSON can't hold; empty without a dataset."""
         if eval_dataset is None and not self.evaluates:
             return {}
         set_seed(self.args.seed)  # TRL's online trainers sample completions to evaluate
-        metrics = self.evaluate(eval_dataset)
-        return {key: value for key, value in metrics.items() if key != "epoch" and not key.endswith(_TIMINGS)}
+        with self.callback_handler.silence():
+            metrics = self.evaluate(eval_dataset)
+        metrics = {key: value for key, value in metrics.items() if key != "epoch" and not key.endswith(_TIMINGS)}
+        kept = keep_values(metrics)
+        if skipped := metrics.keys() - kept.keys() - self._skipped:
+            self._skipped |= skipped
+            logger.warning(
+                f"Metrics that are left out, since JSON can't hold them: {', '.join(sorted(skipped))}. Return numbers, text, "
+                "lists or dicts from compute_metrics."
+            )
+        return kept
 
     def evaluate_proxy(self, adapter: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """Metrics of what a client would hold: the base with `adapter`."""

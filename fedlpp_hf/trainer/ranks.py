@@ -4,21 +4,27 @@
 What they tell each other travels as tensors: torch's own way for objects would unpickle them.
 """
 
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
+from ..tensors.adapters import load_adapter_
 from ..wire.encoding import decode_message, restore_tensors
 from ..wire.messages import ClientTask
 
 
 _Parent: Any = Trainer if TYPE_CHECKING else object
+# Where launchers say how many processes they start.
+_WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 class RanksMixin(_Parent):
     """The part of [`FederatedMixin`] that keeps the ranks of a launch together."""
+
+    guard: Any
 
     def share(self, command: str, make_data: Callable[[], bytes] = bytes) -> None:
         """Tell the other ranks to do the same; does nothing where there are none, and makes no data."""
@@ -34,8 +40,26 @@ class RanksMixin(_Parent):
                 self.train_client(ClientTask.from_bytes(data))
             elif command == "evaluate":
                 self.evaluate_proxy(restore_tensors(decode_message("adapter", data)[1]))
+            elif command == "hold":
+                load_adapter_(self.guard.parameters, restore_tensors(decode_message("adapter", data)[1]))
             else:
                 return
+
+
+def check_launch(args: TrainingArguments) -> None:
+    """Refuse a launch in which each process would run a federation by itself, all of them in one directory.
+
+    Raises:
+        ValueError: naming both numbers of processes.
+    """
+    for variable in _WORLD_SIZES:
+        launched = os.environ.get(variable, "")
+        if launched.isdecimal() and int(launched) > args.world_size:
+            raise ValueError(
+                f"{launched} processes were launched ({variable}), but this Trainer's world has {args.world_size}: each process "
+                "would run the whole federation, in the same output_dir. Launch one process; or several that the Trainer knows "
+                "of, with `torchrun --nproc_per_node N` (and use_cpu=True where there is no GPU), without FSDP or DeepSpeed."
+            )
 
 
 def broadcast_bytes(data: bytes | None, device: torch.device) -> bytes:

@@ -96,6 +96,7 @@ print("adapters", (memory.peak - memory.start) / sum(4 * a * b for a, b in adapt
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_is_that_of_three_adapters_however_many_clients(tmp_path):
     """In a separate process: what others left on its heap could hide what this leaves there."""

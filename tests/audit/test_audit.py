@@ -35,6 +35,7 @@ def audited(full_llama, tmp_path, lora, **options):
     return AuditReport.read(tmp_path), trainer
 
 
+@pytest.mark.slow
 def test_full_precision_federation_gives_all_away(full_llama, lora, tmp_path):
     report, trainer = audited(full_llama, tmp_path, lora, base_bits=32, adapter_bits=32, num_rounds=8, max_steps=4)
     assert [coalition.clients for coalition in report.coalitions] == [["site-0"]]
@@ -152,6 +153,7 @@ def test_threshold_fails_the_run_after_everything_is_written(full_llama, lora, t
         AuditReport.read(tmp_path / "elsewhere")
 
 
+@pytest.mark.slow
 def test_classifiers_are_compared_by_accuracy_too(full_bert, tmp_path):
     data = make_labelled_rows()
     lora = LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")

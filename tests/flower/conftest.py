@@ -15,9 +15,8 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fedlpp_hf.flower.client_settings import ClientSettings
+from tests.flower.machines import Machines
 from tests.helpers import CLIENTS, FINGERPRINT, make_rows
-
-from .machines import Machines
 
 
 TASK = Path(__file__).with_name("flower_task.py")

@@ -7,9 +7,8 @@ import pytest
 
 from fedlpp_hf import RoundStore
 from fedlpp_hf.tensors.adapters import read_adapter
+from tests.flower.machines import Machines
 from tests.helpers import CLIENTS, assert_equal, run_in_process
-
-from .machines import Machines
 
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install fedlpp_hf[flower]")

@@ -9,9 +9,8 @@ import pytest
 
 from fedlpp_hf import RoundStore
 from fedlpp_hf.tensors.adapters import read_adapter
+from tests.flower.machines import Wire
 from tests.helpers import CLIENTS, assert_equal, run_in_process
-
-from .machines import Wire
 
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install fedlpp_hf[flower]")

@@ -30,10 +30,12 @@ def test_two_ranks_train_each_client_together(llama_base, tmp_path):
     subprocess.run(launch, check=True, cwd=ROOT, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
     ranks = [load_file(tmp_path / f"rank-{rank}.safetensors") for rank in range(2)]
     assert all(int(rank.pop("world_size")) == 2 for rank in ranks)  # some launchers quietly run one process
-    assert_equal(*ranks)
     records = RoundStore(tmp_path).records()
     assert len(records) == 3
     losses = [record["metrics"]["proxy"]["eval_loss"] for record in records]
+    # After the rounds every rank holds, and measures, what a client does.
+    assert [float(rank.pop("loss")) for rank in ranks] == [losses[2]] * 2
+    assert_equal(*ranks)
     assert losses[2] < losses[0]
 
 

@@ -23,7 +23,9 @@ def main(base: str, output_dir: str) -> None:
         load_base(base), args, train_dataset=rows, eval_dataset=rows, peft_config=LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     )  # fmt: skip
     trainer.train()
-    adapter = copy_adapter(trainer.guard.parameters) | {"world_size": torch.tensor(args.world_size)}
+    loss = trainer.evaluate()["eval_loss"]
+    adapter = copy_adapter(trainer.guard.parameters)
+    adapter |= {"world_size": torch.tensor(args.world_size), "loss": torch.tensor(loss, dtype=torch.float64)}
     save_file(adapter, f"{output_dir}/rank-{args.process_index}.safetensors")
 
 

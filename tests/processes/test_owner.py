@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
 from fedlpp_hf import FederatedTrainer
 from fedlpp_hf.aggregation.variate import average_variates
@@ -91,14 +91,10 @@ def test_the_owners_head_is_where_the_server_starts(full_bert, tmp_path):
     torch.testing.assert_close(merged.classifier.weight.detach(), read_adapter(tmp_path)[0][key])
 
 
-def test_owner_that_dies_is_reported(full_llama, lora, tmp_path):
-    trainer = FederatedTrainer(
-        str(full_llama),
-        make_args(tmp_path, num_rounds=1),
-        train_dataset=make_rows(),
-        eval_dataset=make_rows(),
-        peft_config=lora,
-    )
+def test_owner_that_dies_is_reported(full_llama, llama_base, lora, tmp_path):
+    rows = make_rows()
+    args = make_args(tmp_path, num_rounds=1, full_model=str(full_llama))
+    trainer = FederatedTrainer(str(llama_base), args, train_dataset=rows, eval_dataset=rows, peft_config=lora)
     trainer.owner._service._process.kill()
     with pytest.raises(RuntimeError, match="owner's process died"):
         trainer.train()
@@ -139,6 +135,7 @@ def test_control_variate_takes_the_quantizers_part_out_of_the_update(full_llama,
     assert records[1]["variate_norm"] > 0.0 and records[1]["update_norm"] > 0.0
 
 
+@pytest.mark.slow
 def test_control_variate_of_several_runs(full_llama, lora, tmp_path):
     """More runs of other batches: the server asks for as many, and gets their mean."""
     trainer = federate_alone(
@@ -171,3 +168,18 @@ def test_control_variate_without_what_it_needs_is_refused(full_llama, llama_base
     )
     with pytest.raises(ValueError, match="set `full_model`"):
         trainer.train()
+
+
+@pytest.mark.slow
+def test_what_could_not_be_merged_is_refused_before_the_first_round(full_llama, llama_base, lora, tmp_path):
+    """The base was exported before; transformers loads this full model, and a merge does not."""
+    LlamaForCausalLM.from_pretrained(full_llama).save_pretrained(tmp_path / "full", max_shard_size="60KB")
+    index = tmp_path / "full" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(content))
+    args = make_args(tmp_path / "out", full_model=str(tmp_path / "full"))
+    trainer = FederatedTrainer(str(llama_base), args, train_dataset=make_rows(), peft_config=lora)
+    with pytest.raises(ValueError, match=r"has `model\.norm\.weight`, which .* does not place there"):
+        trainer.train()
+    assert not list((tmp_path / "out").rglob("round.json"))

@@ -3,12 +3,18 @@
 
 import importlib
 import os
+import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from fedlpp_hf.processes.service import Service
+
+
+# Not from tests.helpers: the processes import this module, and should not have to load transformers for it.
+ROOT = Path(__file__).parents[2]
 
 
 class EnvironmentHandler:
@@ -54,6 +60,30 @@ def test_failures_come_back_as_what_they_are(capfd):
     assert "Traceback" in capfd.readouterr().err  # where the process is, its own messages are
     service.close()
     service.close()
+
+
+SCRIPT = """
+from fedlpp_hf.processes.service import Service
+
+print("once")
+FACTOR = 3
+
+class Handler:
+    def multiply(self, tensors, number):
+        return {"product": FACTOR * number}, {}
+
+service = Service("script", lambda setup, scratch: Handler(), None)
+print(service.ask("multiply", number=7)[0])
+service.close()
+"""
+
+
+def test_script_needs_no_main_guard(tmp_path):
+    """What `__main__` defines travels by value, and the script is not run a second time."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, tmp_path / "script.py"], stdout=subprocess.PIPE, text=True, env=environment)
+    assert run.stdout.splitlines() == ["once", "{'product': 21}"]
 
 
 def make_dying_handler(setup, scratch):

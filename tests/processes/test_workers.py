@@ -4,26 +4,24 @@
 import os
 import time
 from multiprocessing import Pipe
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import EarlyStoppingCallback
 
-from fedlpp_hf import FederatedTrainer, load_base
+from fedlpp_hf import FederatedCallback, FederatedTrainer, load_base
 from fedlpp_hf.processes.workers import ClientWorkers, as_bytes, as_tensor, share_gpus
 from fedlpp_hf.wire.messages import ClientFailure, ClientTask, ClientUpdate
 from tests.helpers import assert_equal, make_args, make_rows, make_trainer
 
 
 class FragileTrainer(FederatedTrainer):
-    """Its run of one client ends the process, of another is refused."""
+    """Its run of one client ends the process."""
 
     def train_client(self, task, rows=None):
         if task.client_id == "site-0":
             os._exit(3)
-        if task.client_id == "site-2":
-            raise ValueError("the disk is full")
         return super().train_client(task, rows)
 
 
@@ -36,36 +34,65 @@ class HangingTrainer(FederatedTrainer):
         return super().train_client(task, rows)
 
 
+class Pushes(FederatedCallback):
+    """Changes what a client trains, and hears of rounds."""
+
+    def __init__(self):
+        self.heard = []
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, model, **kwargs):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+
+    def on_client_begin(self, args, state, control, *, round_number, client_id, **kwargs):
+        self.heard.append((round_number, client_id, "begins"))
+
+    def on_client_end(self, args, state, control, *, round_number, client_id, metrics, reason, **kwargs):
+        self.heard.append((round_number, client_id, reason))
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self.heard.append(state.global_step)
+
+
 def test_any_number_of_workers_ends_in_the_same_bits(llama_base, lora, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)  # one thread for each worker, as the tests have
-    ends = []
+    ends, heard = [], []
     for count in (1, 2):  # error feedback: what a client remembers is there for the next worker that trains it
         trainer = make_trainer(llama_base, tmp_path / str(count), lora, client_workers=count, update_bits=4)
+        callback = Pushes()  # a worker has a copy for its local runs; rounds are heard of here
+        trainer.add_callback(callback)
+        trainer.add_callback(EarlyStoppingCallback())  # of rounds alone: a worker has no use for it
+        trainer.eval_dataset, trainer.args.metric_for_best_model = make_rows(8), "loss"
+        trainer.args.greater_is_better = True
         trainer.train()
         ends.append(trainer.server.adapter)
+        heard.append(callback.heard)
     assert_equal(*ends)
+    assert sorted(map(str, heard[0])) == sorted(map(str, heard[1])) and len(heard[0]) >= 7
     assert any(value.abs().sum() > 0 for key, value in ends[0].items() if "lora_B" in key)
 
 
-def test_workers_that_are_lost_cost_their_clients_alone(llama_base, lora, tmp_path):
+def test_a_worker_that_dies_costs_its_client_alone(llama_base, lora, tmp_path):
     trainer = make_trainer(llama_base, tmp_path, lora, FragileTrainer, client_workers=2, num_rounds=1)
     trainer.train()
     (record,) = trainer.server.store.records()[1:]
-    assert set(record["clients"]) == {"site-1"}
+    assert set(record["clients"]) == {"site-1", "site-2"}
+    assert set(record["rejected"]) == {"site-0"}
     assert "died during `train` (exit code 3)" in record["rejected"]["site-0"]
-    assert "the disk is full" in record["rejected"]["site-2"]
 
 
 @pytest.mark.slow
 def test_a_worker_that_hangs_is_left_behind(llama_base, lora, tmp_path):
     """As [`test_a_round_closes_without_a_straggler`], with real processes."""
     trainer = make_trainer(
-        llama_base, tmp_path, lora, HangingTrainer, client_workers=2, round_timeout=30, num_rounds=1
+        llama_base, tmp_path, lora, HangingTrainer, client_workers=2, round_timeout=20, num_rounds=1
     )
     trainer.train()
     (record,) = trainer.server.store.records()[1:]
     assert set(record["clients"]) == {"site-0", "site-2"}
-    assert record["rejected"] == {"site-1": "it had not answered within round_timeout=30 seconds"}
+    assert record["rejected"] == {"site-1": "it had not answered within round_timeout=20 seconds"}
 
 
 @pytest.mark.parametrize("visible, names", [(None, ["0", "1", "0"]), ("4, 7", ["4", "7", "4"])])
@@ -84,6 +111,8 @@ class EchoService:
 
     killed = 0
     hanging = ""
+    refusing = ""
+    loading = 0.0
 
     def __init__(self, name, make_handler, setup, environment):
         self.environment = environment
@@ -97,7 +126,10 @@ class EchoService:
     def receive(self):
         self.pipe.recv()
         if self._task is None:
+            time.sleep(EchoService.loading)
             return {}, {}
+        if self._task.client_id == EchoService.refusing:
+            raise ValueError("the disk is full")
         update = ClientUpdate("", self._task.round, self._task.client_id, "", 1, {})
         return {}, {"update": as_tensor(update.to_bytes())}
 
@@ -136,23 +168,36 @@ def test_a_round_closes_without_a_straggler(monkeypatch):
     assert len(list(workers.train_clients(tasks[:1]))) == 1  # another took the straggler's place
 
 
-def test_owners_things_stay_out_of_workers(full_llama, lora, tmp_path, monkeypatch):
+def test_loading_the_base_is_no_part_of_a_rounds_time(monkeypatch):
+    monkeypatch.setattr(EchoService, "loading", 0.4)
+    workers, tasks = start_echoes(monkeypatch, round_timeout=0.3)
+    answers = list(workers.train_clients(tasks))
+    assert {type(answer) for answer in answers} == {ClientUpdate} and len(answers) == 3
+
+
+def test_a_refused_client_is_left_out_with_the_reason(monkeypatch):
+    workers, tasks = start_echoes(monkeypatch)
+    monkeypatch.setattr(EchoService, "refusing", "middle")
+    answers = {answer.client_id: answer for answer in workers.train_clients(tasks)}
+    assert answers.keys() == {"small", "middle", "large"}
+    assert answers["middle"] == ClientFailure("middle", "the disk is full")
+
+
+def test_owners_things_stay_out_of_workers(full_llama, llama_base, lora, tmp_path, monkeypatch):
     seen = []
+    owner = SimpleNamespace(initial_adapter=dict, has_rows=True)
+    monkeypatch.setattr("fedlpp_hf.trainer.federated.OwnerProcess", lambda blueprint: owner)
     monkeypatch.setattr("fedlpp_hf.trainer.federated.ClientWorkers", lambda blueprint, *_: seen.append(blueprint))
     rows = make_rows()
+    args = make_args(tmp_path, client_workers=2, full_model=str(full_llama))
     trainer = FederatedTrainer(
-        str(full_llama),
-        make_args(tmp_path, client_workers=2),
-        train_dataset=rows,
-        eval_dataset=rows,
-        owner_dataset=rows,
-        peft_config=lora,
+        str(llama_base), args, train_dataset=rows, eval_dataset=rows, owner_dataset=rows, peft_config=lora
     )
-    with pytest.raises(AttributeError):
+    with pytest.raises(AttributeError):  # there are no workers
         trainer.train()
-    trainer.owner.close()
+    assert trainer.blueprint.owner_dataset is not None and trainer.blueprint.full_model == str(full_llama)
     assert seen[0].owner_dataset is None and seen[0].full_model == ""
-    assert Path(seen[0].base_dir).name == "base"
+    assert seen[0].base_dir == str(llama_base) and seen[0].client_datasets.keys() == {"site-0", "site-1", "site-2"}
 
 
 def test_clients_whose_turn_is_too_late_are_named(llama_base, lora, tmp_path):

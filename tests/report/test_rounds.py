@@ -25,7 +25,8 @@ def test_reporter_writes_jsonl_report_and_picture(args, capsys):
         for record in records:
             reporter.on_client("a")
             reporter.on_round(record)
-        reporter.finish(records)
+        reporter.write(records)
+        reporter.show()
     written = (reporter.output_dir / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in written] == records
     assert (reporter.output_dir / "report.md").read_text() == render_report(records, args)

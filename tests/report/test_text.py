@@ -1,6 +1,8 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """The report shows what the owner gained and what the clients hold, and warns when and only when it should."""
 
+import re
+
 import pytest
 
 from fedlpp_hf.report.text import AttackerRow, describe_round, find_warnings, render_report
@@ -20,6 +22,9 @@ from .records import make_record, make_records
         ("eval_loss", 1.2, 1.0, 1.1, ["worse than the owner's was at the start"]),
         ("eval_perplexity", 3.0, 5.0, 4.0, ["repair the quantized base"]),
         ("eval_accuracy", 0.8, 0.8, 0.8, []),
+        ("eval_mse", 0.4, 0.5, 0.3, []),
+        ("eval_wer", 0.2, 0.5, 0.3, ["repair the quantized base"]),
+        ("eval_negative_mse", -0.4, -0.5, -0.3, []),
     ],
 )
 def test_warnings_come_when_they_are_due(args, metric, proxy, before, after, warnings):
@@ -67,6 +72,39 @@ def test_attackers_bring_a_row_and_a_column_of_stolen_value(args):
     assert cells[0] == ["model", "held by", "accuracy", "stolen value"]
     assert cells[5] == ["best attacker (one client)", "clients", "0.8000", "50% (40% to 60%)"]
     assert [row[3] for row in cells[2:5]] == ["", "", ""] and "audit.md has more" in text
+
+
+def test_the_user_says_which_way_is_better(args):
+    records = make_records("eval_toughness", ((0.5, 0.6), (0.4, 0.5), (0.3, 0.2)))
+    assert "worse than the owner's was at the start" in render_report(records, args)
+    args.metric_for_best_model, args.greater_is_better = "toughness", False
+    assert "Warning" not in render_report(records, args)
+
+
+def test_metrics_that_are_no_numbers_are_left_out(args):
+    metrics = {
+        "eval_per_class": {"0": 1.0},
+        "eval_note": "text",
+        "eval_none": None,
+        "eval_list": [1.0],
+        "eval_loss": 1.0,
+    }
+    text = render_report([make_record(n, metrics, metrics | {"eval_loss": None}) for n in range(2)], args)
+    header, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|"]
+    assert header == ["model", "held by", "loss"] and [row[2] for row in rows[1:]] == ["", "1.0000", "1.0000", ""]
+    assert describe_round(make_record(1, metrics, metrics), 2).split(" | ")[2:4] == [
+        "base + proxy loss 1.0000",
+        "server loss 1.0000",
+    ]
+
+
+def test_best_round_is_named_and_its_metrics_are_shown(args):
+    args.load_best_model_at_end, args.metric_for_best_model, args.greater_is_better = True, "accuracy", True
+    text = render_report(make_records(values=((0.5, 0.6), (0.7, 0.9), (0.75, 0.8))), args)
+    assert re.search(r"server's model after round 1 +\| owner +\| 0.9000", text)
+    assert "Round 1 is published, the best by `eval_accuracy`. The evaluation set chose it" in text
+    text = render_report(make_records(), args)
+    assert "server's model after " in text and "Round 2 is published" in text
 
 
 def test_report_without_evaluation_says_so(args):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedlpp_hf.server.store import FEDERATION_FILE
+from fedlpp_hf.server.store import FEDERATION_FILE, LOCK_FILE
 from fedlpp_hf.wire.encoding import restore_tensors
 
 from .small_server import CLIENTS, KEY_B, answer, answer_all, make_server
@@ -77,7 +77,9 @@ def test_updates_leave_nothing_behind(tmp_path):
     """Neither files, nor what is open or mapped of deleted ones, which would hold their room on the disk."""
 
     def is_open(_=None):
-        held = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
+        held = {os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()} - {
+            str(server.store.root / LOCK_FILE)
+        }
         return any(str(tmp_path) in text for text in (*held, Path("/proc/self/maps").read_text()))
 
     opened = []

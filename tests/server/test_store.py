@@ -2,6 +2,7 @@
 """A round is on disk whole or not at all, whatever happens while it is written."""
 
 import errno
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -11,7 +12,14 @@ import torch
 from peft import LoraConfig
 
 from fedlpp_hf.server import store as store_module
-from fedlpp_hf.server.store import FEDERATION_DIR, FEDERATION_FILE, ROUND_FILE, SERVER_STATE, RoundStore
+from fedlpp_hf.server.store import (
+    FEDERATION_DIR,
+    FEDERATION_FILE,
+    ROUND_FILE,
+    ROUND_FILES,
+    SERVER_STATE,
+    RoundStore,
+)
 from fedlpp_hf.tensors import adapters
 from fedlpp_hf.tensors.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter
 
@@ -154,19 +162,60 @@ def test_federation_of_another_schema_is_refused(store):
         store.read()
 
 
-@pytest.mark.parametrize("name", [ADAPTER_WEIGHTS, ADAPTER_CONFIG, SERVER_STATE])
-@pytest.mark.parametrize("damage", ["truncated", "missing", "other"])
+@pytest.mark.parametrize("name", ROUND_FILES)
+@pytest.mark.parametrize("damage", ["truncated", "missing", "other", "longer"])
 def test_damaged_round_is_refused_and_the_one_before_it_loads(store, name, damage):
     path = store.round_dir(1) / name
     if damage == "missing":
         path.unlink()
     else:
-        path.write_bytes(path.read_bytes()[:-5] if damage == "truncated" else b"\xff\xfe nonsense")
-    with pytest.raises(ValueError, match="round-00001"):
+        data = path.read_bytes()
+        path.write_bytes({"truncated": data[:-5], "longer": data + b" ", "other": b"\xff\xfe nonsense"}[damage])
+    with pytest.raises(ValueError, match=f"round-00001.*{name}"):
         store.load(1)
     assert torch.equal(
         *(tensors["base_model.model.q.lora_A.weight"] for tensors in (store.load(0)[0], make_round(0)[0]))
     )
+
+
+@pytest.mark.parametrize("name", [*ROUND_FILES, ROUND_FILE])
+def test_a_bit_that_flipped_is_noticed(store, name):
+    path = store.round_dir(1) / name
+    data = path.read_bytes()
+    for place in range(0, len(data), max(len(data) // 40, 1)):
+        for bit in (1, 64):
+            path.write_bytes(data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :])
+            try:
+                store.load(1), store.records()
+            except ValueError as error:
+                assert str(path) in str(error) and "\n" not in str(error)
+            else:  # white space of JSON, which says nothing
+                assert name == ROUND_FILE and json.loads(path.read_text()) == json.loads(data)
+    path.write_bytes(data)
+    check_round(store, 1)
+
+
+def test_record_names_the_digests_of_its_files(store):
+    record = json.loads((store.round_dir(1) / ROUND_FILE).read_text())
+    digests = {name: hashlib.sha256((store.round_dir(1) / name).read_bytes()).hexdigest() for name in ROUND_FILES}
+    assert record["files"] == digests
+    assert not {"files", "sha256"} & store.records()[1].keys()
+
+
+def test_federation_without_a_commit_is_no_obstacle(tmp_path):
+    store = RoundStore(tmp_path / "out")
+    store.create({"federation_id": "f0"})
+    store.round_dir(0).mkdir(parents=True)  # stopped while it was written
+    store.create({"federation_id": "f1"})
+    assert store.read()["federation_id"] == "f1" and not (store.root / "rounds").exists()
+
+
+def test_one_process_runs_a_federation(store):
+    other = RoundStore(store.output_dir)
+    with store.lock(), pytest.raises(ValueError, match="Another process is running a federation in"), other.lock():
+        pass
+    with other.lock():
+        pass
 
 
 def test_damaged_record_is_refused_by_its_path(store):

@@ -1,11 +1,12 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """A file is the old one or the new one, never half of it."""
 
+import hashlib
 import os
 
 import pytest
 
-from fedlpp_hf.tensors.atomic import write_atomically
+from fedlpp_hf.tensors.atomic import hash_file, write_atomically
 
 
 def test_file_and_its_folders_are_written(tmp_path):
@@ -34,3 +35,10 @@ def test_file_stays_as_it_was_when_the_disk_fails(tmp_path, monkeypatch, functio
     with pytest.raises(OSError, match="No space"):
         write_atomically(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("size", [0, 5, (1 << 20) + 3])
+def test_digest_of_a_file(tmp_path, size):
+    data = os.urandom(size)
+    (tmp_path / "file").write_bytes(data)
+    assert hash_file(tmp_path / "file") == hashlib.sha256(data).hexdigest()

@@ -24,6 +24,7 @@ def test_gradient_checkpointing_computes_again_what_it_drops(llama_base, lora, t
     assert_equal(*updates)
 
 
+@pytest.mark.slow
 def test_compiled_model_trains_to_the_same_bits(llama_base, lora, tmp_path):
     """The compiler's front end alone, which needs no C++ compiler."""
     plain, _ = train(llama_base, tmp_path / "plain", lora)

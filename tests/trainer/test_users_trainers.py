@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import AutoModelForCausalLM, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from fedlpp_hf import FederatedConfig, FederatedMixin, FederatedTrainer, load_base
 from tests.helpers import make_args, make_rows, make_sft_classes, make_tokenizer, make_trainer
@@ -19,17 +19,17 @@ class DoubledLoss(FederatedTrainer):
 
 def test_overridden_compute_loss_counts_on_clients_and_for_the_owner(full_llama, lora, tmp_path):
     rows = make_rows()
-    plain, doubled = (
-        make_trainer(
-            str(full_llama), tmp_path / cls.__name__, lora, cls=cls, eval_dataset=rows, num_rounds=2, merge=False
-        )
-        for cls in (FederatedTrainer, DoubledLoss)
+    doubled = make_trainer(
+        str(full_llama), tmp_path / "doubled", lora, cls=DoubledLoss, eval_dataset=rows, num_rounds=1, merge=False
     )
-    plain.train()
     doubled.train()
-    before = [trainer.server.store.records()[0]["metrics"] for trainer in (plain, doubled)]
-    for view in ("proxy", "server"):
-        assert before[1][view]["eval_loss"] == pytest.approx(2 * before[0][view]["eval_loss"], rel=1e-6)
+    full = make_trainer(
+        AutoModelForCausalLM.from_pretrained(full_llama), tmp_path / "full", lora, eval_dataset=rows, base_bits=32
+    )
+    base = make_trainer(tmp_path / "doubled" / "_federation" / "base", tmp_path / "base", lora, eval_dataset=rows)
+    before = doubled.server.store.records()[0]["metrics"]
+    for view, plain in (("server", full), ("proxy", base)):
+        assert before[view]["eval_loss"] == pytest.approx(2 * plain.evaluate_metrics()["eval_loss"], rel=1e-6)
 
 
 def test_seq2seq(llama_base, lora, tmp_path):

@@ -1,0 +1,48 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""Which round is the best, and so the one that is published with `load_best_model_at_end`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..config.federated import FederatedConfig
+from ..config.metrics import MetricChoice, is_number
+
+
+def read_judged(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The metrics by which a round is judged: the server's, or the proxy's where nobody holds the full model."""
+    return record["metrics"].get("server") or record["metrics"].get("proxy") or {}
+
+
+def check_chosen(args: FederatedConfig, record: Mapping[str, Any]) -> None:
+    """Refuse, before any client trains, a `metric_for_best_model` that evaluation does not give.
+
+    Raises:
+        ValueError: naming it, and the metrics that there are.
+    """
+    key, metrics = MetricChoice.of(args).key, read_judged(record)
+    wanted = args.load_best_model_at_end or (key is not None and bool(metrics))
+    if wanted and not is_number(metrics.get(str(key))):
+        names = ", ".join(name for name, value in metrics.items() if is_number(value)) or "none: pass `eval_dataset`"
+        raise ValueError(
+            f"metric_for_best_model={args.metric_for_best_model!r} with "
+            f"load_best_model_at_end={args.load_best_model_at_end}: evaluation gives no number `{key}`. Choose one of the "
+            f"metrics there are ({names})."
+        )
+
+
+def find_published_round(args: FederatedConfig, records: Sequence[Mapping[str, Any]]) -> int:
+    """The last round, or with `load_best_model_at_end` the best one from round 1 on; of equals, the first."""
+    last: int = records[-1]["round"]
+    choice = MetricChoice.of(args)
+    best: tuple[int, float] | None = None
+    if not args.load_best_model_at_end or choice.key is None:
+        return last
+    for record in records:
+        value = read_judged(record).get(choice.key)
+        if (
+            not record["round"] or value is None or not is_number(value) or value != value
+        ):  # NaN is better than nothing
+            continue
+        if best is None or choice.is_better(choice.key, value, best[1]):
+            best = (record["round"], value)
+    return last if best is None else best[0]

@@ -1,0 +1,73 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""What comes after the last round: the report, the merge, the audit, the references."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from ..audit.audit import audit_federation
+from ..audit.report import AuditReport
+from ..report.rounds import RoundReporter
+from .publishing import MERGED_DIR
+
+
+logger = logging.get_logger(__name__)
+
+
+def finish_federation(trainer: Any, records: Sequence[dict[str, Any]], reporter: RoundReporter) -> None:
+    """Write the report, then merge, audit and run the references, and write the report again with what these add.
+
+    Whatever fails, the rounds are committed and the report is there; each part runs though another one failed.
+
+    Args:
+        trainer: A [`FederatedMixin`] trainer after its rounds.
+        records: Of all rounds.
+        reporter: Of the run.
+
+    Raises:
+        Exception: what failed first, when the others have run.
+        ValueError: if the audit's share is above `audit_threshold`.
+    """
+    args, owner = trainer.args, trainer.owner
+    audit: AuditReport | None = None
+    references: dict[str, dict[str, Any]] = {}
+    problems: list[Exception] = []
+
+    def write_report() -> None:
+        reporter.write(records, references, audit.summarize() if audit else [])
+
+    write_report()
+    trainer.guard.prove_base_unmoved()
+    with _collect(problems):
+        if owner is not None and args.merge:
+            owner.merge(args.output_dir, Path(args.output_dir) / MERGED_DIR)
+    with _collect(problems):
+        if args.audit:
+            audit = audit_federation(trainer)
+            audit.write(args.output_dir)
+            write_report()
+    with _collect(problems):
+        if owner is not None and args.compare_full_precision:
+            references["federation in full precision"] = owner.run_reference()
+            if owner.has_rows:
+                references["owner's own rows alone"] = owner.run_reference(own_rows=True)
+    if references:
+        write_report()
+    reporter.show()
+    for problem in problems[1:]:
+        logger.error(f"After the error that follows, this failed, too: {type(problem).__name__}: {problem}")
+    if problems:
+        raise problems[0]
+    if audit is not None:
+        audit.check_threshold()
+
+
+@contextmanager
+def _collect(problems: list[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        problems.append(error)
