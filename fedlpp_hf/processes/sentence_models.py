@@ -24,7 +24,7 @@ def is_sentence_trainer(trainer_class: type) -> bool:
 
 
 def load_sentence_model(
-    trainer_class: Any, directory: str, transformer: torch.nn.Module | None = None, **options: Any
+    trainer_class: Any, directory: str, transformer: Any = None, **options: Any
 ) -> torch.nn.Module:
     """Load the model that a trainer of sentence-transformers trains.
 
@@ -33,9 +33,15 @@ def load_sentence_model(
         directory: Of the model, or its name on the Hub.
         transformer: Takes the place of the one that is loaded.
         options: For the transformer's `from_pretrained`.
+
+    Raises:
+        ValueError: for a base with modules that are not of sentence-transformers.
     """
     config = {name: options.pop(name) for name in _CONFIG if name in options}
-    if transformer is not None:  # its heads are floats
+    if transformer is not None:
+        if (described := Path(directory) / MODULES).is_file():
+            _list_folders(described)
+        # The heads that the base does not have are floats.
         config["quantization_config"] = transformer.config.quantization_config.to_dict()
     model = trainer_class.model_class(directory, device="cpu", model_kwargs=options, config_kwargs=config)
     if transformer is not None:
@@ -50,9 +56,8 @@ def list_module_configs(source: FullModel) -> dict[str, Path]:
         ValueError: if one of the modules has weights, which a base does not hold.
     """
     described = source.list_companions([MODULES])
-    modules = json.loads(described[0].read_text(encoding="utf-8")) if described else []
-    configs = {}
-    for folder in (module["path"] for module in modules if module["path"]):
+    configs: dict[str, Path] = {}
+    for folder in _list_folders(described[0]) if described else ():
         weights = sorted(path.name for path in (source.directory / folder).glob("*") if path.suffix in _WEIGHTS)
         if weights:
             raise ValueError(
@@ -60,7 +65,8 @@ def list_module_configs(source: FullModel) -> dict[str, Path]:
                 "Use a model whose other modules have no weights, such as pooling and normalizing."
             )
         name = f"{folder}/config.json"
-        configs |= {name: path for path in source.list_companions([name])}
+        for path in source.list_companions([name]):
+            configs[name] = path
     return configs
 
 
@@ -69,3 +75,22 @@ def copy_configs(configs: Mapping[str, Path], base_dir: Path) -> None:
     for name, path in configs.items():
         (base_dir / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, base_dir / name)
+
+
+def _list_folders(described: Path) -> list[str]:
+    """The folders of the modules around a transformer. They must be of sentence-transformers, and below the model's own.
+
+    Raises:
+        ValueError: naming one that is not.
+    """
+    folders = []
+    for module in json.loads(described.read_text(encoding="utf-8")):
+        kind, folder = str(module["type"]), Path(module["path"])
+        if not kind.startswith("sentence_transformers.") or folder.is_absolute() or ".." in folder.parts:
+            raise ValueError(
+                f"`{described}` has the module `{kind}` in `{folder}`; expected a module of sentence-transformers in a folder "
+                "below. Code of others is not run."
+            )
+        if module["path"]:
+            folders.append(str(folder))
+    return folders
