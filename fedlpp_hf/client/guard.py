@@ -3,6 +3,7 @@
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,12 @@ class QuantizedBaseCallback(TrainerCallback):
         # A model that was quantized on the fly has no manifest; then its bits as loaded identify it.
         base = peft_model.get_base_model()
         self.fingerprint = self._digest if find_manifest(peft_model) is None else base_fingerprint(base)
+
+    def restore_start(self, start: Mapping[str, torch.Tensor]) -> None:
+        """Put the adapter back to `start` in float32, as it was before a trainer's constructor cast it."""
+        for key, parameter in self.parameters.items():
+            parameter.data = start[key].to(parameter.device, copy=True)
+        self.initial = dict(start)
 
     def accept(self, task: ClientTask) -> None:
         """Take a task: check that it is for this base, and let only those parameters train that it asks for.

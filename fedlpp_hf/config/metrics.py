@@ -56,7 +56,8 @@ class MetricChoice:
         names = [name for name, value in metrics.items() if is_number(value)]
         if self.key in names:
             return self.key
-        results = [name for name in names if is_result(name)]
+        beside = _list_beside(names)
+        results = [name for name in names if is_result(name) and name not in beside]
         losses = sorted((name for name in results if name.endswith("loss")), key=lambda name: name != "eval_loss")
         return next((name for name in results if not name.endswith("loss")), None) or next(iter(losses or names), None)
 
@@ -100,6 +101,18 @@ def lower_is_better(name: str) -> bool:
     if last in ("likelihood", "loglikelihood"):
         return turned
     return lower and not turned
+
+
+def _list_beside(names: list[str]) -> set[str]:
+    """What TRL's trainers of preferences and rewards measure beside their result."""
+    beside = set()
+    if "eval_rewards/accuracies" in names:
+        beside |= {"eval_mean_token_accuracy"}
+    if "eval_reward" in names:
+        beside |= {name for name in names if name.startswith("eval_rewards/")}
+    if any(name.startswith("eval_reward") for name in names):
+        beside |= {"eval_kl"}
+    return beside
 
 
 def _split(name: str) -> list[str]:

@@ -41,11 +41,11 @@ class TrainerBlueprint:
         trainer_class: The trainer's own class, so that an overridden `compute_loss` counts.
         model_class: Overrides the class that the full model and the base are loaded as.
         peft_config: Of the adapter.
-        model_init_kwargs: For `from_pretrained` of both, such as `num_labels`.
         base_dir: The directory of the base.
         owner_dataset: The owner's rows.
         client_datasets: The clients' rows by id. The owner's process gets them for the full-precision reference alone.
         trainer_arguments: Those of the trainer's `__init__` that are not named here.
+        model_init_kwargs: For `from_pretrained` of the full model and the base, such as `num_labels`.
     """
 
     full_model: str
@@ -53,11 +53,11 @@ class TrainerBlueprint:
     trainer_class: type
     model_class: Any
     peft_config: PeftConfig
-    model_init_kwargs: Mapping[str, Any] = field(default_factory=dict)
     base_dir: str = ""
     owner_dataset: Any = None
     client_datasets: Any = None
     trainer_arguments: dict[str, Any] = field(default_factory=dict)
+    model_init_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self, datasets: Mapping[str, Any], output_dir: Path, base_dir: str = "", reference: bool = False) -> Any:
         """A trainer of `datasets` by client, which has no owner, no audit, no trackers and no progress bar.

@@ -25,7 +25,7 @@ from ..wire.messages import ClientTask, LocalOptions
 from .blueprint import TrainerBlueprint
 from .measurement import choose_rows, measure_rows
 from .model_check import check_adapter_fits
-from .sentence_models import copy_modules, is_sentence_trainer
+from .sentence_models import copy_configs, is_sentence_trainer, list_module_configs
 
 
 class OwnerHandler:
@@ -39,6 +39,7 @@ class OwnerHandler:
     def export_base(self, tensors, output_dir: str):
         args, blueprint = self.blueprint.args, self.blueprint
         check_adapter_fits(self.source, self.config, self.model_class, blueprint.peft_config)
+        configs = list_module_configs(self.source) if is_sentence_trainer(blueprint.trainer_class) else {}
         manifest = export_base(
             blueprint.full_model,
             output_dir,
@@ -51,8 +52,7 @@ class OwnerHandler:
             revision=blueprint.init_kwargs.get("revision"),
             overwrite=True,
         )
-        if is_sentence_trainer(blueprint.trainer_class):
-            copy_modules(self.source, Path(output_dir))
+        copy_configs(configs, Path(output_dir))
         return manifest["totals"], {}
 
     def initial_adapter(self, tensors):

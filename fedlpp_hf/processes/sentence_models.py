@@ -3,6 +3,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..client.checks import find_transformer
 
 
 MODULES = "modules.json"
+_CONFIG = ("num_labels", "id2label", "label2id", "problem_type")
 _WEIGHTS = (".safetensors", ".bin")
 
 
@@ -22,7 +24,7 @@ def is_sentence_trainer(trainer_class: type) -> bool:
 
 
 def load_sentence_model(
-    trainer_class: Any, directory: str, transformer: torch.nn.Module | None = None, **options: Any
+    trainer_class: Any, directory: str, transformer: Any = None, **options: Any
 ) -> torch.nn.Module:
     """Load the model that a trainer of sentence-transformers trains.
 
@@ -31,28 +33,64 @@ def load_sentence_model(
         directory: Of the model, or its name on the Hub.
         transformer: Takes the place of the one that is loaded.
         options: For the transformer's `from_pretrained`.
+
+    Raises:
+        ValueError: for a base with modules that are not of sentence-transformers.
     """
-    model = trainer_class.model_class(directory, device="cpu", model_kwargs=options)
+    config = {name: options.pop(name) for name in _CONFIG if name in options}
+    if transformer is not None:
+        if (described := Path(directory) / MODULES).is_file():
+            _list_folders(described)
+        # The heads that the base does not have are floats.
+        config["quantization_config"] = transformer.config.quantization_config.to_dict()
+    model = trainer_class.model_class(directory, device="cpu", model_kwargs=options, config_kwargs=config)
     if transformer is not None:
         model.set_submodule(find_transformer(model), transformer)
     return model
 
 
-def copy_modules(source: FullModel, base_dir: Path) -> None:
-    """Copy what describes the modules around the transformer into the directory of its base.
+def list_module_configs(source: FullModel) -> dict[str, Path]:
+    """The files that describe the modules around the transformer of a model, by their place in its directory.
 
     Raises:
-        ValueError: if one of them has weights, which a base does not hold.
+        ValueError: if one of the modules has weights, which a base does not hold.
     """
     described = source.list_companions([MODULES])
-    modules = json.loads(described[0].read_text(encoding="utf-8")) if described else []
-    for folder in (module["path"] for module in modules if module["path"]):
+    configs: dict[str, Path] = {}
+    for folder in _list_folders(described[0]) if described else ():
         weights = sorted(path.name for path in (source.directory / folder).glob("*") if path.suffix in _WEIGHTS)
         if weights:
             raise ValueError(
                 f"`{source.model}` has weights outside its transformer (`{folder}/{weights[0]}`), which a base does not hold. "
                 "Use a model whose other modules have no weights, such as pooling and normalizing."
             )
-        for config in source.list_companions([f"{folder}/config.json"]):
-            (base_dir / folder).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(config, base_dir / folder / "config.json")
+        name = f"{folder}/config.json"
+        for path in source.list_companions([name]):
+            configs[name] = path
+    return configs
+
+
+def copy_configs(configs: Mapping[str, Path], base_dir: Path) -> None:
+    """Copy what [`list_module_configs`] found into the directory of the transformer's base."""
+    for name, path in configs.items():
+        (base_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, base_dir / name)
+
+
+def _list_folders(described: Path) -> list[str]:
+    """The folders of the modules around a transformer. They must be of sentence-transformers, and below the model's own.
+
+    Raises:
+        ValueError: naming one that is not.
+    """
+    folders = []
+    for module in json.loads(described.read_text(encoding="utf-8")):
+        kind, folder = str(module["type"]), Path(module["path"])
+        if not kind.startswith("sentence_transformers.") or folder.is_absolute() or ".." in folder.parts:
+            raise ValueError(
+                f"`{described}` has the module `{kind}` in `{folder}`; expected a module of sentence-transformers in a folder "
+                "below. Code of others is not run."
+            )
+        if module["path"]:
+            folders.append(str(folder))
+    return folders

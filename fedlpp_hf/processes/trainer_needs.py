@@ -25,14 +25,15 @@ class TrainerNeeds:
 
 _BY_NAME = {
     "RewardTrainer": TrainerNeeds("SEQ_CLS", init_kwargs={"num_labels": 1}),
+    "CrossEncoderTrainer": TrainerNeeds("SEQ_CLS"),
     "Seq2SeqTrainer": TrainerNeeds(head="SEQ_2_SEQ_LM"),
 }
 _OF_TRL = TrainerNeeds(head="CAUSAL_LM")
 
 
 def find_needs(trainer_class: type) -> TrainerNeeds:
-    """What trainers of this class need. TRL's are told by name, since TRL need not be installed."""
-    libraries = {"trl", "transformers"}
+    """What trainers of this class need. Others' are told by name, since TRL need not be installed."""
+    libraries = {"trl", "transformers", "sentence_transformers"}
     parents = [c for c in trainer_class.__mro__ if c.__module__.partition(".")[0] in libraries]
     for parent in parents:
         if parent.__name__ in _BY_NAME:

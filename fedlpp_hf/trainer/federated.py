@@ -29,14 +29,15 @@ from ..report.rounds import RoundReporter
 from ..server.loop import FederatedServer, TrainClients
 from ..server.resume import read_resume
 from ..server.store import RoundStore
-from ..tensors.adapters import load_adapter_
+from ..tensors.adapters import adapter_parameters, copy_adapter, load_adapter_
 from ..tensors.codebooks import FULL_PRECISION
 from ..wire.encoding import encode_message
 from ..wire.messages import ClientFailure, ClientTask, ClientUpdate
+from .arguments import check_arguments, hidden_arguments
 from .callbacks import EventHandler, means_rounds
 from .finish import finish_federation
 from .local_run import LocalRunMixin
-from .model import add_adapter, resolve_model, start_adapter
+from .model import add_adapter, check_adapter_switching, resolve_model, start_adapter
 from .publishing import PublishingMixin
 from .ranks import RanksMixin, check_launch
 from .rounds import Rounds
@@ -46,8 +47,6 @@ from .trackers import check_uploads
 
 # The underscore keeps it out of `push_to_hub` of the adapter.
 CLIENTS_DIR = "_clients"  # what simulated clients keep to themselves from round to round
-
-_HIDDEN: dict[str, Any] = {"report_to": [], "model_init_kwargs": None}
 
 
 class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, PublishingMixin):
@@ -90,7 +89,7 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, PublishingMixin):
         callbacks: list | None = None,
         **kwargs: Any,
     ):
-        _check_arguments(args, kwargs)
+        check_arguments(args, kwargs)
         check_launch(args)
         if peft_config is not None:
             check_adapter_config(peft_config)
@@ -122,31 +121,26 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, PublishingMixin):
         check_products(args.aggregation, self.blueprint.peft_config)
         memory_dir = Path(args.output_dir) / CLIENTS_DIR
         self.guard = QuantizedBaseCallback(memory_dir=memory_dir, allow_full_precision=unquantized)
+        start = copy_adapter(adapter_parameters(find_peft_model(model)))
         arguments = {
             "data_collator": data_collator,
             "train_dataset": self.rows_for_constructor(self.raw_datasets, eval_dataset),
             "eval_dataset": eval_dataset,
             **kwargs,
         }
-        # An empty list of trackers for the parent: a client's run would open and close them each time. And no arguments for
-        # a model that is loaded already: some of TRL's trainers would refuse, others warn.
-        shown = {name: getattr(args, name) for name in _HIDDEN if hasattr(args, name)}
-        for name in shown:
-            setattr(args, name, _HIDDEN[name])
-        super().__init__(
-            model=model,
-            args=args,
-            callbacks=[self.guard, *(callbacks or [])],
-            **{name: value for name, value in arguments.items() if value is not None},
-        )
-        for name, value in shown.items():
-            setattr(args, name, value)
+        with hidden_arguments(args):
+            super().__init__(
+                model=model,
+                args=args,
+                callbacks=[self.guard, *(callbacks or [])],
+                **{name: value for name, value in arguments.items() if value is not None},
+            )
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        for parameter in self.guard.parameters.values():
-            # TRL casts the adapter of a quantized model to bfloat16, where a small step rounds to nothing.
-            parameter.data = parameter.data.float()
+        # TRL casts the adapter of a quantized model to bfloat16, where a small step rounds to nothing.
+        self.guard.restore_start(start)
         check_loss_weights(self)
+        check_adapter_switching(self.model, args)
         self.client_datasets = self.prepare_clients(self.raw_datasets)
         check_client_sizes(
             self.client_datasets, args.train_batch_size * args.world_size if args.dataloader_drop_last else 1
@@ -203,7 +197,7 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, PublishingMixin):
         if self.args.audit:
             check_auditable(self)
         reporter = RoundReporter(self.args, self._make_trackers())
-        rounds = self.rounds = Rounds(self.args, self.callback_handler, self.eval_dataset is not None)
+        rounds = self.rounds = Rounds(self.args, self.callback_handler, self.evaluates)
 
         def on_round(record: dict[str, Any]) -> bool:
             reporter.on_round(record)
@@ -290,29 +284,6 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, PublishingMixin):
     def _evaluate_together(self, adapter: Mapping[str, torch.Tensor]) -> dict[str, float]:
         self.share("evaluate", lambda: encode_message("adapter", {}, adapter))
         return self.evaluate_proxy(adapter)
-
-
-def _check_arguments(args: Any, kwargs: Mapping[str, Any]) -> None:
-    """Refuse arguments of a Trainer that a federation can't have."""
-    if not isinstance(args, FederatedConfig):
-        raise ValueError(f"args is a {type(args).__name__}; expected a FederatedConfig (or a subclass of it).")
-    if kwargs.get("model_init") is not None:
-        raise ValueError("model_init makes a new model for each run, but a client's base is fixed; pass `model`.")
-    if kwargs.get("optimizers", (None, None)) != (None, None):
-        raise ValueError(
-            "`optimizers` would carry one optimizer's state from client to client; each starts cold. Set "
-            "args.optim, or `optimizer_cls_and_kwargs`."
-        )
-    if kwargs.get("ref_model") is not None:
-        raise ValueError(
-            "`ref_model` would be one more model on every client. Leave it out: the reference is the base with the adapter "
-            "as it starts."
-        )
-    if kwargs.get("quantization_config") is not None:
-        raise ValueError(
-            "`quantization_config` does not go with a federation: the owner quantizes the base once, for all clients. Set "
-            "args.base_bits."
-        )
 
 
 class FederatedTrainer(FederatedMixin, Trainer):

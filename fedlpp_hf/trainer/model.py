@@ -13,6 +13,8 @@ from transformers import set_seed
 from ..base.heads import list_new_parameters
 from ..base.manifest import BASE_MANIFEST
 from ..client.checks import ADAPTER, find_peft_model, find_transformer, is_quantized
+from ..config.federated import FederatedConfig
+from ..config.rules import trainable_keys
 from ..processes.blueprint import TrainerBlueprint
 from ..processes.owner import OwnerProcess
 from ..server.store import FEDERATION_DIR, RoundStore
@@ -85,6 +87,23 @@ def add_adapter(model: torch.nn.Module, peft_config: PeftConfig | None, seed: in
         return peft_model
     model.set_submodule(place, peft_model)
     return model
+
+
+def check_adapter_switching(model: torch.nn.Module, args: FederatedConfig) -> None:
+    """Refuse a rule that freezes factors where a trainer switches adapters in each step, as DPO does for its reference.
+
+    PEFT makes all of the adapter trainable at each switch, and what is computed again would differ.
+
+    Raises:
+        ValueError: naming both options.
+    """
+    keys = adapter_parameters(find_peft_model(model))
+    freezes = len(trainable_keys(args.aggregation, keys)) < len(keys)
+    if freezes and args.gradient_checkpointing and len(find_peft_model(model).peft_config) > 1:
+        raise ValueError(
+            f"aggregation={args.aggregation!r} does not go with gradient_checkpointing=True here: this trainer switches to its "
+            "reference adapter in each step, which unfreezes A in between. Set gradient_checkpointing=False."
+        )
 
 
 def start_adapter(

@@ -94,6 +94,7 @@ def make_rows(kind: str, seed: int) -> Dataset:
             "completion": [*preference["chosen"], *preference["rejected"]],
             "label": [True] * ROWS + [False] * ROWS,
         },
+        "scored": lambda: {"one": words, "other": make_words(ids[:, 3:]), "label": side.astype(float).tolist()},
         "pairs": lambda: {"anchor": words, "positive": make_words(ids[:, 3:])},
     }
     return Dataset.from_dict(kinds[kind]())
@@ -149,9 +150,9 @@ def find_trainer(name: str) -> tuple[type, type]:
         return FederatedConfig, FederatedTrainer
     if name == "Seq2SeqTrainer":
         return federate(Seq2SeqTrainingArguments, Seq2SeqTrainer)
-    if name == "SentenceTransformerTrainer":
+    if name in ("SentenceTransformerTrainer", "CrossEncoderTrainer"):
         library = pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
-        return federate(library.SentenceTransformerTrainingArguments, library.SentenceTransformerTrainer)
+        return federate(getattr(library, name.replace("Trainer", "TrainingArguments")), getattr(library, name))
     trl = pytest.importorskip("trl", reason="needs the extra [trl]")
     if name in ("ORPOTrainer", "CPOTrainer"):
         trl = pytest.importorskip(f"trl.experimental.{name.removesuffix('Trainer').lower()}")
@@ -207,7 +208,8 @@ class Case:
         """The trainer's own arguments: each test has a tokenizer to itself, since TRL changes it."""
         given = dict(self.arguments)
         if "loss" in given:  # a class, which each process calls with its own model
-            given["loss"] = getattr(importlib.import_module("sentence_transformers.losses"), given["loss"])
+            module, _, name = given["loss"].rpartition(".")
+            given["loss"] = getattr(importlib.import_module(f"sentence_transformers.{module}"), name)
         if self.rows in ("texts", "chats", "preferences", "prompts", "judged"):
             given["processing_class"] = make_tokenizer()
             given["processing_class"].chat_template = CHAT_TEMPLATE
@@ -274,7 +276,10 @@ def list_cases() -> list[Case]:
         Case("RLOOTrainer", "LlamaForCausalLM", "prompts", "eval_reward", "CAUSAL_LM", options=online, arguments=reward,
              learns=False),
         Case("SentenceTransformerTrainer", "BertModel", "pairs", "eval_loss", "FEATURE_EXTRACTION", arguments={
-            "loss": "MultipleNegativesRankingLoss"}),
+            "loss": "losses.MultipleNegativesRankingLoss"}),
+        Case("CrossEncoderTrainer", "BertModel", "scored", "eval_loss", "SEQ_CLS", "BertForSequenceClassification",
+             "classifier", arguments={
+                 "model_init_kwargs": {"num_labels": 1}, "loss": "cross_encoder.losses.BinaryCrossEntropyLoss"}),
     ]  # fmt: skip
 
 

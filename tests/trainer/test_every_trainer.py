@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from fedlpp_hf import export_base
 from fedlpp_hf.client.checks import find_peft_model
+from fedlpp_hf.config.metrics import MetricChoice
 from fedlpp_hf.merge.merge import merge_adapter
 from fedlpp_hf.tensors.adapters import PREFIX
 from fedlpp_hf.trainer.publishing import MERGED_DIR
@@ -66,7 +67,8 @@ def test_trains_a_federation(name, checkpoints, tmp_path):
     before, after = (record["metrics"]["proxy"] for record in (records[0], records[-1]))
     assert all(math.isfinite(value) for value in (*before.values(), *after.values()))
     assert not case.learns or after["eval_loss"] < before["eval_loss"]
-    assert case.headline in after
+    assert MetricChoice().main(after) == case.headline
+    assert f"| {case.headline.removeprefix('eval_')} " in (tmp_path / "out" / "report.md").read_text()
     # The result is a plain PEFT repository, and fits the full model.
     merge_adapter(full, tmp_path / "out", tmp_path / "merged", model_class=type(trained))
     merged, info = type(trained).from_pretrained(tmp_path / "merged", output_loading_info=True)

@@ -233,3 +233,16 @@ def test_merged_and_trained_heads_are_plain_peft(encoder, tmp_path):
     full = AutoModelForSequenceClassification.from_pretrained(encoder / "full", num_labels=3)
     served = PeftModel.from_pretrained(full, tmp_path)
     assert torch.equal(served.base_model.model.classifier.weight, trainer.server.adapter[HEAD])
+
+
+def test_trls_rounding_of_the_start_is_undone(llama_base, lora, tmp_path):
+    """It casts the adapter of a quantized model to bfloat16: clients and owner would start apart."""
+    FederatedSFTConfig, FederatedSFTTrainer = make_sft_classes()
+    rows = make_rows().remove_columns(["attention_mask"])
+    plain = FederatedTrainer(str(llama_base), make_args(tmp_path), train_dataset=make_rows(), peft_config=lora)
+    args = make_args(tmp_path, FederatedSFTConfig, bf16=False)
+    trainer = FederatedSFTTrainer(
+        str(llama_base), args, train_dataset=rows, processing_class=make_tokenizer(), peft_config=lora
+    )
+    assert_equal(trainer.guard.initial, plain.guard.initial)
+    assert_equal({key: value.detach() for key, value in trainer.guard.parameters.items()}, plain.guard.initial)
