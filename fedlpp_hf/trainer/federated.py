@@ -194,6 +194,8 @@ class FederatedMixin(LocalRunMixin, RanksMixin, PublishingMixin):
         resume = read_resume(resume_from_checkpoint, RoundStore(self.args.output_dir))
         if self.args.audit:
             check_auditable(self)
+            if None in num_examples.values():
+                raise ValueError("audit=True compares clients by their rows, and some stream theirs. Give them datasets.")
         reporter = RoundReporter(self.args, self._make_trackers())
         rounds = self.rounds = Rounds(self.args, self.callback_handler, self.eval_dataset is not None)
 
