@@ -110,7 +110,7 @@ def task_of(trainer, client="site-0"):
     server = FederatedServer(
         trainer.args,
         trainer.guard.initial,
-        trainer.model.peft_config["default"],
+        trainer.guard.peft_config,
         {name: len(rows) for name, rows in trainer.client_datasets.items()},
         trainer.guard.fingerprint,
     )
@@ -136,11 +136,12 @@ def make_sft_classes():
 
 def make_tokenizer():
     """A tokenizer of the tiny models' words."""
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {"<pad>": 0, "<eos>": 1, **{f"w{number}": number for number in range(2, VOCABULARY)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
@@ -313,6 +314,27 @@ def make_pair(directory: Path, architecture: str = "llama", dtype=torch.float32,
     return directory / "full", directory / "adapter", type(model)
 
 
+def save_adapter(model, peft_config, directory: Path, **saving):
+    """Put an adapter that is not zero into a model, and save it as PEFT does. Returns the model with the adapter."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft_model = get_peft_model(model, peft_config)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in peft_model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.1)
+        peft_model.save_pretrained(directory, **saving)
+    return peft_model.eval()
+
+
+def load_whole(model_class, directory: Path, **arguments):
+    """Load a model, in float32, and check that nothing is missing or left over."""
+    model, info = model_class.from_pretrained(directory, dtype=torch.float32, output_loading_info=True, **arguments)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+    return model.eval()
+
+
 def merge_with_peft(full: Path, adapter: Path, model_class, dtype="auto") -> dict[str, torch.Tensor]:
     """The weights after PEFT's own merge, which ours must equal."""
     model = model_class.from_pretrained(full, dtype=dtype)
@@ -363,6 +385,11 @@ def change_tensor(file: Path, name: str, change) -> None:
     tensors = load_file(file)
     tensors[name] = change(tensors[name])
     save_file({key: value for key, value in tensors.items() if value is not None}, file, metadata={"format": "pt"})
+
+
+def change_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Rewrite a safetensors file with some other or more tensors."""
+    save_file(load_file(file) | tensors, file, metadata={"format": "pt"})
 
 
 # --- Federations on disk and over Flower.

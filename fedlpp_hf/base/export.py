@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from ..privacy.marks import Mark
 from ..tensors.codebooks import FULL_PRECISION, check_bits
 from ..tensors.threads import map_in_order, tensor_threads
 from .directory import COMPANIONS, ShardWriter, new_base_directory, write_companions
@@ -23,6 +23,7 @@ from .modules import (
     find_bulk,
     find_quantized,
     list_linears,
+    make_quantization_config,
 )
 from .quantize import BaseSettings, quantize_base_tensor
 from .tensor_plan import plan_tensors
@@ -44,6 +45,7 @@ def export_base(
     revision: str | None = None,
     token: str | None = None,
     overwrite: bool = False,
+    mark: Mark | None = None,
     max_shard_size: int = 2 * 10**9,
 ) -> dict[str, Any]:
     """Quantize the full model into a directory that `from_pretrained` loads. Returns the manifest.
@@ -66,6 +68,7 @@ def export_base(
         revision: branch, tag or commit on the Hub.
         token: for the Hub; by default that of `hf auth login`.
         overwrite: replace a base in `output_dir`.
+        mark: whose copy this is (see [`prepare_mark`]); it decides how weights halfway between two levels are rounded.
         max_shard_size: of one file, in bytes.
 
     Raises:
@@ -77,21 +80,24 @@ def export_base(
         raise ValueError(f"block_size={block_size}; bitsandbytes' 4-bit kernels know {_BLOCK_SIZES}.")
     if double_quant and bits == 8:
         raise ValueError("double_quant=True compresses 4-bit scales; with bits=8 there are none. Leave it out.")
+    if mark is not None and bits == 8:
+        raise ValueError("A mark with bits=8: int8 rows have none of the levels that it needs. Use 1 to 4 bits.")
 
     source = FullModel(full_model, revision, token)
     config = source.read_config()
     model = build_meta_model(config, model_class)
     plan = plan_tensors(model, source.shapes)
+    source.check_scales(plan.left_out)
     skip = default_skip_modules(model) if skip_modules is None else sorted(skip_modules)
     check_missing(model, plan.missing, skip)
     config.architectures = [type(model).__name__]
     config.dtype = config.dtype or source.dtype
-    config.quantization_config = _make_quantization_config(bits, double_quant, skip, config.dtype)
+    config.quantization_config = make_quantization_config(bits, double_quant, skip, config.dtype)
     quantized = find_quantized(model, config)
     if skip_modules is None:
         check_skip_list(model, quantized, skip)
     bulk = find_bulk(model, quantized, skip)
-    settings = BaseSettings(bits, block_size, double_quant, embedding_bits, quantized, bulk)
+    settings = BaseSettings(bits, block_size, double_quant, embedding_bits, quantized, bulk, mark)
 
     with new_base_directory(Path(output_dir), overwrite) as directory:
         entries = []
@@ -118,21 +124,6 @@ def export_base(
         }
         write_manifest(directory, manifest, writer.digests)
     return manifest
-
-
-def _make_quantization_config(
-    bits: int, double_quant: bool, skip: list[str], dtype: torch.dtype
-) -> BitsAndBytesConfig:
-    if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_quant_storage=torch.uint8,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=skip,
-    )
 
 
 def _list_full_precision_linears(model: PreTrainedModel, entries: list[dict[str, Any]]) -> list[str]:

@@ -3,6 +3,7 @@
 
 import os
 import shutil
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,17 @@ from typing import Any
 import torch
 from huggingface_hub import is_offline_mode
 from transformers import AutoConfig
+from transformers.utils import logging
 
 from ..tensors.adapters import ADAPTER_CONFIG
 from ..tensors.files import DTYPES, read_tensor
-from .hub_repository import HubRepository, find_in_cache
+from .hub_repository import HubRepository, HubUnreachable, find_in_cache, find_missing
 from .manifest import BASE_MANIFEST
+from .quantized_weights import check_configuration, check_scales
 from .shards import Shard, collect_shards, parse_shard, read_shard, read_shards
 
+
+logger = logging.get_logger(__name__)
 
 # Weights in other formats, adapters, and what a federation keeps. A pickle runs code when it is opened, so it is not
 # even downloaded.
@@ -34,7 +39,8 @@ class FullModel:
     downloaded. A shard is fetched when it is wanted.
 
     Args:
-        model: a directory, or a name on the Hub. With HF_HUB_OFFLINE set, the Hub's cache stands for the Hub.
+        model: a directory, or a name on the Hub. With HF_HUB_OFFLINE set, or where the Hub can't be reached, its cache
+            stands for it.
         revision: branch, tag or commit on the Hub.
         token: for the Hub; by default that of `hf auth login`.
         scratch: a directory that shards are downloaded to, until [`release`]; by default the Hub's cache.
@@ -50,8 +56,9 @@ class FullModel:
         token: str | None = None,
         scratch: Path | None = None,
     ):
-        self.model, self.scratch = str(model), scratch
+        self.model, self.scratch, self._revision = str(model), scratch, revision
         self._repository: HubRepository | None = None
+        self._place = self.model  # what errors call it
         self._fetched: dict[str, Path] = {}
         if Path(model).is_dir():
             self.directory = Path(model)
@@ -59,16 +66,22 @@ class FullModel:
             raise ValueError(f"`{model}` is neither a directory nor a name on the Hub (`owner/name`).")
         elif is_offline_mode():
             self.directory = find_in_cache(model, revision)
+            self._place = f"{model} in the Hub's cache (HF_HUB_OFFLINE is set)"
         else:
-            self._repository = HubRepository(self.model, revision, token)
-            self.directory = self._repository.directory
+            try:
+                self._repository = HubRepository(self.model, revision, token)
+                self.directory = self._repository.directory
+            except HubUnreachable as error:
+                self.directory = find_in_cache(model, revision, f"the Hub can't be reached ({error})")
+                self._place = f"{model} in the Hub's cache (the Hub can't be reached)"
+                logger.warning(f"The Hub can't be reached ({error}); `{model}` is read from its cache.")
         if self._repository is None and scratch is not None:
             raise ValueError(
                 f"delete_source_shards: `{model}` is on disk, and its shards can't be fetched again when a merge is "
                 "interrupted. Leave the option out, or name a model on the Hub."
             )
         self.shards: dict[str, Shard] = (
-            read_shards(self.directory)
+            read_shards(self.directory, self._place)
             if self._repository is None
             else collect_shards(self.directory, self._repository.sizes, self._read_header, self.model)
         )
@@ -78,17 +91,6 @@ class FullModel:
     def is_local(self) -> bool:
         """Whether all shards are on disk already."""
         return self._repository is None
-
-    @property
-    def pretrained_arguments(self) -> dict[str, Any]:
-        """The arguments with which `from_pretrained` loads this model."""
-        if self._repository is None:
-            return {"pretrained_model_name_or_path": self.directory}
-        return {
-            "pretrained_model_name_or_path": self.model,
-            "revision": self._repository.commit,
-            "token": self._repository.token,
-        }
 
     @property
     def owners_strings(self) -> list[str]:
@@ -123,9 +125,20 @@ class FullModel:
             config = AutoConfig.from_pretrained(self.directory)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"The configuration in `{self.directory}` can't be read ({error}).") from error
-        if getattr(config, "quantization_config", None) is not None:
-            raise ValueError(f"`{self.model}` is quantized already; give the full-precision model.")
+        files = os.listdir(self.directory) if self._repository is None else self._repository.sizes
+        check_configuration(self.directory / "config.json", files, self.model)
         return config
+
+    def check_scales(self, left_out: Iterable[str]) -> None:
+        """Refuse quantized weights that no configuration tells of.
+
+        Args:
+            left_out: the tensors that no parameter of the model is made of.
+
+        Raises:
+            ValueError: naming a weight and its scale.
+        """
+        check_scales((t for shard in self.shards.values() for t in shard.tensors.values()), left_out)
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor, after fetching its shard."""
@@ -168,6 +181,8 @@ class FullModel:
 
     def copy_companions(self, destination: Path) -> None:
         """Copy what [`list_companions`] lists; links, as in the Hub's cache, become files."""
+        if self._place != self.model and (missing := find_missing(self.model, self._revision, _LEFT_BEHIND)):
+            logger.warning(f"Files beside the weights are left out, which the Hub's cache does not have: {missing}")
         for path in self.list_companions():
             target = destination / path.relative_to(self.directory)
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from huggingface_hub.errors import (
     HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
@@ -19,6 +20,10 @@ from .shards import WEIGHTS_INDEX
 
 
 _ATTEMPTS = 5
+
+
+class HubUnreachable(Exception):
+    """The Hub does not answer; the message says how."""
 
 
 class HubRepository:
@@ -29,6 +34,7 @@ class HubRepository:
 
     Raises:
         ValueError: if there is no such model.
+        HubUnreachable: if the Hub does not answer.
     """
 
     def __init__(self, name: str, revision: str | None = None, token: str | None = None):
@@ -39,8 +45,12 @@ class HubRepository:
             self.directory = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=small))
             self.commit = self.directory.name
             info = HfApi(token=token).model_info(name, revision=self.commit, files_metadata=True)
-        except (RepositoryNotFoundError, HFValidationError) as error:
+        except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
             raise ValueError(f"`{name}` is neither a directory nor a model on the Hub ({error}).") from error
+        except (HTTPError, LocalEntryNotFoundError) as error:
+            if isinstance(error, HfHubHTTPError) and error.response is not None:
+                raise
+            raise HubUnreachable(str(error)) from error
         self.sizes: dict[str, int] = {file.rfilename: file.size or 0 for file in info.siblings or []}
 
     def download_files(self, allow: list[str] | None = None, ignore: list[str] | None = None) -> None:
@@ -89,16 +99,38 @@ class HubRepository:
         return data if response.status_code == 206 else data[start : start + length]
 
 
-def find_in_cache(name: str | os.PathLike, revision: str | None = None) -> Path:
+def find_in_cache(name: str | os.PathLike, revision: str | None = None, reason: str = "HF_HUB_OFFLINE is set") -> Path:
     """The directory of a model that was downloaded before, without asking the Hub.
+
+    Args:
+        name: of the model.
+        revision: branch, tag or commit.
+        reason: why the Hub is not asked, for the error.
 
     Raises:
         ValueError: if it was not.
     """
     try:
-        return Path(snapshot_download(str(name), revision=revision, local_files_only=True))
+        # Only the configuration has to be there: who downloads a model leaves out pickles and pictures.
+        config = ["config.json"]
+        return Path(snapshot_download(str(name), revision=revision, local_files_only=True, allow_patterns=config))
     except (LocalEntryNotFoundError, HFValidationError) as error:
         raise ValueError(
-            f"`{name}` is neither a directory nor in the Hub's cache, and HF_HUB_OFFLINE is set. Unset it, or give a "
-            "directory."
+            f"`{name}` is neither a directory nor in the Hub's cache, and {reason}. Give a directory, or let the Hub be "
+            "asked."
         ) from error
+
+
+def find_missing(name: str, revision: str | None, ignore: list[str]) -> str | None:
+    """What the Hub's cache does not have of a model, as huggingface_hub says it; None if it has all or does not know.
+
+    Args:
+        name: of the model.
+        revision: branch, tag or commit.
+        ignore: patterns of files that may be missing.
+    """
+    try:
+        snapshot_download(name, revision=revision, local_files_only=True, ignore_patterns=ignore)
+    except LocalEntryNotFoundError as error:
+        return str(error)
+    return None

@@ -2,15 +2,18 @@
 """Loading a base as a model to train adapters on."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
+from .heads import DEFAULT_SEED, initialize_new_parameters_
 from .kernels import keep_layout_
 from .manifest import check_base, read_manifest
 from .modules import build_meta_model, check_missing, default_skip_modules
+from .tensor_plan import plan_tensors
 
 
 def load_base(
@@ -20,11 +23,13 @@ def load_base(
     verify: bool = True,
     compute_dtype: torch.dtype | None = None,
     device_map: Any = None,
+    new_modules: Sequence[str] = (),
+    seed: int = DEFAULT_SEED,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a base with plain `from_pretrained`, after checking its files against the manifest.
 
-    Heads that the base does not have are initialized as floats.
+    Heads that the base does not have become floats that follow from `seed`: the same for everyone who loads it.
 
     Args:
         base_dir: the directory that [`export_base`] wrote.
@@ -33,6 +38,9 @@ def load_base(
         compute_dtype: of 4-bit products; by default the full model's dtype, and float32 on a CPU, where other dtypes are
             slow or inexact. There the floats are loaded as float32, too, unless `dtype` is given.
         device_map: as in `from_pretrained`.
+        new_modules: modules inside the backbone that the base may lack, such as a pooler, by the end of their names.
+            Clients train them (`modules_to_save`).
+        seed: of what the base does not have.
         kwargs: for `from_pretrained`.
 
     Raises:
@@ -47,18 +55,35 @@ def load_base(
         config.quantization_config["bnb_4bit_compute_dtype"] = str(compute_dtype).removeprefix("torch.")
     model_class = model_class or getattr(transformers, manifest["architecture"])
     meta = build_meta_model(config, model_class)
+    new = _find_new_modules(meta, manifest, new_modules)
     if type(meta).__name__ != manifest["architecture"]:  # its heads are not on the skip list of the export
         skip = config.quantization_config["llm_int8_skip_modules"]
-        skip += [name for name in default_skip_modules(meta) if name not in skip]
+        skip += [name for name in [*default_skip_modules(meta), *new] if name not in skip]
+        # Before loading, which can't initialize a quantized layer.
+        absent = plan_tensors(meta, [entry["name"] for entry in manifest["tensors"]]).missing
+        check_missing(meta, sorted(set(absent) - set(manifest["initialized_by_clients"])), new)
     model, info = model_class.from_pretrained(
         base_dir, config=config, dtype=dtype or "auto", device_map=device_map, output_loading_info=True, **kwargs
     )
-    check_missing(meta, sorted(set(info["missing_keys"]) - set(manifest["initialized_by_clients"])), [])
+    check_missing(meta, sorted(set(info["missing_keys"]) - set(manifest["initialized_by_clients"])), new)
     if dtype is not None:
         _cast_floats_(model, dtype)
+    initialize_new_parameters_(model, seed)
     keep_layout_(model)
     model.base_fingerprint = manifest["fingerprint"]
     return model
+
+
+def _find_new_modules(meta: PreTrainedModel, manifest: dict[str, Any], endings: Sequence[str]) -> list[str]:
+    """The modules that end like one of `endings` and have no tensor in the base."""
+    prefix = f"{meta.base_model_prefix}."
+    stored = {entry["name"].removeprefix(prefix) for entry in manifest["tensors"]}
+    return [
+        place
+        for place, module in meta.named_modules()
+        if place.endswith(tuple(endings))
+        and stored.isdisjoint(name.removeprefix(prefix) for name, _ in module.named_parameters(prefix=place))
+    ]
 
 
 def _cast_floats_(model: PreTrainedModel, dtype: torch.dtype | str) -> None:

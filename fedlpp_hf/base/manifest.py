@@ -14,7 +14,8 @@ from ..tensors.atomic import hash_file
 
 
 BASE_MANIFEST = "base_manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_WEIGHT_FILES = (".safetensors", ".safetensors.index.json")
 _SETTINGS = ("format_version", "bits", "block_size", "double_quant", "embedding_bits", "skip_modules", "architecture")
 
 
@@ -33,7 +34,8 @@ def read_manifest(base_dir: str | os.PathLike) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version, fingerprint = manifest["format_version"], manifest["fingerprint"]
-        intact = version != FORMAT_VERSION or fingerprint == _compute_fingerprint(manifest)
+        computed = _compute_fingerprint(manifest), _compute_copy(manifest)
+        intact = version != FORMAT_VERSION or (fingerprint, manifest["copy"]) == computed
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"`{path}` can't be read ({error!r}); copy the base again.") from error
     if version != FORMAT_VERSION:
@@ -80,7 +82,7 @@ def describe_base(base_dir: str | os.PathLike) -> dict[str, Any]:
 
 
 def base_fingerprint(base: Any) -> str:
-    """The fingerprint that identifies a base: of its directory, or of a model that was loaded from there.
+    """The fingerprint that all copies of a base share: of its directory, or of a model that was loaded from there.
 
     It is read from the manifest; [`check_base`] proves that the files fit it.
 
@@ -100,7 +102,7 @@ def write_manifest(directory: Path, manifest: dict[str, Any], digests: dict[str,
         path.name: {"bytes": path.stat().st_size, "sha256": digests.get(path.name) or hash_file(path)}
         for path in _list_files(directory)
     }
-    manifest["fingerprint"] = _compute_fingerprint(manifest)
+    manifest["fingerprint"], manifest["copy"] = _compute_fingerprint(manifest), _compute_copy(manifest)
     write_json(directory / BASE_MANIFEST, manifest)
 
 
@@ -110,9 +112,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _compute_fingerprint(manifest: dict[str, Any]) -> str:
-    """The sha256 of the names and digests of the files and the settings of the quantization."""
+    """The sha256 of what all copies of a base have in common: a task names it, whatever the marks of a client's copy."""
     content = {key: manifest[key] for key in _SETTINGS}
-    content["files"] = {name: file["sha256"] for name, file in manifest["files"].items()}
+    content["tensors"] = {entry["name"]: entry["digest"] for entry in manifest["tensors"]}
+    content["files"] = {
+        name: file["sha256"] for name, file in manifest["files"].items() if not name.endswith(_WEIGHT_FILES)
+    }
+    return _hash(content)
+
+
+def _compute_copy(manifest: dict[str, Any]) -> str:
+    """The sha256 of the names and digests of all files: it identifies one copy."""
+    return _hash({"files": {name: file["sha256"] for name, file in manifest["files"].items()}})
+
+
+def _hash(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

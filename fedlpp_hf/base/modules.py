@@ -7,7 +7,7 @@ import torch
 import transformers
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -48,6 +48,27 @@ def default_skip_modules(model: PreTrainedModel) -> list[str]:
 def list_linears(model: nn.Module) -> set[str]:
     """The names of all `nn.Linear` and `Conv1D` modules."""
     return {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
+def make_quantization_config(bits: int, double_quant: bool, skip: list[str], dtype: torch.dtype) -> BitsAndBytesConfig:
+    """The configuration with which transformers loads a base.
+
+    Args:
+        bits: 8, or 1 to 4, all of which run on 4-bit kernels.
+        double_quant: Whether the scales are quantized, too.
+        skip: Modules that stay floats.
+        dtype: Of the full model; products are computed in it.
+    """
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_quant_storage=torch.uint8,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skip,
+    )
 
 
 def find_quantized(model: PreTrainedModel, config: Any) -> dict[str, bool]:
@@ -116,5 +137,6 @@ def check_missing(model: PreTrainedModel, missing: list[str], skip: list[str]) -
     if lost:
         raise ValueError(
             f"`{lost[0]}` of {type(model).__name__} is missing, and {len(lost) - 1} more. Are the weights complete, and "
-            "of this `model_class`? At export, name the module in `skip_modules` if clients are to initialize it."
+            f"of this `model_class`? Export the base with model_class={type(model).__name__} (--model_class) if the full model "
+            "has it; at export, name the module in `skip_modules` if clients are to initialize it."
         )

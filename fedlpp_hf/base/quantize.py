@@ -1,20 +1,30 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Quantizing one tensor of the full model: to bitsandbytes codes, or to floats with few different values."""
 
+import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState, get_4bit_type, int8_vectorwise_quant, quantize_blockwise
+from bitsandbytes.functional import (
+    QuantState,
+    dequantize_blockwise,
+    get_4bit_type,
+    int8_vectorwise_quant,
+    quantize_blockwise,
+)
 
+from ..privacy.marks import Mark, draw_choices
 from ..tensors.codebooks import FULL_PRECISION, codebook, nf4_subset
 from ..tensors.packing import look_up, packed_size
-from ..tensors.quantization import restore_from_levels, round_to_levels
+from ..tensors.quantization import find_between_levels, restore_from_levels, round_to_levels
 
 
 _NESTED_BLOCK_SIZE = 256
 _PAD_CODE = 7  # NF4's zero, which bitsandbytes pads with
+MARK_TOLERANCE = 0.005  # of the distance of two levels: one per cent of the weights are marked
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +32,8 @@ class BaseSettings:
     """How the tensors of a base are quantized.
 
     `quantized`: the modules that become bitsandbytes weights, and whether each was a `Conv1D`. `bulk`: parameters that
-    stay floats but get `bits`, not `embedding_bits`, because they are most of the model. The rest are arguments of
-    [`export_base`].
+    stay floats but get `bits`, not `embedding_bits`, because they are most of the model. `mark`: whose copy this is. The
+    rest are arguments of [`export_base`].
     """
 
     bits: int
@@ -32,6 +42,7 @@ class BaseSettings:
     embedding_bits: int
     quantized: dict[str, bool]
     bulk: set[str]
+    mark: Mark | None = None
 
 
 def quantize_base_tensor(
@@ -57,7 +68,7 @@ def quantize_base_tensor(
             tensors = quantize_int8(name, weight)
             information = tensors[name].nbytes + tensors[f"{module}.SCB"].nbytes
         else:
-            tensors = quantize_nf4(name, weight, bits, block_size, settings.double_quant)
+            tensors = quantize_nf4(name, weight, settings)
             kept = [tensors[key] for key in (f"{name}.absmax", f"{name}.nested_absmax") if key in tensors]
             scale_bytes = sum(t.nbytes for t in kept) if settings.double_quant else len(kept[0]) * source.itemsize
             information = packed_size(bits, weight.numel()) + scale_bytes
@@ -84,13 +95,21 @@ def quantize_base_tensor(
         "information_bytes": information,
         "information_bits": information * 8 / max(tensor.numel(), 1),
         "bytes": sum(t.nbytes for t in tensors.values()),
+        "digest": _compute_digest(name, kind, tensors),
     }
     return entry, tensors
 
 
-def quantize_nf4(
-    name: str, weight: torch.Tensor, bits: int, block_size: int, double_quant: bool
-) -> dict[str, torch.Tensor]:
+def _compute_digest(name: str, kind: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """The sha256 of what a parameter's tensors are in every copy of a base: a mark changes 4-bit codes, but no scale."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        if kind != "linear4bit" or key != name:
+            digest.update(tensors[key].contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def quantize_nf4(name: str, weight: torch.Tensor, settings: BaseSettings) -> dict[str, torch.Tensor]:
     """Quantize a weight to the tensors of a bitsandbytes `Linear4bit`.
 
     At 4 bits these are bit-identical to those of `bitsandbytes.functional.quantize_4bit`.
@@ -98,25 +117,28 @@ def quantize_nf4(
     Args:
         name: of the weight; the other tensors' names begin with it.
         weight: `(out, in)`.
-        bits: per code, 1 to 4.
-        block_size: values that share a scale.
-        double_quant: quantize the scales, too.
+        settings: of the base: bits of 1 to 4, block size, whether the scales are quantized too, and the mark.
 
     Raises:
         ValueError: if a value is not finite.
     """
+    block_size = settings.block_size
     code = get_4bit_type("nf4", device="cpu")
-    subset = torch.tensor(nf4_subset(bits), dtype=torch.uint8)
-    indices, absmax = round_to_levels(weight, code[subset.int()], block_size, name=name)
+    subset = torch.tensor(nf4_subset(settings.bits), dtype=torch.uint8)
+    levels = code[subset.int()]
+    indices, absmax = round_to_levels(weight, levels, block_size, name=name)
+    if settings.mark is not None:
+        places, lower = find_between_levels(weight, levels, block_size, MARK_TOLERANCE)
+        indices[places] = lower + torch.from_numpy(draw_choices(settings.mark, name, len(places)))
     if weight.numel() % block_size:
         absmax[-1].clamp_(min=1e-38)  # bitsandbytes clamps the scale of a short last block only
     state = QuantState(absmax, weight.shape, code, block_size, "nf4", weight.dtype)
-    if double_quant:
+    if settings.double_quant:
         state.offset = absmax.mean()
         state.absmax, state.state2 = quantize_blockwise(absmax - state.offset, blocksize=_NESTED_BLOCK_SIZE)
         state.nested = True
     entries = {f"{name}.{key}": tensor for key, tensor in state.as_dict(packed=True).items()}
-    codes = indices if bits == 4 else look_up(subset, indices)
+    codes = indices if settings.bits == 4 else look_up(subset, indices)
     return {name: pack_nibbles(codes)} | entries
 
 
@@ -132,6 +154,29 @@ def quantize_int8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     codes, scales, _ = int8_vectorwise_quant(half)
     module = name.removesuffix("weight")
     return {name: codes, f"{module}SCB": scales, f"{module}weight_format": torch.tensor(0, dtype=torch.uint8)}
+
+
+def restore_nf4(name: str, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The weight that the tensors of a `Linear4bit` stand for, `(out, in)` float32; the inverse of [`quantize_nf4`].
+
+    Args:
+        name: of the weight.
+        stored: its codes under `name`, and what bitsandbytes stores beside them under `name.…`.
+    """
+    prefix = f"{name}."
+    state = {key.removeprefix(prefix): tensor for key, tensor in stored.items() if key.startswith(prefix)}
+    quantized = QuantState.from_dict(state, device=torch.device("cpu"))
+    scales = quantized.absmax
+    if quantized.nested:
+        scales = dequantize_blockwise(scales, quantized.state2) + quantized.offset
+    # Not dequantize_4bit: its AVX-512 kernel misreads rows that are not a whole number of blocks.
+    codes = unpack_nibbles(stored[name], list(quantized.shape))
+    return restore_from_levels(codes, scales, quantized.code, quantized.blocksize).view(quantized.shape)
+
+
+def restore_int8(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The weight that int8 `codes` `(out, in)` and the `scales` `(out,)` of their rows stand for, float32."""
+    return codes.float() * (scales.float()[:, None] / 127)
 
 
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:

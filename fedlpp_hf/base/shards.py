@@ -25,14 +25,10 @@ class Shard:
     size: int
 
 
-def read_shards(directory: Path) -> dict[str, Shard]:
-    """Read the headers of all shards in a directory, by file name.
-
-    Raises:
-        ValueError: see [`collect_shards`].
-    """
+def read_shards(directory: Path, place: str = "") -> dict[str, Shard]:
+    """Read the headers of all shards in a directory, by file name. The rest is [`collect_shards`]'s."""
     sizes = {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
-    return collect_shards(directory, sizes, lambda file: read_shard(directory / file))
+    return collect_shards(directory, sizes, lambda file: read_shard(directory / file), place)
 
 
 def collect_shards(
@@ -120,5 +116,6 @@ def _check_index(shards: Mapping[str, Shard], weight_map: Mapping[str, str]) -> 
         for name in shard.tensors:
             if weight_map.get(name) != shard.file:
                 raise ValueError(
-                    f"`{shard.file}` has `{name}`, which `{WEIGHTS_INDEX}` does not place there. Download both again."
+                    f"`{shard.file}` has `{name}`, which `{WEIGHTS_INDEX}` does not place there. Download both again, or "
+                    "load the model with transformers and `save_pretrained` it: that writes an index that fits."
                 )

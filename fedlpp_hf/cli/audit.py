@@ -3,27 +3,33 @@
 
 import argparse
 
-from .arguments import check_directory
+from .arguments import add_json, check_directory, parse_share, print_json
 from .command import Command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `audit`."""
     parser.add_argument("directory", help="the output_dir of a federation that ran with --audit True")
-    parser.add_argument("--threshold", type=float, help="largest stolen value that passes (default: the run's own)")
+    parser.add_argument(
+        "--threshold", type=parse_share, help="largest stolen value that passes (default: the run's own)"
+    )
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print [`~fedlpp_hf.AuditReport`], then check its threshold."""
     check_directory(arguments.directory)
-    from dataclasses import replace
+    from dataclasses import asdict, replace
 
     from ..audit.report import AuditReport, render_audit
 
     report = AuditReport.read(arguments.directory)
-    print(render_audit(report), end="")
     if arguments.threshold is not None:
         report = replace(report, threshold=arguments.threshold)
+    if arguments.json:
+        print_json(asdict(report))
+    else:
+        print(render_audit(report), end="")
     report.check_threshold()
 
 

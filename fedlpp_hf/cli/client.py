@@ -4,7 +4,7 @@
 import argparse
 import sys
 
-from .arguments import parse_count
+from .arguments import check_file, parse_count
 from .command import Command
 
 
@@ -28,8 +28,14 @@ def run(arguments: argparse.Namespace) -> None:
     from ..flower.environment import check_flower
 
     check_flower()  # first: the next import needs packages that only Flower brings
+    from ..flower.addresses import parse_server
     from ..flower.client_command import run_client
+    from ..flower.settings_check import check_settings
 
+    check_file("--config", arguments.config)
+    parse_server(arguments.server)
+    if arguments.flags:  # the file is the federation's, which the server has checked; a flag is this client's own
+        check_settings(arguments.config, arguments.flags, list(arguments.parser.list_options()))
     code = run_client(
         arguments.config,
         arguments.data,

@@ -3,9 +3,11 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
+
+from ..config.spelling import suggest
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +37,42 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, **options: Any):
         # An abbreviation that is unique today may fit two options tomorrow.
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.commands: dict[str, CommandParser] = {}
 
     def error(self, message: str) -> NoReturn:
         """Report wrong arguments and exit with code 2."""
-        fail(2, f"error: {message}. See `{self.prog} --help`.")
+        end = "" if message.endswith((".", "?")) else "."
+        fail(2, f"error: {message}{end} See `{self.prog} --help`.")
+
+    def list_options(self) -> dict[str, argparse.Action]:
+        """The options, without dashes."""
+        return {name[2:]: action for name, action in self._option_string_actions.items() if name.startswith("--")}
+
+    def check_options(self, arguments: Sequence[str], strict: bool) -> None:
+        """Report the first mistyped option, before anything that may be missing because of it.
+
+        Args:
+            arguments: those of this command.
+            strict: an unknown option is an error. Otherwise it may belong to the federation's configuration, unless it
+                looks like a required option that is missing.
+        """
+        options = self.list_options()
+        words = [
+            argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--") and argument != "--"
+        ]
+        known = (
+            options if strict else [name for name, action in options.items() if action.required and name not in words]
+        )
+        for word in words:
+            hint = suggest(word, known, "--")
+            if word not in options and (strict or hint != "."):
+                self.error(f"unrecognized arguments: --{word}{hint}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            message = f"invalid choice: {value!r} (choose from {', '.join(choices)}){suggest(str(value), choices)}"
+            raise argparse.ArgumentError(action, message)
 
 
 def use_underscores(argument: str) -> str:

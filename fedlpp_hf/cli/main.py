@@ -4,14 +4,17 @@
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 
 from .. import __version__
+from ..config.spelling import name_options
+from .arguments import explain_missing
 from .command import Command, CommandParser, fail, use_underscores
 
 
 # The files of this folder that define a command, in the order of `fedlpp-hf --help`.
-COMMANDS = ("merge", "quantize", "inspect", "audit", "push", "server", "client")
+COMMANDS = ("merge", "quantize", "inspect", "audit", "trace", "push", "server", "client")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -20,13 +23,8 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv: the arguments; by default those of the process.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    arguments, flags = build_parser().parse_known_args([use_underscores(argument) for argument in argv])
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     command: Command = arguments.command
-    if command.takes_flags:
-        arguments.flags = flags
-    elif flags:
-        arguments.parser.error(f"unrecognized arguments: {' '.join(flags)}")
     try:
         command.run(arguments)
         sys.stdout.flush()
@@ -37,10 +35,35 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, RuntimeError, OSError) as error:
         if arguments.traceback:
             raise
-        fail(2, f"error: {' '.join(str(error).split())}")
+        options = arguments.parser.list_options()
+        message = name_options(
+            " ".join(str(error).split()), options, [name for name in options if options[name].nargs == 0]
+        )
+        fail(2, f"error: {message}")
+    except ModuleNotFoundError as error:
+        if arguments.traceback or (hint := explain_missing(error.name)) is None:
+            raise
+        fail(2, f"error: {hint}")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the arguments of `fedlpp-hf`; what is wrong with them ends the process with code 2 and one line."""
+    parser = build_parser()
+    argv = [use_underscores(argument) for argument in argv]
+    place = next((place for place, argument in enumerate(argv) if not argument.startswith("-")), len(argv))
+    parser.check_options(argv[:place], strict=True)
+    if place < len(argv) and argv[place] in parser.commands:
+        subparser = parser.commands[argv[place]]
+        subparser.check_options(argv[place + 1 :], strict=not subparser.get_default("command").takes_flags)
+    arguments, flags = parser.parse_known_args(argv)
+    if arguments.command.takes_flags:
+        arguments.flags = flags
+    elif flags:
+        arguments.parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    return arguments
+
+
+def build_parser() -> CommandParser:
     """Build the parser of `fedlpp-hf` with all its commands."""
     parser = CommandParser(
         prog="fedlpp-hf",
@@ -60,6 +83,10 @@ def build_parser() -> argparse.ArgumentParser:
         )
         command.add_arguments(subparser)
         subparser.set_defaults(command=command, parser=subparser)
+        subparser.add_argument(
+            "--traceback", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
+        parser.commands[name] = subparser
     return parser
 
 

@@ -2,8 +2,19 @@
 """`fedlpp-hf merge`: merge adapters into the full-precision model, and push the result on demand."""
 
 import argparse
+import os
 
-from .arguments import add_visibility, find_model_class, parse_count
+from .arguments import (
+    add_json,
+    add_visibility,
+    check_directory,
+    check_full_model,
+    check_repo_id,
+    find_model_class,
+    parse_count,
+    parse_share,
+    print_json,
+)
 from .command import Command
 
 
@@ -12,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("full_model", help="directory or Hub id of the full-precision model")
     parser.add_argument("adapter", nargs="+", help="directories or Hub ids of PEFT adapters")
     parser.add_argument("output_dir", help="directory for the merged model")
-    parser.add_argument("--weights", nargs="+", type=float, help="weight of each adapter (default: equal)")
+    parser.add_argument("--weights", nargs="+", type=parse_share, help="weight of each adapter (default: equal)")
     parser.add_argument(
         "--target", choices=("full", "base"), default="full", help="merge into W (default) or into Q(W) of --base_dir"
     )
@@ -33,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", action="store_true", help="list the update of every layer")
     parser.add_argument("--push", metavar="REPO_ID", help="upload the result to this repository")
     add_visibility(parser)
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -56,9 +68,13 @@ def run(arguments: argparse.Namespace) -> None:
         sync=not arguments.no_sync,
         revision=arguments.revision,
     )
-    print("\n".join(describe_merge(report, arguments.layers)), flush=True)
-    if arguments.push:
-        _push(arguments)
+    if not arguments.json:
+        print("\n".join(describe_merge(report, arguments.layers)), flush=True)
+    commit_url = _push(arguments) if arguments.push else None
+    if arguments.json:
+        print_json(report.to_dict() | {"commit_url": commit_url})
+    elif commit_url:
+        print(f"Pushed to {commit_url}")
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
@@ -68,11 +84,25 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"{len(arguments.weights)} weights for {len(arguments.adapter)} adapters; give --weights one number per adapter."
         )
+    if arguments.weights is not None and not any(arguments.weights):
+        raise ValueError("--weights are all zero; expected at least one number above zero.")
+    for path in (arguments.full_model, *arguments.adapter):
+        check_full_model(path)
+    if arguments.base_dir is not None:
+        check_directory(arguments.base_dir)
+    if arguments.push is not None:
+        check_repo_id(arguments.push)
+    if os.path.exists(arguments.output_dir) and not (
+        os.path.isdir(arguments.output_dir) and not os.listdir(arguments.output_dir)
+    ):
+        raise ValueError(
+            f"`{arguments.output_dir}` exists and is not an empty directory; choose another, or remove it."
+        )
     if arguments.target == "base" and arguments.base_dir is None:
         raise ValueError("--target base merges into Q(W); give --base_dir, the directory of the base.")
 
 
-def _push(arguments: argparse.Namespace) -> None:
+def _push(arguments: argparse.Namespace) -> str:
     from ..hub.push import push_merged
     from ..server.store import RoundStore
 
@@ -85,7 +115,7 @@ def _push(arguments: argparse.Namespace) -> None:
         private=not arguments.public,
         allow_public=arguments.allow_public,
     )
-    print(f"Pushed to {commit.commit_url}")
+    return commit.commit_url
 
 
 COMMAND = Command(

@@ -4,7 +4,7 @@
 import argparse
 import os
 
-from .arguments import add_visibility, check_directory
+from .arguments import add_json, add_visibility, check_directory, check_file, check_repo_id, print_json
 from .command import Command
 
 
@@ -18,11 +18,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch to push to")
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead")
     add_visibility(parser)
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Call [`~fedlpp_hf.hub.push.push_adapter`] for an adapter, else [`~fedlpp_hf.hub.push.push_merged`]."""
     check_directory(arguments.directory)
+    check_repo_id(arguments.repo_id)
+    if arguments.federation_dir is not None:
+        check_directory(arguments.federation_dir)
+    if arguments.audit is not None:
+        check_file("--audit", arguments.audit)
     from ..hub.push import push_adapter, push_merged
     from ..tensors.adapters import ADAPTER_CONFIG
 
@@ -43,7 +49,10 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         options["federation_dir"] = arguments.federation_dir
         commit = push_merged(arguments.directory, arguments.repo_id, **options)
-    print(f"Pushed to {commit.commit_url}")
+    if arguments.json:
+        print_json({"repo_id": arguments.repo_id, "commit_url": commit.commit_url})
+    else:
+        print(f"Pushed to {commit.commit_url}")
 
 
 COMMAND = Command(

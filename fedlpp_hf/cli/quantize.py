@@ -2,8 +2,10 @@
 """`fedlpp-hf quantize`: export the quantized base."""
 
 import argparse
+import os
+from typing import Any
 
-from .arguments import BITS, find_model_class, parse_count, parse_size
+from .arguments import BITS, add_json, check_full_model, find_model_class, parse_block_size, parse_size, print_json
 from .command import Command
 
 
@@ -12,7 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("full_model", help="directory or Hub id of the full-precision model")
     parser.add_argument("output_dir", help="directory for the base, which plain from_pretrained loads")
     parser.add_argument("--bits", choices=BITS, default="4", help="bits per weight (default 4)")
-    parser.add_argument("--block_size", type=parse_count, default=64, help="weights that share one scale (default 64)")
+    parser.add_argument(
+        "--block_size", type=parse_block_size, default=64, help="weights that share one scale (default 64)"
+    )
     parser.add_argument("--double_quant", action="store_true", help="quantize the scales too, as QLoRA does")
     parser.add_argument(
         "--embedding_bits",
@@ -26,13 +30,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_class", help="class of transformers (default: the one named in the model's config)")
     parser.add_argument("--revision", help="branch, tag or commit of the full model on the Hub")
     parser.add_argument("--max_shard_size", type=parse_size, default="2GB", help="size of a file (default 2GB)")
+    parser.add_argument("--mark", metavar="CLIENT", help="make the copy of this client, which `trace` recognizes")
+    parser.add_argument("--key", metavar="FILE", help="with --mark: the owner's secret; made if it is not there")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing base")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Call [`~fedlpp_hf.export_base`] and print what the base contains."""
+    check_full_model(arguments.full_model)
+    if os.path.exists(arguments.output_dir) and not arguments.overwrite:
+        raise ValueError(f"`{arguments.output_dir}` exists; pass --overwrite to replace the base in it.")
+    if arguments.double_quant and arguments.bits == "8":
+        raise ValueError("--double_quant compresses 4-bit scales; with --bits 8 there are none. Leave it out.")
+    if (arguments.mark is None) != (arguments.key is None):
+        raise ValueError("--mark CLIENT and --key FILE come together: whose copy it is, and the secret that marks it.")
+    if arguments.mark is not None and arguments.bits == "8":
+        raise ValueError("--mark with --bits 8: int8 rows have none of the levels that a mark needs. Use 1 to 4 bits.")
     from ..base.export import export_base
-    from ..report.inspection import describe_base
+    from ..report.base_inspection import describe_base, summarize_base
 
     export_base(
         arguments.full_model,
@@ -45,9 +61,28 @@ def run(arguments: argparse.Namespace) -> None:
         model_class=find_model_class(arguments.model_class),
         revision=arguments.revision,
         overwrite=arguments.overwrite,
+        mark=_prepare_mark(arguments),
         max_shard_size=arguments.max_shard_size,
     )
-    print("\n".join(describe_base(arguments.output_dir)))
+    if arguments.json:
+        print_json(summarize_base(arguments.output_dir))
+    else:
+        print("\n".join(describe_base(arguments.output_dir)))
+
+
+def _prepare_mark(arguments: argparse.Namespace) -> Any:
+    if arguments.mark is None:
+        return None
+    from ..base.marking import prepare_mark
+    from ..tensors.codebooks import check_bits
+
+    settings = {
+        "bits": check_bits(arguments.bits),
+        "block_size": arguments.block_size,
+        "skip_modules": arguments.skip_modules,
+        "model_class": arguments.model_class,
+    }
+    return prepare_mark(arguments.key, arguments.mark, arguments.full_model, settings)
 
 
 COMMAND = Command(

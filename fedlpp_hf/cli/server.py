@@ -4,7 +4,7 @@
 import argparse
 import sys
 
-from .arguments import parse_count
+from .arguments import check_file, parse_port
 from .command import Command
 
 
@@ -14,8 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--state_dir", default="flower-server", help="directory for certificates, logs and the SuperLink's database"
     )
-    parser.add_argument("--listen", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines")
-    parser.add_argument("--port", type=parse_count, default=8000, help="the one port that clients connect to")
+    parser.add_argument(
+        "--listen", default="127.0.0.1", help="address to listen on: 0.0.0.0 (or :: for IPv6) for other machines"
+    )
+    parser.add_argument("--port", type=parse_port, default=8000, help="the one port that clients connect to")
     parser.add_argument(
         "--hosts", nargs="+", default=[], help="names and addresses of this machine that clients connect to"
     )
@@ -28,8 +30,12 @@ def run(arguments: argparse.Namespace) -> None:
     from ..flower.environment import check_flower
 
     check_flower()  # first: the next import needs packages that only Flower brings
-    from ..flower.server_command import run_server
+    from ..flower.server_command import read_addresses, run_server
+    from ..flower.settings_check import check_settings
 
+    check_file("--config", arguments.config)
+    read_addresses(arguments.listen, arguments.port, arguments.hosts, arguments.insecure)
+    check_settings(arguments.config, arguments.flags, list(arguments.parser.list_options()))
     code = run_server(
         arguments.config,
         arguments.flags,

@@ -20,7 +20,7 @@ from ..tensors.codebooks import FULL_PRECISION
 from ..wire.compression import compress_update
 from ..wire.encoding import Payload
 from ..wire.messages import ClientTask, ClientUpdate
-from .checks import check_model, find_manifest
+from .checks import ADAPTER, check_model, find_manifest, find_peft_model
 from .fedprox import add_proximal_gradient_
 from .memory import ClientMemory
 from .partition import is_stream
@@ -62,6 +62,7 @@ class QuantizedBaseCallback(TrainerCallback):
         self.task: ClientTask | None = None
         self.update: ClientUpdate | None = None
         self.parameters: dict[str, torch.nn.Parameter] = {}
+        self.trained = torch.nn.ParameterList()  # by the task's rule
         self.initial: dict[str, torch.Tensor] = {}
         self.fingerprint = ""
         self.frozen: list[tuple[str, torch.Tensor]] = []
@@ -73,15 +74,17 @@ class QuantizedBaseCallback(TrainerCallback):
         if args.push_to_hub and self.task_dir is not None:
             raise ValueError("push_to_hub=True: a client's files do not leave the client. Set it to False.")
         check_model(model, self.allow_full_precision)
-        self.peft_config: PeftConfig = model.peft_config["default"]
-        self.parameters = adapter_parameters(model)
+        peft_model = find_peft_model(model)
+        self.peft_config: PeftConfig = peft_model.peft_config[ADAPTER]
+        self.parameters = adapter_parameters(peft_model)
         self.initial = copy_adapter(self.parameters)
         adapter = {id(parameter) for parameter in self.parameters.values()}
         self.frozen = [(name, p) for name, p in model.named_parameters() if id(p) not in adapter]
         keep_layout_(model)
         self._digest = self.digest_base()
         # A model that was quantized on the fly has no manifest; then its bits as loaded identify it.
-        self.fingerprint = self._digest if find_manifest(model) is None else base_fingerprint(model.get_base_model())
+        base = peft_model.get_base_model()
+        self.fingerprint = self._digest if find_manifest(peft_model) is None else base_fingerprint(base)
 
     def accept(self, task: ClientTask) -> None:
         """Take a task: check that it is for this base, and let only those parameters train that it asks for.
@@ -98,6 +101,7 @@ class QuantizedBaseCallback(TrainerCallback):
             )
         self.task, self.update = task, None
         trained = set(trainable_keys(task.options.rule, self.parameters))
+        self.trained = torch.nn.ParameterList(p for key, p in self.parameters.items() if key in trained)
         for key, parameter in self.parameters.items():
             parameter.requires_grad_(key in trained)
 

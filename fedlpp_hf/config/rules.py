@@ -109,7 +109,7 @@ def check_products(rule: str, peft_config: PeftConfig) -> None:
     Raises:
         ValueError: naming the rule and the adapter's option.
     """
-    for name in ("use_dora", "target_parameters"):
+    for name in ("use_dora", "target_parameters", "lora_bias"):
         if RULES[rule].averages_products and getattr(peft_config, name, None):
             raise ValueError(
                 f"aggregation={rule!r} does not go with an adapter of {name}={getattr(peft_config, name)!r}: its update is "

@@ -1,140 +1,178 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""Certificates of the server and keys of the nodes, for Flower over TLS (extra `flower` installs `cryptography`)."""
+"""Certificates of the server and keys of the nodes, for Flower over TLS (extra `flower` installs `cryptography`).
+
+Each start makes what is missing or damaged again, as long as clients need nothing new for it. What they trust, the
+authority in `ca.crt`, is never replaced: without its key there is an error that says what to do.
+"""
 
 import datetime
-import ipaddress
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+
+from ..tensors.atomic import write_atomically
+from .addresses import parse_hosts
+from .signing import Signer, sign_authority, sign_server, verify_server
 
 
 CA_CERTIFICATE, CA_KEY = "ca.crt", "ca.key"
 SERVER_CERTIFICATE, SERVER_KEY = "server.crt", "server.key"
 NODE_KEY, NODE_PUBLIC_KEY = "node.key", "node.pub"
 _CA_DAYS, _SERVER_DAYS = 3650, 825
+_CA_RENEWAL_DAYS, _SERVER_RENEWAL_DAYS = 180, 30  # days left at which they are replaced
 
 
-def make_certificates(directory: str | os.PathLike, hosts: Sequence[str]) -> None:
-    """Make a certificate authority and a server certificate for `hosts`, unless they exist.
+def make_certificates(directory: str | os.PathLike, hosts: Sequence[str]) -> list[str]:
+    """Make a certificate authority and a server certificate for `hosts`, or what of them is missing, damaged or too old.
 
     Clients get `ca.crt`; the keys stay here, readable by this user only. A server certificate without one of `hosts`, or
-    with less than 30 days left, is replaced; clients need nothing new for it.
+    with less than 30 days left, is replaced; clients need nothing new for it. An authority with less than 180 days left
+    signs itself again with the same key: clients can go on with the `ca.crt` they have until that expires.
+
+    Returns what the owner must know, or do, about a new `ca.crt`.
+
+    Args:
+        directory: for the four files.
+        hosts: names and addresses as [`parse_hosts`] reads them.
+
+    Raises:
+        ValueError: if a host is wrong, or the key of the authority that clients trust is lost.
     """
-    directory = Path(directory)
+    directory, names = Path(directory), parse_hosts(hosts)
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if not (directory / CA_KEY).exists():
+    authority, notices = _prepare_authority(directory)
+    key_file, certificate_file = directory / SERVER_KEY, directory / SERVER_CERTIFICATE
+    key, certificate = _read(key_file, _load_key), _read(certificate_file, x509.load_pem_x509_certificate)
+    if (
+        key is None
+        or certificate is None
+        or not verify_server(certificate, key, authority, names, _SERVER_RENEWAL_DAYS)
+    ):
         key = ec.generate_private_key(ec.SECP384R1())
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedlpp_hf federation")])
-        certificate = _sign(name, key, name, key, _CA_DAYS, is_ca=True)
-        _write_key(directory / CA_KEY, key)
-        (directory / CA_CERTIFICATE).write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    if _covers(directory / SERVER_CERTIFICATE, hosts):
-        return
-    ca_key: Any = serialization.load_pem_private_key((directory / CA_KEY).read_bytes(), None)
-    ca = x509.load_pem_x509_certificate((directory / CA_CERTIFICATE).read_bytes())
-    key = ec.generate_private_key(ec.SECP384R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
-    certificate = _sign(name, key, ca.subject, ca_key, _SERVER_DAYS, hosts=hosts)
-    _write_key(directory / SERVER_KEY, key)
-    (directory / SERVER_CERTIFICATE).write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        certificate = sign_server(key, names, authority, _SERVER_DAYS)
+        _write_key(key_file, key)
+        _write_certificate(certificate_file, certificate)
+    return notices
 
 
 def make_node_key(directory: str | os.PathLike) -> Path:
-    """The path of this node's private key, which is made if it does not exist; `node.pub` beside it is for the server."""
+    """The path of this node's private key, which is made if there is none; `node.pub` beside it is for the server.
+
+    Raises:
+        ValueError: if there is a key, and it can't be read.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = directory / NODE_KEY
-    if not path.exists():
+    key = _read(path, lambda data: serialization.load_ssh_private_key(data, None))
+    if key is None and path.exists() and path.stat().st_size:
+        raise ValueError(
+            f"`{path}` is not a private key of OpenSSH without a password. Restore it from your backup, or delete it: then "
+            f"a new one is made, and the server's owner needs the new {NODE_PUBLIC_KEY}."
+        )
+    if key is None:
         key = ec.generate_private_key(ec.SECP384R1())
-        public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-        (directory / NODE_PUBLIC_KEY).write_bytes(public + b"\n")
         _write_key(path, key, serialization.PrivateFormat.OpenSSH)
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    public_file = directory / NODE_PUBLIC_KEY
+    if not public_file.is_file() or public_file.read_bytes() != public + b"\n":
+        write_atomically(public_file, public + b"\n")
     return path
 
 
-def check_loopback(host: str) -> None:
-    """Check a host that is to be used without TLS and keys.
+def check_authority(path: str | os.PathLike) -> None:
+    """Check a client's copy of the server's `ca.crt`.
 
     Raises:
-        ValueError: if other machines can reach it.
+        ValueError: if it is missing, something else, or expired.
     """
+    expected = "expected the ca.crt that the server's owner sends you"
+    if not Path(path).is_file():
+        raise ValueError(f"--certificate is `{path}`, and there is no such file; {expected}.")
+    certificate = _read(Path(path), x509.load_pem_x509_certificate)
+    if certificate is None:
+        raise ValueError(f"--certificate `{path}` is not a certificate in PEM format; {expected}.")
     try:
-        local = host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        local = False
-    if not local:
-        raise ValueError(
-            f"--insecure with `{host}`: without TLS and keys only loopback is allowed. Leave --insecure out."
-        )
-
-
-def _sign(
-    subject: x509.Name,
-    key: Any,
-    issuer: x509.Name,
-    issuer_key: Any,
-    days: int,
-    *,
-    hosts: Sequence[str] = (),
-    is_ca=False,
-) -> x509.Certificate:
+        is_ca = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except x509.ExtensionNotFound:
+        is_ca = False
+    if not is_ca:
+        raise ValueError(f"--certificate `{path}` is the certificate of a server, not of an authority; {expected}.")
     now = datetime.datetime.now(datetime.timezone.utc)
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))  # the other machine's clock may be slow
-        .not_valid_after(now + datetime.timedelta(days=days))
-        .add_extension(x509.BasicConstraints(ca=is_ca, path_length=0 if is_ca else None), critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        # Python 3.13 verifies strictly: it rejects a chain without this identifier and the usage below.
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
-        .add_extension(
-            x509.KeyUsage(
-                digital_signature=not is_ca,
-                key_cert_sign=is_ca,
-                crl_sign=is_ca,
-                content_commitment=False,
-                key_encipherment=False,
-                data_encipherment=False,
-                key_agreement=False,
-                encipher_only=False,
-                decipher_only=False,
-            ),
-            critical=True,
+    if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
+        raise ValueError(
+            f"--certificate `{path}` is valid from {certificate.not_valid_before_utc:%Y-%m-%d} to "
+            f"{certificate.not_valid_after_utc:%Y-%m-%d}, and today is {now:%Y-%m-%d}. Ask the server's owner for the new "
+            "ca.crt (its next start makes one), or set this machine's clock."
         )
-    )
-    if hosts:
-        builder = builder.add_extension(x509.SubjectAlternativeName([_general_name(host) for host in hosts]), False)
-    return builder.sign(issuer_key, hashes.SHA384())
 
 
-def _general_name(host: str) -> x509.GeneralName:
+def _prepare_authority(directory: Path) -> tuple[Signer, list[str]]:
+    """The authority in `directory`, and what to say about it."""
+    key_file, certificate_file = directory / CA_KEY, directory / CA_CERTIFICATE
+    key, certificate = _read(key_file, _load_key), _read(certificate_file, x509.load_pem_x509_certificate)
+    if key is None:
+        # A directory with certificates has had a working authority, which clients may trust.
+        known = [name for name in (CA_CERTIFICATE, SERVER_CERTIFICATE) if (directory / name).exists()]
+        if known:
+            state = "is damaged" if key_file.exists() else "is lost"
+            raise ValueError(
+                f"`{key_file}`, the key of the authority that clients trust, {state}. Restore it from your backup. Or "
+                f"delete {' and '.join(known)} in that directory: the next start makes a new authority, and every client "
+                f"needs its {CA_CERTIFICATE}."
+            )
+        key = ec.generate_private_key(ec.SECP384R1())
+        certificate = sign_authority(key, _CA_DAYS)
+        _write_key(key_file, key)
+        _write_certificate(certificate_file, certificate)
+        return Signer(certificate, key), [f"A new authority was made: every client needs `{certificate_file}`."]
+    if certificate is not None and certificate.public_key() != key.public_key():
+        raise ValueError(
+            f"`{key_file}` is not the key of `{certificate_file}`. Restore the two from one backup; clients trust the "
+            f"{CA_CERTIFICATE} that they have."
+        )
+    today = datetime.datetime.now(datetime.timezone.utc)
+    if certificate is None:
+        reason = "was made again, because it was lost or damaged. Clients can go on with the one that they have"
+    elif certificate.not_valid_before_utc > today:
+        reason = f"was valid from {certificate.not_valid_before_utc:%Y-%m-%d} only. Every client needs the new one"
+    elif certificate.not_valid_after_utc < today:
+        reason = f"had expired on {certificate.not_valid_after_utc:%Y-%m-%d}. Every client needs the new one"
+    elif certificate.not_valid_after_utc < today + datetime.timedelta(days=_CA_RENEWAL_DAYS):
+        reason = (
+            f"was about to expire. Send the new one to every client before {certificate.not_valid_after_utc:%Y-%m-%d}; "
+            "until then the old one is good, too"
+        )
+    else:
+        return Signer(certificate, key), []
+    certificate = sign_authority(key, _CA_DAYS)
+    _write_certificate(certificate_file, certificate)
+    return Signer(certificate, key), [f"`{certificate_file}` {reason}."]
+
+
+def _read(path: Path, load: Callable[[bytes], Any]) -> Any:
+    """What is in a file, or None if it is missing or damaged."""
     try:
-        return x509.IPAddress(ipaddress.ip_address(host))
-    except ValueError:
-        return x509.DNSName(host)
+        return load(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError):  # TypeError: it has a password
+        return None
 
 
-def _covers(path: Path, hosts: Sequence[str]) -> bool:
-    if not path.exists():
-        return False
-    certificate = x509.load_pem_x509_certificate(path.read_bytes())
-    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    soon = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=30)
-    return all(_general_name(host) in names for host in hosts) and certificate.not_valid_after_utc > soon
+def _load_key(data: bytes) -> Any:
+    return serialization.load_pem_private_key(data, None)
+
+
+def _write_certificate(path: Path, certificate: x509.Certificate) -> None:
+    write_atomically(path, certificate.public_bytes(serialization.Encoding.PEM))
 
 
 def _write_key(path: Path, key: Any, format: Any = serialization.PrivateFormat.PKCS8) -> None:
     data = key.private_bytes(serialization.Encoding.PEM, format, serialization.NoEncryption())
-    path.unlink(missing_ok=True)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)
+    write_atomically(path, data, mode=0o600)

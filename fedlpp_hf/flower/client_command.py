@@ -9,7 +9,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .certificates import NODE_PUBLIC_KEY, check_loopback, make_node_key
+from .addresses import check_loopback, parse_server
+from .certificates import NODE_PUBLIC_KEY, check_authority, make_node_key
 from .client_settings import ClientSettings
 from .environment import check_flower, make_environment
 from .local_trainer import stop_trainer
@@ -57,11 +58,12 @@ def run_client(
         ValueError: if arguments conflict, or a file does not exist.
     """
     check_flower()
+    address = parse_server(server)
     if insecure:
-        check_loopback(server.rsplit(":", 1)[0])
-    for name, path in (("config", config), ("data", data)):
+        check_loopback(address.host)
+    for option, path in (("--config", config), ("--data", data)):
         if not Path(path).exists():
-            raise ValueError(f"{name}='{path}' does not exist.")
+            raise ValueError(f"{option} `{path}` does not exist.")
     client_id = client_id or Path(data).stem
     state = Path(state_dir or f"flower-{client_id}").resolve()
     settings = ClientSettings(
@@ -76,7 +78,7 @@ def run_client(
         launch=[] if processes == 1 else ["accelerate", "launch", "--num_processes", str(processes)],
         parent=os.getpid(),
     )
-    command = [sys.executable, "-m", "fedlpp_hf.flower.supernode", "--superlink", server]
+    command = [sys.executable, "-m", "fedlpp_hf.flower.supernode", "--superlink", str(address)]
     command += [
         "--host",
         "127.0.0.1",
@@ -96,14 +98,19 @@ def run_client(
 
 def _prepare_credentials(state: Path, client_id: str, certificate: str | None) -> list[str]:
     """Make the node's key, say what to do with it, and return the SuperNode's arguments."""
+    public = state / NODE_PUBLIC_KEY
+    before = public.read_bytes() if public.is_file() else None
     key = make_node_key(state)
+    if before not in (None, public.read_bytes()):
+        print("A new key was made, because the earlier one was lost: the server's owner must register it.", flush=True)
     print(
-        f"This client's key is `{state / NODE_PUBLIC_KEY}`. Send that file to the server's owner, who saves it as "
+        f"This client's key is `{public}`. Send that file to the server's owner, who saves it as "
         f"`{client_id}.pub` in the directory of --client_keys.",
         flush=True,
     )
-    if certificate is None or not Path(certificate).is_file():
-        raise ValueError(f"--certificate is `{certificate}`; expected the ca.crt that the server's owner sends you.")
+    if certificate is None:
+        raise ValueError("--certificate is not given; expected the ca.crt that the server's owner sends you.")
+    check_authority(certificate)
     return ["--root-certificates", str(Path(certificate).resolve()), "--auth-supernode-private-key", str(key)]
 
 

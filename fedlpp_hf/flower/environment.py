@@ -15,14 +15,14 @@ SERVER_FILE = "FEDLPP_HF_SERVER"
 
 
 def check_flower() -> None:
-    """Check that an untested Flower does not run: another SuperLink may serve other paths than the gate of `superlink.py`
-    knows.
+    """Check that all of the extra `flower` is installed, and that an untested Flower does not run: another SuperLink may serve
+    other paths than the gate of `superlink.py` knows.
 
     Raises:
-        ValueError: if flwr is not installed, or its version is outside the range of the extra `flower`.
+        ValueError: if a package is not installed, or the version of flwr is outside the range of the extra.
     """
     # The range is in setup.cfg. There the extra's marker also tells the first Python version with a Flower.
-    requirements = map(Requirement, requires("fedlpp_hf") or ())
+    requirements = [Requirement(text) for text in requires("fedlpp_hf") or ()]
     expected = next(requirement.specifier for requirement in requirements if requirement.name == "flwr")
     try:
         installed = version("flwr")
@@ -35,6 +35,17 @@ def check_flower() -> None:
             f"flwr {installed} is installed; this version of fedlpp_hf was tested with flwr{expected} only. Run "
             f"pip install 'flwr{expected}'."
         )
+    for requirement in requirements:
+        marker = requirement.marker
+        if marker is not None and marker.evaluate({"extra": "flower"}) and not marker.evaluate({"extra": ""}):
+            _check_installed(requirement.name)
+
+
+def _check_installed(package: str) -> None:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        raise ValueError(f"This needs `{package}`, which is not installed: pip install 'fedlpp_hf[flower]'.") from None
 
 
 def make_environment(state_dir: Path) -> dict[str, str]:
@@ -44,6 +55,7 @@ def make_environment(state_dir: Path) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_HOME": str(state_dir / "flwr"),
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",  # default: one second, added to every message
+        "FORWARDED_ALLOW_IPS": "127.0.0.1",  # the default; else a header could make another machine local to the gate
         SERVER_FILE: str(state_dir / "server.json"),
         # Flower finds its own commands by name.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),

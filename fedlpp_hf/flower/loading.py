@@ -62,6 +62,28 @@ def load_trainer(
     Raises:
         ValueError: if the configuration names no usable `trainer`, or no model.
     """
+    make_trainer, task, args, network = read_settings(config, flags)
+    for name, value in (overrides or {}).items():
+        setattr(args, name, value)
+    model = model or args.full_model or network.base
+    if model is None:
+        raise ValueError("No model is given: set `full_model` (the owner's), or `base` (an exported one).")
+    return make_trainer(task, args, model=model, train_dataset=train_dataset), network
+
+
+def read_settings(
+    config: str | os.PathLike, flags: Sequence[str], other_options: Sequence[str] = ()
+) -> tuple[Callable[..., Any], Any, FederatedConfig, NetworkConfig]:
+    """The function that makes the trainer, the task's own options, and those of the federation and of the network.
+
+    Args:
+        config: YAML file of the federation.
+        flags: flags that override it.
+        other_options: of the command, parsed already; a mistyped flag may mean one of them.
+
+    Raises:
+        ValueError: if the configuration names no usable `trainer`, or a value is wrong.
+    """
     make_trainer = load_function(str(read_yaml(Path(config)).get("trainer", "")), Path(config).parent)
     types = list(typing.get_type_hints(make_trainer).values())
     if len(types) < 2 or not isinstance(types[1], type) or not issubclass(types[1], FederatedConfig):
@@ -69,13 +91,9 @@ def load_trainer(
             f"`{make_trainer.__name__}`, the config's `trainer`, must declare the types of its first two parameters: a "
             "dataclass with the task's own options, and FederatedConfig or a subclass of it."
         )
-    task, args, network = parse_args((types[0], types[1], NetworkConfig), ["--config", str(config), *flags])
-    for name, value in (overrides or {}).items():
-        setattr(args, name, value)
-    model = model or args.full_model or network.base
-    if model is None:
-        raise ValueError("No model is given: set `full_model` (the owner's), or `base` (an exported one).")
-    return make_trainer(task, args, model=model, train_dataset=train_dataset), network
+    arguments = ["--config", str(config), *flags]
+    task, args, network = parse_args((types[0], types[1], NetworkConfig), arguments, other_options=other_options)
+    return make_trainer, task, args, network
 
 
 def load_function(reference: str, directory: Path) -> Callable[..., Any]:

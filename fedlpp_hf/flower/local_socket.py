@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..tensors.atomic import write_atomically
+
 
 CALL_TIMEOUT = 30.0  # for requests that are answered at once; a busy machine is slow
 _KEY_BYTES = _NONCE_BYTES = 32
@@ -23,10 +25,9 @@ Frame = tuple[dict[str, Any], bytes]
 
 
 def make_key(path: Path) -> None:
-    """Write a new key to `path`, readable by this user only, unless the file exists."""
-    if not path.exists():
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(_KEY_BYTES))
+    """Write a new key to `path`, readable by this user only, unless there is a whole one."""
+    if not path.exists() or path.stat().st_size != _KEY_BYTES:
+        write_atomically(path, secrets.token_bytes(_KEY_BYTES), mode=0o600)
 
 
 def read_key(path: Path) -> bytes:
@@ -34,12 +35,16 @@ def read_key(path: Path) -> bytes:
 
     Raises:
         RuntimeError: if other users can read it.
+        EOFError: if it is not whole; the next [`make_key`] makes a new one.
     """
     if path.stat().st_mode & 0o077:
         raise RuntimeError(
             f"`{path}` can be read by others; its mode must be 600. Delete it, and the next start makes a new one."
         )
-    return path.read_bytes()
+    key = path.read_bytes()
+    if len(key) != _KEY_BYTES:
+        raise EOFError(f"`{path}` has {len(key)} bytes instead of {_KEY_BYTES}.")
+    return key
 
 
 def find_private_directory() -> Path:

@@ -1,7 +1,6 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """`fedlpp-hf server`: start a SuperLink, run a federation on it, and end everything that was started."""
 
-import contextlib
 import socket
 import subprocess
 import sys
@@ -9,7 +8,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .certificates import CA_CERTIFICATE, SERVER_CERTIFICATE, SERVER_KEY, check_loopback, make_certificates
+from .addresses import (
+    Address,
+    check_local,
+    check_loopback,
+    explain_unreachable,
+    find_own_address,
+    is_wildcard,
+    parse_address,
+    parse_hosts,
+)
+from .certificates import CA_CERTIFICATE, SERVER_CERTIFICATE, SERVER_KEY, make_certificates
 from .environment import check_flower, make_environment
 from .process_group import exit_on_sigterm, run_group
 from .superlink_control import register_clients, run_app, write_app
@@ -38,9 +47,10 @@ def run_server(
         config: YAML file of the federation.
         flags: flags that override it.
         state_dir: directory for certificates, logs and the SuperLink's database.
-        listen: address to listen on.
+        listen: address to listen on: of loopback, of one interface, or `0.0.0.0` or `::` for all of one kind.
         port: the one port that clients connect to.
-        hosts: names and addresses of this machine that clients connect to; they go into the certificate.
+        hosts: names and addresses of this machine that clients connect to; they go into the certificate. By default that
+            of `listen`.
         client_keys: directory with the public keys (`*.pub`) that clients sent.
         insecure: neither TLS nor node keys; on loopback only.
 
@@ -49,19 +59,27 @@ def run_server(
         RuntimeError: if the SuperLink or the run can't be started.
     """
     check_flower()
-    if insecure:
-        check_loopback(listen)
+    listen, hosts = read_addresses(listen, port, hosts, insecure)
+    for host in hosts:
+        if reason := explain_unreachable(host, listen):
+            print(f"Note: clients do not reach `{host}`: {reason}, unless something forwards it.", flush=True)
     if not Path(config).is_file():
-        raise ValueError(f"config='{config}' does not exist; expected the YAML file of the federation.")
+        raise ValueError(f"--config `{config}` does not exist; expected the YAML file of the federation.")
+    if client_keys is not None and not Path(client_keys).is_dir():
+        raise ValueError(
+            f"--client_keys `{client_keys}` is not a directory; expected that of the clients' *.pub files."
+        )
     state = Path(state_dir).resolve()
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    own = find_own_address(listen)
     command = [sys.executable, "-m", "fedlpp_hf.flower.superlink", "--host", listen, "--port", str(port)]
     command += ["--database", str(state / "superlink.db"), "--disable-runtime-dependency-installation"]
-    connection = {"address": f"127.0.0.1:{port}", "insecure": insecure}
+    connection = {"address": str(Address(own, port)), "insecure": insecure}
     if insecure:
         command += ["--insecure"]
     else:
-        make_certificates(state, [*hosts, "127.0.0.1", "localhost"])
+        for notice in make_certificates(state, [*hosts, own, "127.0.0.1", "localhost"]):
+            print(notice, flush=True)
         files = [str(state / name) for name in (CA_CERTIFICATE, SERVER_CERTIFICATE, SERVER_KEY)]
         command += ["--ssl-ca-certfile", files[0], "--ssl-certfile", files[1], "--ssl-keyfile", files[2]]
         command += ["--enable-supernode-auth"]
@@ -70,25 +88,71 @@ def run_server(
     environment = make_environment(state)
     exit_on_sigterm()
     with run_group(command, environment, state / "superlink.log", state / SUPERLINK_PID) as superlink:
-        wait_for_port(port, superlink, state / "superlink.log")
+        wait_for_port(port, superlink, state / "superlink.log", own)
         register_clients(state, client_keys, environment)
-        host = hosts[0] if hosts else "127.0.0.1"
-        print(_describe_client_command(config, f"{host}:{port}", None if insecure else state), flush=True)
+        address = str(Address(hosts[0], port))
+        print(_describe_client_command(config, address, None if insecure else state), flush=True)
         return run_app(state, environment)
 
 
-def wait_for_port(port: int, process: subprocess.Popen, log: Path) -> None:
-    """Wait until `process` listens on `port` of this machine.
+def read_addresses(listen: str, port: int, hosts: Sequence[str], insecure: bool) -> tuple[str, list[str]]:
+    """Read `--listen` and `--hosts`: where to listen, and by which names clients reach this machine, at least one.
+
+    Args:
+        listen: as typed.
+        port: of the server.
+        hosts: as typed.
+        insecure: whether only loopback is allowed.
 
     Raises:
+        ValueError: if one of them is wrong, or they do not go together.
+    """
+    address = parse_address(listen, "--listen")
+    if address.port not in (None, port):
+        raise ValueError(f"--listen `{listen}`: the port is an option, too; set --port {address.port}.")
+    names = parse_hosts(hosts, port)
+    if insecure:
+        for host in (address.host, *names):
+            check_loopback(host)
+    if not names and is_wildcard(address.host):
+        raise ValueError(
+            f"--listen `{listen}` is for other machines. Give --hosts, the names or addresses by which they reach this one: "
+            "the certificate holds them."
+        )
+    check_local(address.host)
+    return address.host, names or [address.host]
+
+
+def wait_for_port(port: int, process: subprocess.Popen, log: Path, host: str = "127.0.0.1") -> None:
+    """Wait until `process` listens on `port` of `host`.
+
+    Args:
+        port: where it listens.
+        process: that was started just now.
+        log: of the process, for the message.
+        host: at which this machine reaches it.
+
+    Raises:
+        ValueError: if another process listens there.
         RuntimeError: if it ends first, or takes too long.
     """
+    address = str(Address(host, port))
     deadline = time.monotonic() + _START_SECONDS
+    if _is_listening(host, port):  # the SuperLink needs a second to import what it needs
+        raise ValueError(f"Another process listens on {address}. End it, or choose another --port.")
     while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        if _is_listening(host, port):
             return
         time.sleep(0.1)
-    raise RuntimeError(f"The SuperLink did not start on port {port}; see `{log}`.")
+    raise RuntimeError(f"The SuperLink did not start on {address}; see `{log}`.")
+
+
+def _is_listening(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=1):
+            return True
+    except OSError:
+        return False
 
 
 def _describe_client_command(config: str, address: str, state: Path | None) -> str:

@@ -8,6 +8,7 @@ owner's full model. The gate keeps these two for this machine.
     python -m fedlpp_hf.flower.superlink [arguments of flower-superlink]
 """
 
+import argparse
 import ipaddress
 from typing import Any
 
@@ -15,6 +16,7 @@ from flwr.superlink import extensions
 from flwr.superlink.cli import flower_superlink
 from starlette.middleware import Middleware
 
+from .addresses import is_wildcard
 from .environment import check_flower
 
 
@@ -22,27 +24,39 @@ FLEET_PREFIX = "/v1/fleet/"
 
 
 class FleetOnly:
-    """ASGI middleware that answers other machines with 403 on every path outside the Fleet API."""
+    """ASGI middleware that answers other machines with 403 on every path outside the Fleet API.
 
-    def __init__(self, app: Any):
-        self.app = app
+    Args:
+        app: what it stands in front of.
+        one_interface: the server listens on one interface and not on loopback, so that this machine reaches it from the
+            interface's own address. No other machine can be answered there.
+    """
+
+    def __init__(self, app: Any, one_interface: bool = False):
+        self.app, self.one_interface = app, one_interface
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan" or scope["path"].startswith(FLEET_PREFIX) or _is_local(scope.get("client")):
+        if scope["type"] == "lifespan" or scope["path"].startswith(FLEET_PREFIX) or self._is_local(scope):
             await self.app(scope, receive, send)
             return
         await send({"type": "http.response.start", "status": 403, "headers": [(b"content-length", b"0")]})
         await send({"type": "http.response.body", "body": b""})
 
-
-def _is_local(client: Any) -> bool:
-    return client is not None and ipaddress.ip_address(client[0]).is_loopback
+    def _is_local(self, scope: dict[str, Any]) -> bool:
+        client, server = scope.get("client"), scope.get("server")
+        if client is None:
+            return False
+        own = self.one_interface and server is not None and client[0] == server[0]
+        return own or ipaddress.ip_address(client[0]).is_loopback
 
 
 def main() -> None:
     """Run `flower-superlink` with the gate as its outermost layer."""
     check_flower()
-    extensions.get_middleware = lambda: (Middleware(FleetOnly),)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--host", default="0.0.0.0")
+    host = parser.parse_known_args()[0].host
+    extensions.get_middleware = lambda: (Middleware(FleetOnly, one_interface=not is_wildcard(host)),)
     flower_superlink()
 
 

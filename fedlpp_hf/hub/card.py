@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 
 from ..config.federated import FederatedConfig
 from ..config.options import card_labels
 from ..server.store import RoundStore
+from .metadata import read_metadata
+from .snippet import describe_loading
 
 
 CARD = "README.md"
@@ -64,7 +66,7 @@ def write_model_card(
         "## How it was made\n\n" + _describe_federation(federation),
         "## Results\n\n" + _read_results(federation),
         "## Privacy\n\n" + _describe_privacy(federation, audit),
-        "## How to load\n\n" + _describe_loading(directory, repo_id, is_adapter, data.get("base_model")),
+        "## How to load\n\n" + describe_loading(directory, repo_id, source, federation),
     ]
     card = ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
     card.save(directory / CARD)
@@ -84,19 +86,20 @@ def read_source_card(source: str | os.PathLike | None, directory: Path, token: s
     """
     from huggingface_hub.errors import EntryNotFoundError
 
-    place: str | Path
     if source is None or Path(source).is_dir():
-        place = (Path(source) if source is not None else directory) / CARD
-        if not place.is_file():
+        card = (Path(source) if source is not None else directory) / CARD
+        if not card.is_file():
             return {}
     else:
-        place = str(source)
+        try:
+            card = Path(hf_hub_download(str(source), CARD, token=token))
+        except EntryNotFoundError:
+            return {}
     try:
-        metadata = ModelCard.load(place, token=token, ignore_metadata_errors=False).data.to_dict()
-    except EntryNotFoundError:
-        return {}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"The model card of `{place}` can't be read ({error}). Correct its metadata.") from error
+        metadata = read_metadata(card)
+    except (OSError, ValueError) as error:
+        place = card if source is None or Path(source).is_dir() else source
+        raise ValueError(f"The model card of `{place}` can't be read: {error}. Correct its metadata.") from error
     return {key: metadata[key] for key in _KEPT if metadata.get(key)}
 
 
@@ -171,15 +174,3 @@ def _describe_privacy(federation: Path | None, audit: str | os.PathLike | None) 
         raise ValueError(f"The audit `{found}` can't be read ({error}).") from error
     text = "\n".join(f"##{line}" if line.startswith("#") else line for line in text.splitlines())
     return "\n\n".join([*parts, "Results of the audit:", text.strip()])
-
-
-def _describe_loading(directory: Path, repo_id: str, is_adapter: bool, base_model: str | None) -> str:
-    config = directory / "config.json"
-    architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures") if config.is_file() else None
-    name = (architectures or ["AutoModelForCausalLM"])[0]
-    lines = [f"from transformers import {name}", "", f'model = {name}.from_pretrained("{repo_id}")']
-    if is_adapter:
-        lines = ["from peft import PeftModel", f"from transformers import {name}", ""]
-        lines += [f'model = {name}.from_pretrained("{base_model or "the full model"}")']
-        lines += [f'model = PeftModel.from_pretrained(model, "{repo_id}")']
-    return "```python\n" + "\n".join(lines) + "\n```"

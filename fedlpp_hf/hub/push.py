@@ -115,8 +115,9 @@ def _check_merged(directory: Path) -> None:
             f"`{directory}` has `{FEDERATION_DIR}`, the state of a federation with files of its clients. Push the "
             "directory that the merge wrote."
         )
-    for name in _NEVER_PUSHED:
-        if (directory / name).exists():
+    for path in sorted(directory.rglob("*")):
+        if path.name in _NEVER_PUSHED:
+            name = path.relative_to(directory)
             raise ValueError(f"`{directory}` has `{name}`, which must not be published. Is it a client's directory?")
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))

@@ -7,16 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-from peft import PeftConfig
+from huggingface_hub import is_offline_mode, snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from peft import LoraConfig, PeftConfig
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
 
 from ..tensors.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 class AdapterReader:
     """A PEFT adapter on disk, read tensor by tensor in float32.
+
+    `is_zero`: it has LoRA's B, which starts as zeros, and every B still is.
 
     Raises:
         ValueError: if a file is missing or damaged, or a value is not finite.
@@ -31,17 +35,68 @@ class AdapterReader:
             self.config = PeftConfig.from_pretrained(str(directory))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"`{directory / ADAPTER_CONFIG}` can't be read ({error}).") from error
+        if self.config.is_prompt_learning:
+            raise ValueError(
+                f"`{directory}` is a {self.config.peft_type.value} adapter: it adds inputs and changes no weight, so it can't "
+                "be merged. Load it beside the full model with PEFT."
+            )
         try:
             self._open = safe_open(file, "pt")
         except (SafetensorError, OSError) as error:
             raise ValueError(f"`{file}` can't be read ({error}); is it truncated?") from error
-        self.keys = sorted(self._open.keys())
+        self._converted: dict[str, torch.Tensor] = {}
+        self._stored = self.keys = self._list_keys()
+        seconds = []  # whether each B has a value that is not zero
         for key in self.keys:
-            if not is_finite(self.read(key)):
+            # Adapters other than LoRA have indices, too.
+            tensor = self.read_stored(key) if isinstance(self.config, LoraConfig) else self._open.get_tensor(key)
+            if not is_finite(tensor):
                 raise ValueError(f"`{key}` in `{file}` has values that are NaN or infinite; did its training diverge?")
+            if ".lora_B." in key or key.endswith(".lora_embedding_B"):
+                seconds.append(bool(tensor.any()))
+        self.is_zero = bool(seconds) and not any(seconds)
+
+    def _list_keys(self) -> list[str]:
+        """The keys, without quantized weights of the base, which PEFT saves along with a LoRA on a head or embedding."""
+        keys = sorted(self._open.keys())
+        codes = [
+            key.removesuffix("weight")
+            for key in keys
+            if key.endswith((".base_layer.weight", ".original_module.weight"))
+            and self._open.get_slice(key).get_dtype() in ("U8", "I8")
+        ]
+        return [key for key in keys if not key.startswith(tuple(codes)) or key.endswith(".base_layer.bias")]
+
+    def use_keys_of(self, model: PreTrainedModel) -> None:
+        """Convert keys that an older transformers used, and the tensors that it kept apart, to those of `model`.
+
+        PEFT's own conversion does it, as when it loads the adapter. What it changes is then held in memory.
+
+        Raises:
+            ValueError: if the adapter can't be converted.
+        """
+        self.keys, self._converted = self._stored, {}
+        names = {key: torch.empty(self.shape(key), device="meta") for key in self.keys}
+        if self._convert(model, names).keys() == names.keys():
+            return
+        stored = {key: self.read(key) for key in self.keys}
+        made = self._convert(model, dict(stored))
+        self._converted = {key: t.contiguous() for key, t in made.items() if stored.get(key) is not t}
+        self.keys = sorted(made)
+
+    def _convert(self, model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        try:
+            return convert_peft_adapter_state_dict_for_transformers(model, self.config, tensors)
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"`{self.directory}` has the keys of an older transformers, which PEFT can't convert for "
+                f"{type(model).__name__} ({error}). Load and save it with the versions it was trained with."
+            ) from error
 
     def shape(self, key: str) -> tuple[int, ...]:
         """A tensor's shape, from the header."""
+        if key in self._converted:
+            return tuple(self._converted[key].shape)
         return tuple(self._open.get_slice(key).get_shape())
 
     def read(self, key: str) -> torch.Tensor:
@@ -50,12 +105,16 @@ class AdapterReader:
         Raises:
             ValueError: if it does not hold floating point values.
         """
-        tensor = self._open.get_tensor(key)
+        return self.read_stored(key).float()
+
+    def read_stored(self, key: str) -> torch.Tensor:
+        """Read one tensor in the dtype it is stored in; errors are those of [`read`]."""
+        tensor = self._converted[key] if key in self._converted else self._open.get_tensor(key)
         if not tensor.is_floating_point():
             raise ValueError(
                 f"`{key}` in `{self.directory}` has the dtype {tensor.dtype}; expected floating point values."
             )
-        return tensor.float()
+        return tensor
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -93,5 +152,10 @@ def _find_directory(name: str | os.PathLike, token: str | None) -> Path:
         return Path(name)
     try:
         return Path(snapshot_download(str(name), token=token, allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS]))
-    except HFValidationError as error:
+    except (HFValidationError, RepositoryNotFoundError) as error:
         raise ValueError(f"`{name}` is neither a directory nor the name of an adapter on the Hub.") from error
+    except LocalEntryNotFoundError as error:
+        reason = "HF_HUB_OFFLINE is set" if is_offline_mode() else "the Hub can't be reached"
+        raise ValueError(
+            f"The adapter `{name}` is neither a directory nor in the Hub's cache, and {reason}. Give a directory."
+        ) from error

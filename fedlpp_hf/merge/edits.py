@@ -8,10 +8,12 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import layer as lora_layers
+from peft.utils.other import ModulesToSaveWrapper
 
 from ..tensors.adapters import PREFIX
 from .adapter_reader import AdapterReader
-from .peft_models import NeedsPeft, list_nearest, parameter_name
+from .peft_models import NeedsPeft, is_duplicate, list_nearest, list_shapes
+from .sizes import parameter_name
 
 
 @dataclass(slots=True)
@@ -20,7 +22,7 @@ class Edit:
 
     `key_a`, `key_b`: keys of the factors, ΔW = s·B·A, with one s in `scales` for each adapter; `transposed`: the parameter
     is stored `(in, out)`; `experts`: their number, where the factors of all are stacked; `magnitude`: DoRA's vector;
-    `bias`: a vector to add, scaled; `value`: a tensor that replaces the parameter.
+    `bias`: a vector to add, scaled; `value`: a tensor that replaces the parameter, before anything is added.
     """
 
     key_a: str | None = None
@@ -32,6 +34,11 @@ class Edit:
     bias: str | None = None
     value: str | None = None
 
+    @property
+    def adds(self) -> bool:
+        """Whether something is added to the parameter, or to the value that replaces it."""
+        return self.key_a is not None or self.bias is not None
+
     def load_factors(self, reader: AdapterReader, expert: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Read A `(r, in)` and B `(out, r)` of one expert, float32."""
         assert self.key_a is not None and self.key_b is not None
@@ -42,8 +49,21 @@ class Edit:
         return a, b
 
 
-def find_edits(peft_model: PeftModel, reader: AdapterReader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Edit]:
-    """Find what one adapter does, by parameter of the model.
+@dataclass(frozen=True, slots=True)
+class SharedValue:
+    """A parameter of the base model in an adapter, by its key: all weights that are tied to it become the same.
+
+    `frozen`: LoRA's layer or a module to save lies over it, so that training did not change it; PEFT saves it along.
+    """
+
+    key: str
+    frozen: bool
+
+
+def find_edits(
+    peft_model: PeftModel, reader: AdapterReader, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, Edit], dict[str, SharedValue]]:
+    """Find what one adapter does, by parameter of the model: to that parameter alone, and to all that are tied to it.
 
     Args:
         peft_model: the model with the adapter in it.
@@ -55,8 +75,10 @@ def find_edits(peft_model: PeftModel, reader: AdapterReader, shapes: Mapping[str
         NeedsPeft: if only PEFT's own merge can do it.
     """
     edits: dict[str, Edit] = {}
-    taken = set()
+    taken, own = set(), []
     for path, module in peft_model.base_model.model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            own.append(f"{PREFIX}{path}.")
         if not isinstance(module, LoraLayer):
             continue
         name = path.replace(".base_layer", "")
@@ -67,22 +89,47 @@ def find_edits(peft_model: PeftModel, reader: AdapterReader, shapes: Mapping[str
             if isinstance(module, lora_layers.Embedding | lora_layers._ConvNd):
                 raise NeedsPeft(f"`{name}` is a {type(module).__name__} layer with DoRA")
             edit.magnitude = magnitude if magnitude in reader.keys else f"{magnitude}.weight"
-            taken.add(edit.magnitude)
+            taken |= {magnitude, f"{magnitude}.weight"}
         if bias in reader.keys:
             if f"{name}.bias" not in shapes:
                 raise ValueError(f"The adapter has `{bias}`, but `{name}` has no bias to add it to.")
             edits[f"{name}.bias"] = Edit(bias=bias, scales=edit.scales)
             taken.add(bias)
         edits[parameter] = edit
-    for key in sorted(set(reader.keys) - taken):
+    rest = sorted(set(reader.keys) - taken)
+    if not rest:
+        return edits, {}
+    return edits, _find_values_(edits, rest, (list_shapes(peft_model), tuple(own)), shapes)
+
+
+def _find_values_(
+    edits: dict[str, Edit],
+    keys: list[str],
+    trained: tuple[Mapping[str, tuple[int, ...]], tuple[str, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, SharedValue]:
+    """Add the values that replace one parameter alone. Returns those that replace all that are tied to it.
+
+    Args:
+        edits: by parameter.
+        keys: the adapter's other keys.
+        trained: the keys that the adapter trains, and the beginnings of those of modules that are saved whole.
+        shapes: of the model's parameters.
+    """
+    shared: dict[str, SharedValue] = {}
+    for key in keys:
         name = parameter_name(key)
         if name not in shapes:
+            if is_duplicate(key, keys):
+                continue
             raise ValueError(f"The adapter's `{key}` has no parameter; the nearest are {list_nearest(name, shapes)}.")
-        if name in edits:
-            # A bias trained as a whole beside LoRA's own (`lora_bias`), or a weight saved along with its update.
-            raise NeedsPeft(f"it has both an update and a value for `{name}`")
-        edits[name] = Edit(value=key)
-    return edits
+        if edits.get(name, Edit()).experts > 1:
+            raise NeedsPeft(f"it has both an update and a value for the experts `{name}`")
+        if key in trained[0] and key.startswith(trained[1]):
+            edits.setdefault(name, Edit()).value = key
+        else:
+            shared[name] = SharedValue(key, key not in trained[0] and key != PREFIX + name)
+    return shared
 
 
 def _describe_layer(path: str, name: str, module: LoraLayer) -> tuple[str, Edit]:

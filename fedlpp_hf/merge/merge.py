@@ -6,24 +6,32 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
+from ..base.directory import TOKENIZER_FILES
 from ..base.full_model import FullModel
 from ..base.reader import BaseReader
 from ..base.shards import WEIGHTS, WEIGHTS_INDEX, Shard
-from .adapter_reader import open_adapters
+from ..base.tensor_plan import TensorPlan, plan_tensors
+from .adapter_reader import AdapterReader, open_adapters
 from .destination import VIEW_MARK, check_destination, publish, scratch_directory, working_directory
 from .jobs import plan_jobs
 from .layouts import plan_layouts
-from .peft_models import NeedsPeft
+from .loading import check_loads, read_shapes
+from .peft_models import AdaptedModel, NeedsPeft, build_models
 from .plan import MergeInputs, MergePlan, plan_merge
 from .report import MergeReport
 from .rows import RowProducer
 from .through_peft import check_alone, merge_through_peft
 from .writing import write_shards
+
+
+logger = logging.get_logger(__name__)
 
 
 def merge_adapter(
@@ -80,27 +88,96 @@ def merge_adapter(
     report = MergeReport(str(destination), target, verified=verify)
     with working_directory(destination) as work:
         source = FullModel(full_model, revision, token, scratch_directory(work) if delete_source_shards else None)
-        config = source.read_config()
-        try:
-            plan = plan_merge(config, source.shapes, adapters, model_class)
-        except NeedsPeft as reason:
-            check_alone(str(reason), len(adapters), base_dir is not None, source)
-            merge_through_peft(str(reason), source, config, adapters[0], work, model_class)
-            report.through_peft, report.verified = str(reason), False
+        found = _find_changes(source, adapters, model_class, base_dir)
+        _warn_of_nothing(adapters)
+        if isinstance(found.plan, str):
+            check_alone(found.plan, len(adapters), base_dir is not None, source)
+            merge_through_peft(found.plan, source, found.adapted, adapters[0], work)
+            check_loads(work, found.adapted.model, found.tensors, read_shapes(work))
+            report.through_peft, report.verified = found.plan, False
         else:
-            base = BaseReader(base_dir, plan.shapes, plan.transposed) if base_dir is not None else None
+            plan = found.plan
             if target == "base":
                 plan.config_changes[VIEW_MARK] = True
-            inputs = MergeInputs(plan, adapters, shares, base, into_base=target == "base")
+            inputs = MergeInputs(plan, adapters, shares, found.base, into_base=target == "base")
             layouts = plan_layouts(source, inputs)
             shards = {file: plan_jobs(source.shards[file], new, inputs) for file, new in layouts.items()}
+            if _write_companions(source, plan, layouts, work):
+                shapes = {t.name: t.shape for shard in layouts.values() for t in shard.tensors.values()}
+                check_loads(work, found.adapted.model, found.tensors, shapes)
             producer = RowProducer(inputs, torch.device(device))
             norms = write_shards(work, source, shards, producer, threads=threads, verify=verify, sync=sync)
-            _write_companions(source, plan, layouts, work)
             report.record_(plan, norms, shards.values())
+        if found.adapted.tokens is not None:
+            _take_tokenizer(adapters[0].directory, work, found.adapted.tokens[1])
         publish(work, destination, sync)
     report.seconds = time.perf_counter() - began
     return report
+
+
+def check_merge(
+    full_model: str | os.PathLike,
+    adapter: str | os.PathLike,
+    *,
+    model_class: Any = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> None:
+    """Find out whether an adapter can be merged, from the headers of the full model, before one is trained.
+
+    Args:
+        full_model: a directory, or a name on the Hub.
+        adapter: a PEFT directory; its values do not matter.
+        model_class: the class that the adapter is trained on, where the configurations don't tell.
+        revision: branch, tag or commit of the full model on the Hub.
+        token: for the Hub; by default that of `hf auth login`.
+
+    Raises:
+        ValueError: as [`merge_adapter`] does.
+    """
+    adapters, shares = open_adapters(adapter, None, token)
+    source = FullModel(full_model, revision, token)
+    found = _find_changes(source, adapters, model_class, None)
+    if not isinstance(found.plan, str):
+        inputs = MergeInputs(found.plan, adapters, shares)
+        for file, new in plan_layouts(source, inputs).items():
+            plan_jobs(source.shards[file], new, inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Changes:
+    """What is to be done: `plan` is a plan, or why only PEFT can do it."""
+
+    adapted: AdaptedModel
+    tensors: TensorPlan
+    base: BaseReader | None
+    plan: MergePlan | str
+
+
+def _find_changes(
+    source: FullModel, adapters: Sequence[AdapterReader], model_class: Any, base_dir: str | os.PathLike | None
+) -> _Changes:
+    adapted = build_models(source.read_config(), adapters, model_class)
+    model = adapted.model
+    tensors = plan_tensors(model, source.shapes)
+    source.check_scales(tensors.left_out)
+    base = None
+    if base_dir is not None:
+        transposed = {f"{name}.weight" for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
+        base = BaseReader(base_dir, adapted.before, transposed, model.base_model_prefix)
+    try:
+        return _Changes(adapted, tensors, base, plan_merge(adapted, tensors, source, adapters, base))
+    except NeedsPeft as reason:
+        return _Changes(adapted, tensors, base, str(reason))
+
+
+def _warn_of_nothing(adapters: Sequence[AdapterReader]) -> None:
+    for reader in adapters:
+        if reader.is_zero:
+            logger.warning(
+                f"Every B of the adapter in `{reader.directory}` is zero, as before any training: its update is zero, and merging "
+                "it changes no weight but those that it replaces. Is it the trained one?"
+            )
 
 
 def _check_arguments(
@@ -120,21 +197,52 @@ def _check_arguments(
         ) from error
 
 
-def _write_companions(source: FullModel, plan: MergePlan, layouts: Mapping[str, Shard], work: Path) -> None:
-    """Copy the other files of the full model, with the changes to its configuration and index."""
+def _take_tokenizer(adapter: Path, work: Path, tokens: int) -> None:
+    """Put the tokenizer with which an adapter was trained, if it lies beside it, in the place of the full model's."""
+    if not (adapter / "tokenizer_config.json").is_file():
+        logger.warning(
+            f"The merged model has {tokens} tokens, and the tokenizer is the full model's: copy the one of the training to it."
+        )
+        return
+    for name in TOKENIZER_FILES:
+        (work / name).unlink(missing_ok=True)
+        if (adapter / name).is_file():
+            shutil.copyfile(adapter / name, work / name)
+
+
+def _write_companions(source: FullModel, plan: MergePlan, layouts: Mapping[str, Shard], work: Path) -> bool:
+    """Copy the other files of the full model, with the changes to its configuration and index.
+
+    Returns whether anything in them is new, so that the model might no longer load.
+    """
     source.copy_companions(work)
     config = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
-    if any(config.get(key) != value for key, value in plan.config_changes.items()):
-        (work / "config.json").write_text(json.dumps(config | plan.config_changes, indent=2) + "\n", encoding="utf-8")
+    changed = _change_json(config, plan.config_changes)
+    if changed != config:
+        (work / "config.json").write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
+    is_new = changed != config or any(new is not source.shards[file] for file, new in layouts.items())
     if WEIGHTS in source.shards:
-        return
+        return is_new
     index = json.loads((source.directory / WEIGHTS_INDEX).read_text(encoding="utf-8"))
     weight_map = {name: file for file, shard in layouts.items() for name in shard.tensors}
-    if not plan.added and weight_map == index["weight_map"]:
+    if not is_new and weight_map == index["weight_map"]:
         shutil.copyfile(source.directory / WEIGHTS_INDEX, work / WEIGHTS_INDEX)
-        return
-    if plan.added:
+        return is_new
+    if any(new is not source.shards[file] for file, new in layouts.items()):
         index.setdefault("metadata", {})["total_size"] = sum(s.size - len(s.header) for s in layouts.values())
     (work / WEIGHTS_INDEX).write_text(
         json.dumps(index | {"weight_map": weight_map}, indent=2) + "\n", encoding="utf-8"
     )
+    return is_new
+
+
+def _change_json(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Change values, also in configurations within; what an old layout has at the top is changed there."""
+    changed = dict(config)
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and key not in ("id2label", "label2id"):
+            inner = changed.get(key)
+            changed = changed | {key: _change_json(inner, value)} if isinstance(inner, dict) else changed | dict(value)
+        else:
+            changed[key] = value
+    return changed

@@ -6,16 +6,30 @@ PEFT itself applies the adapter's configuration to the model, so that keys and s
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any
 
 import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.utils.other import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..base.modules import build_meta_model
 from ..tensors.adapters import PREFIX, adapter_parameters
 from .adapter_reader import AdapterReader
+from .sizes import (
+    RESIZE,
+    AdaptedSizes,
+    change_sizes,
+    check_tokens,
+    check_vocabulary,
+    explain_vocabulary,
+    find_sizes,
+    parameter_name,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -36,50 +50,80 @@ _PEFT_ONLY = (
     "kasa_config", "use_bdlora", "monteclora_config",
 )  # fmt: skip
 
+_OTHER = (
+    "Was it trained on another architecture? Or saved with an older transformers, whose keys PEFT does not convert for this "
+    "model? Then rename its keys."
+)
+
 
 class NeedsPeft(Exception):
     """The adapter does something that only PEFT's own merge can do; the message says what."""
 
 
-def check_config(config: PeftConfig) -> None:
-    """Refuse an adapter that is more than s·B·A.
+@dataclass(frozen=True, slots=True)
+class AdaptedModel:
+    """The model that adapters were trained on, without memory for its weights.
 
-    Raises:
-        NeedsPeft: saying what it is.
+    `config`: the full model's, with the adapter's numbers of labels and tokens, and `config_changes`: what is new in it;
+    `model`: of that configuration; `peft_models`: the same with each adapter in it; `before`: the shapes of the parameters
+    with the full model's own numbers; `tokens`: the full model's and the adapter's, where they differ; `needs_peft`: why only
+    PEFT's own merge can do it.
     """
+
+    config: Any
+    model: PreTrainedModel
+    before: Mapping[str, tuple[int, ...]]
+    peft_models: list[PeftModel] = field(default_factory=list)
+    config_changes: dict[str, Any] = field(default_factory=dict)
+    tokens: tuple[int, int] | None = None
+    needs_peft: str | None = None
+
+
+def find_auto_class(peft_config: PeftConfig | Mapping[str, Any]) -> str | None:
+    """The name of the Auto class for an adapter's task; None where its configuration names none."""
+    values = peft_config if isinstance(peft_config, Mapping) else vars(peft_config)
+    task = values.get("task_type")
+    return _AUTO_CLASSES.get(str(getattr(task, "value", task)))
+
+
+def _explain_peft(config: PeftConfig) -> str | None:
+    """Why an adapter is more than s·B·A; None if it is not."""
     if not isinstance(config, LoraConfig):
-        raise NeedsPeft(f"it is a {config.peft_type} adapter, not LoRA")
+        return f"it is a {config.peft_type.value} adapter, not LoRA"
     if config.init_lora_weights not in _PLAIN_INITS:
-        raise NeedsPeft(f"init_lora_weights={config.init_lora_weights!r} moved the model's own weights")
+        return f"init_lora_weights={config.init_lora_weights!r} moved the model's own weights"
     used = [name for name in _PEFT_ONLY if getattr(config, name, None)]
-    if used:
-        raise NeedsPeft(f"it uses `{used[0]}`")
+    return f"it uses `{used[0]}`" if used else None
 
 
-def list_model_classes(config: Any, peft_config: PeftConfig, model_class: Any) -> list[Any]:
+def _list_model_classes(config: Any, peft_config: PeftConfig, model_class: Any) -> list[Any]:
     """List the classes that the adapter may have been trained on, the likeliest first.
 
     None stands for the class that the model's configuration names.
     """
     if model_class is not None:
         return [model_class]
-    task = str(getattr(peft_config.task_type, "value", peft_config.task_type))
     trained = (getattr(peft_config, "auto_mapping", None) or {}).get("base_model_class", "")
-    names = [*(config.architectures or [])[:1], trained, _AUTO_CLASSES.get(task, "")]
-    return [found for name in names if (found := getattr(transformers, name, None)) is not None] or [None]
+    names = [*(config.architectures or [])[:1], trained, find_auto_class(peft_config) or ""]
+    classes = [found for name in names if (found := getattr(transformers, name, None)) is not None]
+    # Not the class of another architecture, which can't be built of this configuration.
+    fitting = [found for found in classes if isinstance(config, getattr(found, "config_class", None) or object)]
+    return fitting or [None]
 
 
-def build_models(
-    config: Any, adapters: Sequence[AdapterReader], model_class: Any
-) -> tuple[PreTrainedModel, list[PeftModel]]:
+def build_models(config: Any, adapters: Sequence[AdapterReader], model_class: Any) -> AdaptedModel:
     """Build the model of the first class that fits the adapters: bare, and with each adapter in it.
+
+    Args:
+        config: the full model's configuration.
+        adapters: one, or several with the same targets. Keys of older versions are converted.
+        model_class: the class they were trained on, where configurations don't tell.
 
     Raises:
         ValueError: if no class has the adapters' keys and shapes; the likeliest class's error.
-        NeedsPeft: if an adapter can't be applied without the weights.
     """
     problems: list[ValueError] = []
-    for candidate in list_model_classes(config, adapters[0].config, model_class):
+    for candidate in _list_model_classes(config, adapters[0].config, model_class):
         try:
             return _build_class(config, adapters, candidate)
         except ValueError as error:
@@ -87,60 +131,105 @@ def build_models(
     raise problems[0]
 
 
-def _build_class(
-    config: Any, adapters: Sequence[AdapterReader], model_class: Any
-) -> tuple[PreTrainedModel, list[PeftModel]]:
+def _build_class(config: Any, adapters: Sequence[AdapterReader], model_class: Any) -> AdaptedModel:
     model = build_meta_model(config, model_class)
-    peft_model = _apply_adapter(config, model_class, adapters[0].config)
-    labels = _count_labels(config, _list_shapes(peft_model), adapters[0])
-    if labels:
-        config = type(config).from_dict(config.to_dict() | {"num_labels": labels, "id2label": None, "label2id": None})
+    before = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for reader in adapters:
+        reader.use_keys_of(model)
+        if reader.keys != adapters[0].keys:
+            other = sorted(set(reader.keys) ^ set(adapters[0].keys))
+            raise ValueError(
+                f"The adapters differ in `{other[0]}`; only adapters with the same targets can be averaged."
+            )
+    sizes = find_sizes(model, adapters[0])
+    check_tokens(model, adapters[0].config, sizes.tokens)
+    resized, changes = change_sizes(config, sizes)
+    tokens = None
+    if changes:
+        model, own = _build_resized(resized, model_class, sizes.tokens, model), model
+        tokens = None if sizes.tokens is None else (own.get_input_embeddings().num_embeddings, sizes.tokens)
+    reason = next((found for reader in adapters if (found := _explain_peft(reader.config))), None)
+    peft_models = []
+    for reader in adapters:
+        if isinstance(reader.config, LoraConfig):
+            try:
+                peft_models.append(_apply_adapter(resized, model_class, reader.config))
+                _check_keys(reader, peft_models[-1], model)
+            except NotImplementedError as error:
+                reason = reason or f"it can't be applied without loading the model ({error})"
+        else:
+            _check_modules(reader, model)
+    if tokens is not None:
+        whole = {
+            f"{path}.{leaf}"
+            for path, module in (peft_models[0].base_model.model.named_modules() if peft_models else ())
+            if isinstance(module, ModulesToSaveWrapper)
+            for leaf in module.original_module.state_dict()
+        }
+        check_vocabulary(AdaptedSizes(model, before, tokens, frozenset(whole)), adapters[0])
         logger.warning(
-            f"The adapter's head has {labels} labels, the full model's config another number; it becomes {labels}."
+            f"The adapter was trained with a vocabulary of {tokens[1]} tokens; the merged model's becomes that."
         )
-        model, peft_model = (
-            build_meta_model(config, model_class),
-            _apply_adapter(config, model_class, adapters[0].config),
+    if sizes.labels is not None:
+        logger.warning(
+            f"The adapter's head has {sizes.labels} labels, the full model's config another number; it becomes {sizes.labels}."
         )
-    peft_models = [peft_model] + [_apply_adapter(config, model_class, reader.config) for reader in adapters[1:]]
-    for reader, applied in zip(adapters, peft_models, strict=True):
-        _check_keys(reader, applied, model)
-    return model, peft_models
+    return AdaptedModel(resized, model, before, peft_models, changes, tokens, reason)
+
+
+def _build_resized(config: Any, model_class: Any, tokens: int | None, model: PreTrainedModel) -> PreTrainedModel:
+    if tokens is None:
+        return build_meta_model(config, model_class)
+    before = model.get_input_embeddings().num_embeddings
+    try:
+        resized = build_meta_model(config, model_class)
+        if resized.get_input_embeddings().num_embeddings == tokens:
+            return resized
+        problem = f"the vocabulary of {type(model).__name__} is not in its configuration's `vocab_size`"
+    except AssertionError as error:  # such as a padding token beyond the last one
+        problem = str(error)
+    raise ValueError(
+        f"{explain_vocabulary(before, tokens)}, and that can't be changed ({problem}). {RESIZE.format(tokens)}"
+    )
 
 
 def _apply_adapter(config: Any, model_class: Any, peft_config: PeftConfig) -> PeftModel:
-    try:
-        return get_peft_model(build_meta_model(config, model_class), peft_config, low_cpu_mem_usage=True)
-    except NotImplementedError as error:
-        raise NeedsPeft(f"it can't be applied without loading the model ({error})") from error
+    peft_config = deepcopy(peft_config)  # which PEFT changes, as it does the model's
+    if peft_config.init_lora_weights not in _PLAIN_INITS:
+        peft_config.init_lora_weights = True  # the same layers, without a computation on weights that are not there
+    return get_peft_model(build_meta_model(deepcopy(config), model_class), peft_config, low_cpu_mem_usage=True)
 
 
-def _list_shapes(peft_model: PeftModel) -> dict[str, tuple[int, ...]]:
+def list_shapes(peft_model: PeftModel) -> dict[str, tuple[int, ...]]:
+    """The shapes of an adapter's tensors by their keys in a PEFT repository."""
     return {key: tuple(tensor.shape) for key, tensor in adapter_parameters(peft_model).items()}
 
 
-def _count_labels(config: Any, expected: Mapping[str, tuple[int, ...]], reader: AdapterReader) -> int | None:
-    """The number of classes of the adapter's head, where it differs from the configuration's."""
-    keys = [
-        key for key in reader.keys if key in expected and ".lora_" not in key and reader.shape(key) != expected[key]
-    ]
-    rows = {reader.shape(key)[0] for key in keys}
-    fits = all(reader.shape(key)[1:] == expected[key][1:] and expected[key][0] == config.num_labels for key in keys)
-    return rows.pop() if len(rows) == 1 and fits else None
+def is_duplicate(key: str, keys: Iterable[str]) -> bool:
+    """Whether a key only repeats another, as PEFT does where it saves embeddings along."""
+    if key.endswith(".lora_magnitude_vector.weight"):
+        return key.removesuffix(".weight") in keys
+    return (".modules_to_save." in key and key.replace(".modules_to_save.", ".") in keys) or ".token_adapter." in key
 
 
 def _check_keys(reader: AdapterReader, peft_model: PeftModel, model: PreTrainedModel) -> None:
-    expected, state = _list_shapes(peft_model), model.state_dict()
+    expected, state = list_shapes(peft_model), model.state_dict()
     for key in reader.keys:
-        if key not in expected and parameter_name(key) not in state:
+        if key in expected:
+            shape, what = expected[key], "with its adapter_config.json "
+        elif (name := parameter_name(key)) in state:
+            shape, what = tuple(state[name].shape), ""
+        elif is_duplicate(key, reader.keys):
+            continue
+        else:
             raise ValueError(
                 f"The adapter's `{key}` has no place in {type(model).__name__}; the nearest are "
-                f"{list_nearest(key, expected)}. Was it trained on another architecture?"
+                f"{list_nearest(key, expected)}. {_OTHER}"
             )
-        if key in expected and reader.shape(key) != expected[key]:
+        if reader.shape(key) != shape:
             raise ValueError(
-                f"The adapter's `{key}` has shape {reader.shape(key)}; {type(model).__name__} with its "
-                f"adapter_config.json has {expected[key]}. Is it of another rank, or for another model?"
+                f"The adapter's `{key}` has shape {reader.shape(key)}; {type(model).__name__} {what}has {shape}. Is it of "
+                "another rank, or for another model?"
             )
     missing = sorted(set(expected) - set(reader.keys))
     if missing:
@@ -150,9 +239,18 @@ def _check_keys(reader: AdapterReader, peft_model: PeftModel, model: PreTrainedM
         )
 
 
-def parameter_name(key: str) -> str:
-    """The model's parameter for an adapter's `key` that is not a LoRA factor."""
-    return key.removeprefix(PREFIX).replace(".base_layer.", ".")
+def _check_modules(reader: AdapterReader, model: PreTrainedModel) -> None:
+    """Refuse an adapter other than LoRA for modules that the model does not have."""
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(reader.config.peft_type, "")
+    modules, state = dict(model.named_modules()), model.state_dict()
+    for key in reader.keys:
+        path = parameter_name(key)
+        found = path in state or (prefix and f".{prefix}" in key and path.split(f".{prefix}")[0] in modules)
+        if not found and key.startswith(PREFIX) and not is_duplicate(key, reader.keys):
+            raise ValueError(
+                f"The adapter's `{key}` has no place in {type(model).__name__}; the nearest are {list_nearest(path, modules)}. "
+                + _OTHER
+            )
 
 
 def list_nearest(name: str, names: Iterable[str]) -> str:

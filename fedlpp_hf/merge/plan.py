@@ -5,15 +5,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..base.full_model import FullModel
 from ..base.reader import BaseReader
-from ..base.tensor_plan import plan_tensors
+from ..base.tensor_plan import TensorPlan
 from .adapter_reader import AdapterReader
 from .edits import Edit, find_edits
 from .locations import Piece, locate_parameters, whole_pieces
-from .peft_models import NeedsPeft, build_models, check_config, list_nearest
+from .peft_models import AdaptedModel, NeedsPeft, list_nearest
+from .shared_values import drop_copies, find_odd_one, replace_shared_
+from .tying import check_untied, list_tied_groups, untie_config
 
 
 logger = logging.get_logger(__name__)
@@ -25,7 +27,7 @@ class MergePlan:
 
     `edits`: by parameter of the model; `pieces`: by tensor of the checkpoint; `added`: tensors that are new to the
     checkpoint, as (name, parameter whose stored tensor it starts from or None, edit); `config_changes`: for `config.json`;
-    `shapes`: of the model's parameters; `transposed`: the parameters of `Conv1D` modules.
+    `shapes`: of the model's parameters.
     """
 
     edits: dict[str, Edit]
@@ -33,7 +35,6 @@ class MergePlan:
     added: list[tuple[str, str | None, Edit]] = field(default_factory=list)
     config_changes: dict[str, Any] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    transposed: set[str] = field(default_factory=set)
 
     def tensor_of(self, parameter: str) -> str:
         """The checkpoint's tensor that begins with a parameter."""
@@ -60,7 +61,10 @@ class MergeInputs:
 
     def reads_base(self, parameter: str) -> bool:
         """Whether Q(W) of a parameter is needed: to merge into it, or for the norm of E."""
-        return self.base is not None and self.base.is_quantized(self.base_name(parameter))
+        if self.base is None or not self.base.is_quantized(self.base_name(parameter)):
+            return False
+        edit = self.plan.edits.get(parameter)
+        return edit is None or edit.value is None
 
     def takes_base(self, parameter: str) -> bool:
         """Whether a parameter becomes Q(W) + ΔW."""
@@ -72,46 +76,61 @@ class MergeInputs:
 
 
 def plan_merge(
-    config: Any, stored: Mapping[str, tuple[int, ...]], adapters: Sequence[AdapterReader], model_class: Any = None
+    adapted: AdaptedModel,
+    tensors: TensorPlan,
+    source: FullModel,
+    adapters: Sequence[AdapterReader],
+    base: BaseReader | None = None,
 ) -> MergePlan:
     """Find what adapters change in a checkpoint.
 
     Args:
-        config: the full model's configuration.
-        stored: the shapes of the checkpoint's tensors.
+        adapted: the model that they were trained on.
+        tensors: which tensors of the checkpoint make its parameters.
+        source: the full model.
         adapters: one, or several with the same targets.
-        model_class: the class they were trained on, where configurations don't tell.
+        base: the quantized base, where it is known.
 
     Raises:
         ValueError: if an adapter does not fit the model, naming the tensor.
         NeedsPeft: if only PEFT's own merge can do it.
     """
-    for reader in adapters:
-        check_config(reader.config)
-        if reader.keys != adapters[0].keys:
-            other = sorted(set(reader.keys) ^ set(adapters[0].keys))
-            raise ValueError(
-                f"The adapters differ in `{other[0]}`; only adapters with the same targets can be averaged."
-            )
-    model, peft_models = build_models(config, adapters, model_class)
-    plan = MergePlan({}, {}, config_changes={"architectures": [type(model).__name__]})
+    if adapted.needs_peft:
+        raise NeedsPeft(adapted.needs_peft)
+    model, stored = adapted.model, source.shapes
+    plan = MergePlan({}, {}, config_changes={"architectures": [type(model).__name__]} | adapted.config_changes)
     plan.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    plan.transposed = {n + ".weight" for n, m in model.named_modules() if type(m).__name__ == "Conv1D"}
-    if model.config.num_labels != config.num_labels:
-        plan.config_changes |= {"id2label": model.config.id2label, "label2id": model.config.label2id}
-    found = [find_edits(peft_model, adapters[0], plan.shapes) for peft_model in peft_models]
-    plan.edits = found[0]
+    groups = list_tied_groups(model)
+    each = [find_edits(peft_model, adapters[0], plan.shapes) for peft_model in adapted.peft_models]
+    plan.edits, shared = each[0]
     for name, edit in plan.edits.items():
-        edit.scales = tuple(scale for others in found for scale in others[name].scales)
+        edit.scales = tuple(scale for others, _ in each for scale in others[name].scales)
         if edit.magnitude is not None and len(adapters) > 1:
             raise ValueError(f"`{name}` has a DoRA magnitude; several such adapters have no exact mean. Merge one.")
-    pieces, rearranged = locate_parameters(model, plan_tensors(model, stored), stored, plan.edits)
-    _untie_(plan, model, pieces, stored)
+    replace_shared_(plan.edits, drop_copies(shared, _find_stored(tensors, groups), source, adapters, base), groups)
+    pieces, rearranged = locate_parameters(model, tensors, stored, plan.edits)
+    odd = {tuple(group): found for group in groups if (found := find_odd_one(group, plan.edits, adapters))}
+    still_tied = _untie_(plan, adapted, odd) if odd else groups
+    for group in groups:
+        if group in still_tied:
+            _keep_tied_(plan, group, pieces, stored)
+        else:
+            _write_out_(plan, group, pieces, stored)
     _place_edits_(plan, set(pieces), rearranged, stored)
     for parts in pieces.values():
         for piece in parts:
             plan.pieces.setdefault(piece.tensor, []).append(piece)
     return plan
+
+
+def _find_stored(tensors: TensorPlan, groups: Sequence[Sequence[str]]) -> dict[str, str]:
+    """The checkpoint's tensor of each parameter that is one tensor as it is, or is tied to one."""
+    stored = {name: inputs[0][1] for name, (converter, inputs) in tensors.groups.items() if converter is None}
+    for group in groups:
+        tensor = next((stored[name] for name in group if name in stored), None)
+        if tensor is not None:
+            stored |= {name: tensor for name in group if name not in stored}
+    return stored
 
 
 def _place_edits_(plan: MergePlan, located: set[str], rearranged: set[str], stored: Iterable[str]) -> None:
@@ -131,28 +150,58 @@ def _place_edits_(plan: MergePlan, located: set[str], rearranged: set[str], stor
             )
 
 
-def _untie_(
-    plan: MergePlan, model: PreTrainedModel, pieces: dict[str, list[Piece]], stored: Mapping[str, tuple[int, ...]]
+def _keep_tied_(
+    plan: MergePlan, group: Sequence[str], pieces: dict[str, list[Piece]], stored: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Give weights that share one tensor one each, where the adapter changes them differently.
+    """Change the one tensor of a tied group, or all of them where it is stored more than once."""
+    edit = plan.edits.get(group[0])
+    if edit is None:
+        return
+    _locate_twins_(plan, group, pieces, stored)
+    main = next((name for name in group if name in pieces), group[0])
+    for name in group:
+        if name in pieces or name == main:
+            plan.edits[name] = edit
+        else:
+            plan.edits.pop(name, None)
 
-    PEFT's merge would change the shared tensor, and with it the layer that the adapter does not touch.
+
+def _untie_(plan: MergePlan, adapted: AdaptedModel, odd: Mapping[tuple[str, ...], str]) -> list[list[str]]:
+    """Untie weights in the configuration. Returns the groups that share a tensor even then.
+
+    PEFT's merge would change the shared tensor, and with it the layer that the adapter does not touch. The configuration
+    unties all at once.
+
+    Args:
+        plan: gets the changes of the configuration.
+        adapted: the model.
+        odd: the groups that have to be untied, and the parameter in each that becomes another.
     """
-    for copy, original in model.all_tied_weights_keys.items():
-        if plan.edits.get(copy) == plan.edits.get(original):  # both None, as a rule
-            continue
-        if len(model.all_tied_weights_keys) > 1:
-            raise ValueError(
-                f"The adapter changes `{copy if copy in plan.edits else original}`, which {type(model).__name__} shares "
-                f"with {', '.join(sorted(set(model.all_tied_weights_keys) | {original}))}; they can't be told apart. "
-                "Train an adapter without that target."
-            )
-        present, absent = (original, copy) if original in pieces else (copy, original)
-        edit = plan.edits.get(absent, Edit())
-        if absent in plan.shapes and absent in stored:  # tied, and yet stored twice
-            pieces[absent] = whole_pieces(absent, absent, plan.shapes[absent], None)
-        if absent not in pieces:
-            plan.added.append((absent, None if edit.value else present, edit))
-            plan.edits.pop(absent, None)
-        plan.config_changes["tie_word_embeddings"] = False
-        logger.warning(f"The adapter changes only one of `{copy}` and `{original}`, which were tied; they are untied.")
+    config, changes = untie_config(adapted.config)
+    for group, name in odd.items():
+        untied = check_untied(adapted.model, config, list(group), name)
+        names = " and ".join(f"`{name}`" for name in group)
+        logger.warning(f"The adapter changes {names}, which were tied, differently; they are untied.")
+    plan.config_changes |= changes
+    return list_tied_groups(untied)
+
+
+def _write_out_(
+    plan: MergePlan, group: Sequence[str], pieces: dict[str, list[Piece]], stored: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Give each weight of a group that was tied a tensor."""
+    _locate_twins_(plan, group, pieces, stored)
+    present = next((name for name in group if name in pieces), None)
+    for name in group if present else ():
+        if name not in pieces:
+            edit = plan.edits.pop(name, Edit())
+            plan.added.append((name, None if edit.value else present, edit))
+
+
+def _locate_twins_(
+    plan: MergePlan, group: Sequence[str], pieces: dict[str, list[Piece]], stored: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Find the tensors of weights that are tied, and yet stored more than once."""
+    for name in group:
+        if name not in pieces and name in stored:
+            pieces[name] = whole_pieces(name, name, plan.shapes[name], None)

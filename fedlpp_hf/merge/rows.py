@@ -55,10 +55,15 @@ class RowProducer:
     def _compute(self, job: Rewrite, source: int, norms: Norms) -> Iterator[tuple[int, torch.Tensor]]:
         edit, dtype = job.edit, job.tensor.torch_dtype
         columns, several = job.row_bytes // dtype.itemsize, len(self.inputs.adapters) > 1
+        value = None
         if edit.value is not None:
             value = self._average([reader.read(edit.value) for reader in self.inputs.adapters])
-            yield 0, _select(value, job, columns).to(dtype).contiguous()
-            return
+            value = _select(value, job, columns).to(
+                dtype, copy=True
+            )  # a weight of the model, before anything is added
+            if not edit.adds:
+                yield 0, value
+                return
         work = torch.float64 if several or dtype == torch.float64 else torch.float32
         original = None
         if self.inputs.base is not None and self.inputs.reads_base(job.piece.parameter):
@@ -72,9 +77,12 @@ class RowProducer:
         spare = torch.empty_like(wide)  # allocating for each chunk costs more than the arithmetic
         one = [] if several else [self._load_product(job, 0, work, columns)]
         for low, high in chunks:
-            data = raw[: (high - low) * job.row_bytes]
-            read_range(source, data.numpy().data, job.start + low * job.row_bytes)
-            stored = data.view(dtype).view(high - low, columns)
+            if value is not None:
+                stored = value[low:high]
+            else:
+                data = raw[: (high - low) * job.row_bytes]
+                read_range(source, data.numpy().data, job.start + low * job.row_bytes)
+                stored = data.view(dtype).view(high - low, columns)
             in_memory = dtype == work and self.device.type == "cpu"
             weight = stored if in_memory else wide[: high - low].copy_(stored)
             if original is not None:

@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from peft import PeftConfig
 
+from ..tensors.adapters import scrub_config
 from ..wire.encoding import restore_tensors
 from .blueprint import TrainerBlueprint
 from .measurement import RowMeasures
@@ -73,6 +75,10 @@ class OwnerProcess:
         """
         answer, variate = self._ask("estimate_variate", start, round_number=round_number, seeds=list(seeds))
         return variate, answer["share"]
+
+    def check_merge(self, adapter: Mapping[str, torch.Tensor], peft_config: PeftConfig) -> None:
+        """Refuse an adapter that [`merge`] could not merge in the end."""
+        self._ask("check_merge", adapter, peft_config=scrub_config(peft_config))
 
     def merge(self, adapter_dir: str | os.PathLike, output_dir: str | os.PathLike) -> None:
         """Write the full model with the adapter merged into it."""

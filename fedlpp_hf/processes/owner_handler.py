@@ -5,21 +5,27 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 
 from ..aggregation.products import join_residual
 from ..aggregation.variate import average_variates
 from ..base.export import export_base
+from ..base.full_model import FullModel
+from ..base.model_class import change_config, list_float_modules
 from ..hub.push import push_merged
-from ..merge.merge import merge_adapter
-from ..tensors.adapters import load_adapter_, split_tensors
+from ..merge.merge import check_merge, merge_adapter
+from ..tensors.adapters import load_adapter_, split_tensors, write_adapter
 from ..wire.encoding import restore_tensors
 from ..wire.messages import ClientTask, LocalOptions
 from .blueprint import TrainerBlueprint
 from .measurement import choose_rows, measure_rows
+from .model_check import check_adapter_fits
+from .sentence_models import copy_modules, is_sentence_trainer
 
 
 class OwnerHandler:
@@ -31,17 +37,22 @@ class OwnerHandler:
         self._base_trainer: Any = None
 
     def export_base(self, tensors, output_dir: str):
-        args = self.blueprint.args
+        args, blueprint = self.blueprint.args, self.blueprint
+        check_adapter_fits(self.source, self.config, self.model_class, blueprint.peft_config)
         manifest = export_base(
-            self.blueprint.full_model,
+            blueprint.full_model,
             output_dir,
             bits=args.base_bits,
             block_size=args.base_block_size,
             double_quant=args.double_quant,
             embedding_bits=args.embedding_bits,
-            model_class=self.blueprint.model_class,
+            skip_modules=list_float_modules(self.config, self.model_class, blueprint.peft_config.modules_to_save),
+            model_class=self.model_class,
+            revision=blueprint.init_kwargs.get("revision"),
             overwrite=True,
         )
+        if is_sentence_trainer(blueprint.trainer_class):
+            copy_modules(self.source, Path(output_dir))
         return manifest["totals"], {}
 
     def initial_adapter(self, tensors):
@@ -68,7 +79,7 @@ class OwnerHandler:
         if not residual:
             yield
             return
-        joined, _ = join_residual(adapter, residual, self.trainer.model.peft_config["default"])
+        joined, _ = join_residual(adapter, residual, self.trainer.guard.peft_config)
         small = {key: parameter.data for key, parameter in parameters.items()}
         try:
             for key, parameter in parameters.items():
@@ -99,11 +110,21 @@ class OwnerHandler:
         variate, share = average_variates(estimates)
         return {"share": share}, variate
 
+    def check_merge(self, tensors, peft_config: dict[str, Any]):
+        blueprint, directory = self.blueprint, self.scratch / "untrained"
+        write_adapter(directory, tensors, PeftConfig.from_peft_type(**peft_config))
+        revision = blueprint.init_kwargs.get("revision")
+        check_merge(blueprint.full_model, directory, model_class=self.model_class, revision=revision)
+        return {}, {}
+
     def merge(self, tensors, adapter_dir: str, output_dir: str):
         # The model of an earlier run stays until there is another to take its place.
         fresh = Path(f"{output_dir}.new")
         shutil.rmtree(fresh, ignore_errors=True)
-        merge_adapter(self.blueprint.full_model, adapter_dir, fresh, model_class=self.blueprint.model_class)
+        blueprint = self.blueprint
+        revision = blueprint.init_kwargs.get("revision")
+        merge_adapter(blueprint.full_model, adapter_dir, fresh, model_class=self.model_class, revision=revision)
+        change_config(fresh, blueprint.init_kwargs)
         shutil.rmtree(output_dir, ignore_errors=True)
         os.replace(fresh, output_dir)
         return {}, {}
@@ -118,6 +139,18 @@ class OwnerHandler:
         trainer.train()
         load_adapter_(trainer.guard.parameters, trainer.server.adapter)
         return trainer.evaluate_metrics(), {}
+
+    @cached_property
+    def source(self) -> FullModel:
+        return FullModel(self.blueprint.full_model, self.blueprint.init_kwargs.get("revision"))
+
+    @cached_property
+    def config(self) -> Any:
+        return self.source.read_config()
+
+    @property
+    def model_class(self) -> Any:
+        return self.blueprint.choose_class(self.config)
 
     @property
     def trainer(self):

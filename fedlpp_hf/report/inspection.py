@@ -3,11 +3,10 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..base.manifest import BASE_MANIFEST, check_base, read_manifest
+from ..base.manifest import BASE_MANIFEST
 from ..config.federated import FederatedConfig
 from ..config.metrics import MetricChoice, is_number
 from ..config.options import card_labels
@@ -15,6 +14,7 @@ from ..server.store import FEDERATION_DIR, FEDERATION_FILE, RoundStore
 from ..tensors.adapters import ADAPTER_CONFIG, lora_factors, read_adapter
 from ..tensors.codebooks import BITS
 from ..tensors.packing import packed_size
+from .base_inspection import describe_base, format_shape, shorten
 from .metrics import mean_client_loss
 from .tables import format_bytes, format_table
 from .text import find_warnings
@@ -23,14 +23,7 @@ from .text import find_warnings
 if TYPE_CHECKING:
     from ..merge.report import MergeReport
 
-_KINDS = {
-    "linear4bit": "4-bit weights",
-    "linear8bit": "8-bit weights",
-    "codebook": "floats of few values",
-    "full_precision": "full precision",
-}
-_SCALE_BYTES = 4
-_LISTED = 5
+SCALE_BYTES = 4
 
 
 def describe_directory(directory: str | os.PathLike, tensors: bool = False, verify: bool = False) -> list[str]:
@@ -65,54 +58,6 @@ def describe_directory(directory: str | os.PathLike, tensors: bool = False, veri
     )
 
 
-def describe_base(base_dir: str | os.PathLike, tensors: bool = False, verify: bool = False) -> list[str]:
-    """Describe what a client receives with a base: bits per weight and bytes of each kind of tensor, and exact tensors.
-
-    Args:
-        base_dir: directory of the base.
-        tensors: list every tensor instead of the kinds.
-        verify: compare every file with the manifest.
-
-    Raises:
-        ValueError: if it is not a base, or with `verify` if a file differs from the manifest.
-    """
-    manifest = check_base(base_dir) if verify else read_manifest(base_dir)
-    entries, totals = manifest["tensors"], manifest["totals"]
-    scales = "quantized scales" if manifest["double_quant"] else f"blocks of {manifest['block_size']}"
-    lines = [
-        f"Base of {manifest['architecture']}: {manifest['bits']} bits, {scales}; embeddings {manifest['embedding_bits']} "
-        "bits",
-        f"fingerprint {manifest['fingerprint']}" + (" (every file checked)" if verify else ""),
-        "",
-    ]
-    header = ["tensors", "count", "parameters", "bits each", "information", "on disk"]
-    if tensors:
-        rows = [_row(f"{e['name']} {_shape(e['shape'])}", [e]) for e in entries]
-    else:
-        groups = {kind: [e for e in entries if e["kind"] == kind] for kind in _KINDS}
-        rows = [_row(_KINDS[kind], group) for kind, group in groups.items() if group]
-    lines += format_table([header, *rows, _row("all", entries)])
-    files = sum(file["bytes"] for file in manifest["files"].values())
-    lines += [
-        "",
-        f"Each client is sent at most {format_bytes(totals['information_bytes'])} once (packed; {format_bytes(files)} of "
-        "files on disk).",
-    ]
-    exact = sorted((e for e in entries if e["kind"] == "full_precision"), key=lambda e: -e["bytes"])
-    names = [f"{e['name']} ({format_bytes(e['bytes'])})" for e in exact]
-    lines.append(
-        f"In full precision: {format_bytes(totals['full_precision_bytes'])}: {_shorten(names)}"
-        if exact
-        else "Nothing is in full precision."
-    )
-    if manifest["full_precision_linears"]:
-        lines.append(f"WARNING: linear layers in full precision: {_shorten(manifest['full_precision_linears'])}")
-    for key, label in (("initialized_by_clients", "Initialized by clients"), ("left_out", "Left out")):
-        if manifest[key]:
-            lines.append(f"{label}: {_shorten(manifest[key])}")
-    return lines
-
-
 def describe_adapter(directory: str | os.PathLike, tensors: bool = False) -> list[str]:
     """Describe an adapter's targets and size, and the bytes of its broadcast at each number of bits.
 
@@ -135,20 +80,20 @@ def describe_adapter(directory: str | os.PathLike, tensors: bool = False) -> lis
     lines = [
         f"{config.get('peft_type', 'PEFT')} adapter: rank {config.get('r')}, alpha {config.get('lora_alpha')}, "
         f"{len(factors)} targets (scale {', '.join(f'{scale:g}' for scale in scales)})"
-        + (f", and {len(others)} whole tensors: {_shorten(others)}" if others else ""),
+        + (f", and {len(others)} whole tensors: {shorten(others)}" if others else ""),
         f"{len(adapter)} tensors, {values:,} parameters, {format_bytes(stored)}",
     ]
     if name := config.get("base_model_name_or_path"):
         lines.append(f"WARNING: its configuration names the model `{name}`, which a client would see.")
     if tensors:
         rows = [
-            [key, _shape(t.shape), str(t.dtype).removeprefix("torch."), format_bytes(t.nbytes)]
+            [key, format_shape(t.shape), str(t.dtype).removeprefix("torch."), format_bytes(t.nbytes)]
             for key, t in adapter.items()
         ]
         lines += ["", *format_table([["tensor", "shape", "dtype", "bytes"], *rows])]
     block_size = FederatedConfig.adapter_block_size
     counts = [tensor.numel() for tensor in adapter.values()]
-    sizes = [sum(packed_size(bits, n) + _SCALE_BYTES * math.ceil(n / block_size) for n in counts) for bits in BITS]
+    sizes = [sum(packed_size(bits, n) + SCALE_BYTES * math.ceil(n / block_size) for n in counts) for bits in BITS]
     table = [["bits", *map(str, BITS), "32"], ["bytes", *map(format_bytes, [*sizes, 4 * values])]]
     return [*lines, "", f"To broadcast it to one client, in blocks of {block_size}:", *format_table(table)]
 
@@ -229,20 +174,3 @@ def describe_merge(report: "MergeReport", layers: bool = False) -> list[str]:
         ]
         lines += ["", *format_table([["tensor", "‖ΔW‖", "‖W − Q(W)‖/‖ΔW‖"], *rows])]
     return lines
-
-
-def _row(label: str, entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    parameters = sum(math.prod(entry["shape"]) for entry in entries)
-    information = sum(entry["information_bytes"] for entry in entries)
-    stored = sum(entry["bytes"] for entry in entries)
-    bits = f"{information * 8 / max(parameters, 1):.2f}"
-    return [label, str(len(entries)), f"{parameters:,}", bits, format_bytes(information), format_bytes(stored)]
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return "×".join(map(str, shape)) or "scalar"
-
-
-def _shorten(names: Sequence[str]) -> str:
-    more = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -6,14 +6,17 @@ import os
 from pathlib import Path
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Write a file such that readers find the old one or the new one, even after a crash.
 
-    The data go to a hidden file beside it, which takes the name once it is on disk. Missing folders are made.
+    The data go to a hidden file beside it, which takes the name once it is on disk. Missing folders are made. `mode` is
+    the file's from its first byte on, less the umask: 0o600 for a key.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
+    temporary.unlink(missing_ok=True)
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        file.write(data)
     sync_path(temporary)
     os.replace(temporary, path)
     sync_path(path.parent)

@@ -73,6 +73,41 @@ def round_to_levels(
     return indices, scales
 
 
+def find_between_levels(
+    tensor: torch.Tensor, levels: torch.Tensor, block_size: int, tolerance: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the values that lie nearly halfway between two levels: rounding them either way costs the same.
+
+    Args:
+        tensor: What [`round_to_levels`] would round.
+        levels: `(k,)` sorted.
+        block_size: Values that share a scale.
+        tolerance: Largest distance from halfway, as a share of the two levels' distance.
+
+    Returns:
+        Positions `(n,)` int64 in memory order, rising, and the index of the lower of the two levels `(n,)` uint8.
+    """
+    flat = tensor.detach().reshape(-1)
+    bounds = (levels[:-1] + levels[1:]) / 2
+    widths = (levels[1:] - levels[:-1]) * tolerance
+    positions, lower = [], []
+    for start, stop in _slices(flat, block_size):
+        part, length = flat[start:stop].float(), min(block_size, stop - start)
+        blocks = part.view(-1, length)
+        scaled = (blocks / blocks.abs().amax(dim=1).clamp(min=1e-38)[:, None]).view(-1)
+        above = torch.bucketize(scaled, bounds)
+        for nearest in (above - 1, above):  # the bound below, and the one above
+            index = nearest.clamp(0, len(bounds) - 1)
+            hit = ((scaled - bounds[index]).abs() <= widths[index]) & (nearest == index)
+            places = hit.nonzero().view(-1)
+            positions.append(places + start)
+            lower.append(index[places].to(torch.uint8))
+    if not positions:
+        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.uint8)
+    found, order = torch.cat(positions).sort(stable=True)
+    return found, torch.cat(lower)[order]
+
+
 def _slices(flat: torch.Tensor, block_size: int) -> Iterator[tuple[int, int]]:
     """Ranges of whole blocks that cover `flat`, and the short last block as a range of its own."""
     whole = flat.numel() - flat.numel() % block_size

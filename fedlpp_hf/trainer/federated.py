@@ -15,10 +15,12 @@ from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import TrainOutput
 
 from ..audit.audit import check_auditable
-from ..client.checks import check_model
+from ..client.adapter_config import check_adapter_config
+from ..client.checks import check_loss_weights, check_model, find_peft_model
 from ..client.guard import QuantizedBaseCallback
 from ..client.partition import check_client_sizes, count_rows, partition_clients
 from ..config.federated import FederatedConfig
+from ..config.rules import check_products
 from ..processes.blueprint import TrainerBlueprint
 from ..processes.owner import OwnerProcess
 from ..report.rounds import RoundReporter
@@ -32,10 +34,11 @@ from ..wire.messages import ClientFailure, ClientTask, ClientUpdate
 from .callbacks import EventHandler
 from .finish import finish_federation
 from .local_run import LocalRunMixin
-from .model import add_adapter, resolve_model
+from .model import add_adapter, resolve_model, start_adapter
 from .publishing import PublishingMixin
 from .ranks import RanksMixin, check_launch
 from .rounds import Rounds
+from .rows import RowsMixin
 from .trackers import check_uploads
 from .workers import WorkersMixin
 
@@ -43,8 +46,10 @@ from .workers import WorkersMixin
 # The underscore keeps it out of `push_to_hub` of the adapter.
 CLIENTS_DIR = "_clients"  # what simulated clients keep to themselves from round to round
 
+_HIDDEN: dict[str, Any] = {"report_to": [], "model_init_kwargs": None}
 
-class FederatedMixin(LocalRunMixin, RanksMixin, WorkersMixin, PublishingMixin):
+
+class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, WorkersMixin, PublishingMixin):
     """Makes a `Trainer` subclass federated: `class FederatedSFTTrainer(FederatedMixin, SFTTrainer)`.
 
     `train()` runs the federation; `train_client(task)` is one client's run, through the parent's `train()`, so that
@@ -58,7 +63,10 @@ class FederatedMixin(LocalRunMixin, RanksMixin, WorkersMixin, PublishingMixin):
             empty one where the clients are elsewhere (see [`train_remotely`]).
         peft_config: Of the adapter, unless `model` is a PeftModel already.
         owner_dataset: Rows of the owner, which never reach a client.
-        model_class: The class of the full model and the base.
+        model_class: The class of the full model and the base. By default the one that the checkpoint names, with the head
+            that `peft_config.task_type` or the trainer needs.
+        model_init_kwargs: For `from_pretrained` of both, such as `{"num_labels": 5}`. Where `args` has the field, too, as
+            in TRL's configurations, these override it.
 
     All other arguments are those of the trainer.
 
@@ -77,19 +85,16 @@ class FederatedMixin(LocalRunMixin, RanksMixin, WorkersMixin, PublishingMixin):
         peft_config: PeftConfig | None = None,
         owner_dataset: Any = None,
         model_class: type | None = None,
+        model_init_kwargs: Mapping[str, Any] | None = None,
         callbacks: list | None = None,
         **kwargs: Any,
     ):
-        if not isinstance(args, FederatedConfig):
-            raise ValueError(f"args is a {type(args).__name__}; expected a FederatedConfig (or a subclass of it).")
+        _check_arguments(args, kwargs)
         check_launch(args)
-        if kwargs.get("model_init") is not None:
-            raise ValueError("model_init makes a new model for each run, but a client's base is fixed; pass `model`.")
-        if kwargs.get("optimizers", (None, None)) != (None, None):
-            raise ValueError(
-                "`optimizers` would carry one optimizer's state from client to client; each starts cold. Set "
-                "args.optim, or `optimizer_cls_and_kwargs`."
-            )
+        if peft_config is not None:
+            check_adapter_config(peft_config)
+        elif isinstance(model, str | Path):
+            raise ValueError("`peft_config` is missing: say which adapter to train, e.g. LoraConfig(r=8).")
         args = copy.copy(args)
         self.server: FederatedServer | None = None
         self.users_callbacks = list(callbacks or [])
@@ -102,51 +107,54 @@ class FederatedMixin(LocalRunMixin, RanksMixin, WorkersMixin, PublishingMixin):
             trainer_class=type(self),
             model_class=model_class,
             peft_config=peft_config,
+            model_init_kwargs={**(getattr(args, "model_init_kwargs", None) or {}), **(model_init_kwargs or {})},
             owner_dataset=owner_dataset,
             client_datasets=self.raw_datasets if args.compare_full_precision else None,
             trainer_arguments={"data_collator": data_collator, "eval_dataset": eval_dataset, **kwargs},
         )
+        self.blueprint.check(isinstance(model, str | Path))
         model, self.owner = resolve_model(model, self.blueprint)
-        peft_model = add_adapter(model, peft_config, args.seed)
-        self.blueprint.peft_config = peft_model.peft_config["default"]
+        model = add_adapter(model, peft_config, args.seed)
         unquantized = args.base_bits == FULL_PRECISION
-        check_model(peft_model, unquantized)
+        check_model(model, unquantized)
+        self.blueprint.follow(find_peft_model(model))
+        check_products(args.aggregation, self.blueprint.peft_config)
         memory_dir = Path(args.output_dir) / CLIENTS_DIR
         self.guard = QuantizedBaseCallback(memory_dir=memory_dir, allow_full_precision=unquantized)
-        # An empty list of trackers for the parent: a client's run would open and close them each time.
-        report_to, args.report_to = args.report_to, []
-        super().__init__(
-            peft_model,
-            args,
-            data_collator,
-            next(iter(self.raw_datasets.values()), None),
-            eval_dataset,
-            callbacks=[self.guard, *(callbacks or [])],
+        arguments = {
+            "data_collator": data_collator,
+            "train_dataset": self.rows_for_constructor(self.raw_datasets, eval_dataset),
+            "eval_dataset": eval_dataset,
             **kwargs,
+        }
+        # An empty list of trackers for the parent: a client's run would open and close them each time. And no arguments for
+        # a model that is loaded already: some of TRL's trainers would refuse, others warn.
+        shown = {name: getattr(args, name) for name in _HIDDEN if hasattr(args, name)}
+        for name in shown:
+            setattr(args, name, _HIDDEN[name])
+        super().__init__(
+            model=model,
+            args=args,
+            callbacks=[self.guard, *(callbacks or [])],
+            **{name: value for name, value in arguments.items() if value is not None},
         )
-        args.report_to = report_to
+        for name, value in shown.items():
+            setattr(args, name, value)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         for parameter in self.guard.parameters.values():
             # TRL casts the adapter of a quantized model to bfloat16, where a small step rounds to nothing.
             parameter.data = parameter.data.float()
-        self.client_datasets = {
-            client: self.prepare_client_dataset(rows, client) for client, rows in self.raw_datasets.items()
-        }
+        check_loss_weights(self)
+        self.client_datasets = self.prepare_clients(self.raw_datasets)
         check_client_sizes(
             self.client_datasets, args.train_batch_size * args.world_size if args.dataloader_drop_last else 1
         )
         if self.owner is None and args.full_model and self.is_world_process_zero():
             self.owner = OwnerProcess(self.blueprint)
+        if self.owner is not None and args.merge:
+            self.owner.check_merge(self.guard.initial, self.guard.peft_config)
         self.prepare_local_runs()
-
-    def prepare_client_dataset(self, dataset: Any, client_id: str) -> Any:
-        """What a client trains on, from the rows it was given. TRL's trainers tokenize here."""
-        prepare = getattr(super(), "_prepare_dataset", None)
-        if prepare is None:
-            return dataset
-        formatting = getattr(self, "_formatting_func", None)
-        return prepare(dataset, self.processing_class, self.args, self.args.packing, formatting, client_id)
 
     def train(self, resume_from_checkpoint: bool | str | None = None, **kwargs: Any) -> TrainOutput:
         """Run the federation's rounds, and leave the live model as what a client holds after the last one.
@@ -198,7 +206,7 @@ class FederatedMixin(LocalRunMixin, RanksMixin, WorkersMixin, PublishingMixin):
                     "audit=True compares clients by their rows, and some stream theirs. Give them datasets."
                 )
         reporter = RoundReporter(self.args, self._make_trackers())
-        rounds = self.rounds = Rounds(self.args, self.callback_handler, self.eval_dataset is not None)
+        rounds = self.rounds = Rounds(self.args, self.callback_handler, self.evaluates)
 
         def on_round(record: dict[str, Any]) -> bool:
             reporter.on_round(record)
@@ -233,16 +241,15 @@ class FederatedMixin(LocalRunMixin, RanksMixin, WorkersMixin, PublishingMixin):
     ) -> FederatedServer:
         adapter = dict(self.guard.initial)
         if self.owner is not None:
-            own = self.owner.initial_adapter()
-            adapter |= {key: value for key, value in own.items() if "lora_" not in key}
+            adapter = start_adapter(find_peft_model(self.model), adapter, self.owner.initial_adapter())
         return FederatedServer(
             self.args,
             adapter,
-            self.model.peft_config["default"],
+            self.guard.peft_config,
             num_examples,
             self.guard.fingerprint,
             owner=self.owner,
-            evaluate_proxy=self._evaluate_together if self.eval_dataset is not None else None,
+            evaluate_proxy=self._evaluate_together if self.evaluates else None,
             on_round=on_round,
         )
 
@@ -255,6 +262,29 @@ class FederatedMixin(LocalRunMixin, RanksMixin, WorkersMixin, PublishingMixin):
     def _evaluate_together(self, adapter: Mapping[str, torch.Tensor]) -> dict[str, float]:
         self.share("evaluate", lambda: encode_message("adapter", {}, adapter))
         return self.evaluate_proxy(adapter)
+
+
+def _check_arguments(args: Any, kwargs: Mapping[str, Any]) -> None:
+    """Refuse arguments of a Trainer that a federation can't have."""
+    if not isinstance(args, FederatedConfig):
+        raise ValueError(f"args is a {type(args).__name__}; expected a FederatedConfig (or a subclass of it).")
+    if kwargs.get("model_init") is not None:
+        raise ValueError("model_init makes a new model for each run, but a client's base is fixed; pass `model`.")
+    if kwargs.get("optimizers", (None, None)) != (None, None):
+        raise ValueError(
+            "`optimizers` would carry one optimizer's state from client to client; each starts cold. Set "
+            "args.optim, or `optimizer_cls_and_kwargs`."
+        )
+    if kwargs.get("ref_model") is not None:
+        raise ValueError(
+            "`ref_model` would be one more model on every client. Leave it out: the reference is the base with the adapter "
+            "as it starts."
+        )
+    if kwargs.get("quantization_config") is not None:
+        raise ValueError(
+            "`quantization_config` does not go with a federation: the owner quantizes the base once, for all clients. Set "
+            "args.base_bits."
+        )
 
 
 class FederatedTrainer(FederatedMixin, Trainer):

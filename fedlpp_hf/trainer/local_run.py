@@ -49,7 +49,6 @@ class LocalRunMixin(_Parent):
         self.callback_handler = EventHandler.of(self.callback_handler)
         self.own_callbacks = list(self.callback_handler.callbacks)  # those that a trainer elsewhere makes by itself
         self._skipped: set[str] = set()  # metrics that are no values
-        self._adapter = torch.nn.ParameterList(self.guard.parameters.values())
         self._horizon = (0, 1)
         self._decay_names: list[str] | None = None
         self._trimmed: set[str] = set()  # clients whose rows have only the columns that the model takes
@@ -74,11 +73,23 @@ class LocalRunMixin(_Parent):
         self.guard.accept(task)
         federation = self.args.learning_rate_horizon == "federation"
         self._horizon = (task.round - 1, task.num_rounds) if federation else (0, 1)
-        with self.callback_handler.local_run():
-            super().train()
+        self._forget_run()
+        # The samplers of TRL's online trainers and of sentence-transformers start at this seed.
+        seed, self.args.seed = self.args.seed, task.seed
+        try:
+            with self.callback_handler.local_run():
+                super().train()
+        finally:
+            self.args.seed = seed
         if self.guard.update is None:
             raise RuntimeError("The local run ended without an update; was QuantizedBaseCallback removed?")
         return self.guard.update
+
+    def _forget_run(self) -> None:
+        """Drop what TRL's online trainers keep from run to run: completions of the client before, and their place in them."""
+        for name, value in (("_buffered_inputs", None), ("_step", 0), ("_last_loaded_step", -1)):
+            if name in vars(self):
+                setattr(self, name, value)
 
     def train_clients(self, tasks: list[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
         """An answer to each of `tasks`, one after the other in this process. A run that raises costs its client alone."""
@@ -96,6 +107,11 @@ class LocalRunMixin(_Parent):
                 # among it: what is frozen is not collected.
                 self._drop_run()
                 gc.freeze()
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is something to evaluate on: rows, or an evaluator of sentence-transformers."""
+        return self.eval_dataset is not None or getattr(self, "evaluator", None) is not None
 
     def _try_client(self, task: ClientTask) -> ClientUpdate | ClientFailure:
         try:
@@ -121,8 +137,9 @@ class LocalRunMixin(_Parent):
 
     def evaluate_metrics(self, eval_dataset: Any = None) -> dict[str, Any]:
         """The trainer's evaluation without its timings, and without what JSON can't hold; empty without a dataset."""
-        if eval_dataset is None and self.eval_dataset is None:
+        if eval_dataset is None and not self.evaluates:
             return {}
+        set_seed(self.args.seed)  # TRL's online trainers sample completions to evaluate
         with self.callback_handler.silence():
             metrics = self.evaluate(eval_dataset)
         metrics = {key: value for key, value in metrics.items() if key != "epoch" and not key.endswith(_TIMINGS)}
@@ -165,8 +182,13 @@ class LocalRunMixin(_Parent):
         return self._decay_names
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
-        """The parent's, of the adapter alone: nothing else has gradients, but it would ask every parameter for its own."""
-        return super()._clip_grad_norm(model if self.is_fsdp_enabled else self._adapter)
+        """The parent's, of what the optimizer steps: it would ask every parameter of the model for a gradient.
+
+        TRL's DPO switches adapters in each step, after which factors that the rule freezes have gradients, too.
+        """
+        if self.is_fsdp_enabled:
+            return super()._clip_grad_norm(model)
+        return super()._clip_grad_norm(self.guard.trained)
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Not counted: the parent counts all parameters anew in every step, longer than a small model's step takes."""

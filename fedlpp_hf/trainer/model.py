@@ -2,19 +2,21 @@
 """From what a user passes as `model` to what clients train on: a base with an adapter."""
 
 import copy
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import set_seed
 
-from ..base.load import load_base
+from ..base.heads import list_new_parameters
 from ..base.manifest import BASE_MANIFEST
-from ..processes.blueprint import TrainerBlueprint, load_full_model
+from ..client.checks import ADAPTER, find_peft_model, find_transformer, is_quantized
+from ..processes.blueprint import TrainerBlueprint
 from ..processes.owner import OwnerProcess
 from ..server.store import FEDERATION_DIR, RoundStore
+from ..tensors.adapters import PREFIX, adapter_parameters
 from ..tensors.codebooks import FULL_PRECISION
 
 
@@ -38,7 +40,7 @@ def resolve_model(
         return model, None
     if (Path(model) / BASE_MANIFEST).is_file():
         blueprint.base_dir = str(model)
-        return load_base(model, blueprint.model_class), None
+        return blueprint.load_base(), None
     if args.full_model not in (None, "", str(model)):
         raise ValueError(
             f"model='{model}' is no quantized base (it has no {BASE_MANIFEST}), and full_model='{args.full_model}' "
@@ -46,7 +48,7 @@ def resolve_model(
         )
     args.full_model = blueprint.full_model = str(model)
     if args.base_bits == FULL_PRECISION:
-        return load_full_model(args.full_model, blueprint.model_class, args), None
+        return blueprint.load_full_model(args), None
     base_dir = Path(args.output_dir) / FEDERATION_DIR / "base"
     blueprint.base_dir = str(base_dir)
     owner = None
@@ -56,18 +58,71 @@ def resolve_model(
         if args.overwrite or not (RoundStore(args.output_dir).exists and (base_dir / BASE_MANIFEST).is_file()):
             owner.export_base(base_dir)
     PartialState().wait_for_everyone()
-    return load_base(base_dir, blueprint.model_class), owner
+    return blueprint.load_base(), owner
 
 
-def add_adapter(model: torch.nn.Module, peft_config: PeftConfig | None, seed: int) -> Any:
-    """The model with a new adapter at a start that is a function of `seed`; a PeftModel as it is.
+def add_adapter(model: torch.nn.Module, peft_config: PeftConfig | None, seed: int) -> torch.nn.Module:
+    """The model with a new adapter at a start that is a function of `seed`; one that has an adapter as it is.
 
     Raises:
-        ValueError: if there is neither an adapter nor its configuration.
+        ValueError: if there is neither an adapter nor its configuration, or both.
     """
-    if isinstance(model, PeftModel):
+    if any(isinstance(module, PeftModel) for module in model.modules()):
+        if peft_config is not None and peft_config not in find_peft_model(model).peft_config.values():
+            raise ValueError(
+                "The model is a PeftModel, which has an adapter, and `peft_config` describes another. Pass the model "
+                "without an adapter, or leave out `peft_config`."
+            )
         return model
     if peft_config is None:
         raise ValueError("`peft_config` is missing: say which adapter to train, e.g. LoraConfig(r=8).")
+    place = find_transformer(model)
+    transformer = model.get_submodule(place)
+    _check_modules_to_save(transformer, peft_config.modules_to_save or ())
     set_seed(seed)  # every client's untouched adapter must start at the same A
-    return get_peft_model(model, copy.deepcopy(peft_config))  # PEFT writes the base's path into it
+    peft_model = get_peft_model(transformer, copy.deepcopy(peft_config))  # PEFT writes the base's path into it
+    if not place:
+        return peft_model
+    model.set_submodule(place, peft_model)
+    return model
+
+
+def start_adapter(
+    model: PeftModel, initial: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The server's adapter before the first round: LoRA's factors as clients start them, the rest as the full model has it.
+
+    What the checkpoint does not have, and what the user trained before, starts as clients have it.
+
+    Args:
+        model: The clients' model.
+        initial: The adapter as clients start it.
+        own: The adapter as it starts on the full model.
+    """
+    config, live = model.peft_config[ADAPTER], adapter_parameters(model)
+    if config.init_lora_weights is not False and any(
+        value.any() for key, value in live.items() if ".lora_B." in key or ".lora_embedding_A" in key
+    ):
+        return dict(initial)  # an adapter that was trained before
+    named = dict(model.named_parameters())
+    names = {id(parameter): name for name, parameter in named.items()}
+    new = {id(named[f"{PREFIX}{name}"]) for name in list_new_parameters(model.get_base_model())}
+    start = dict(initial)
+    for key, value in own.items():
+        if any(f".{factor}" in key for factor in ("lora_A", "lora_B", "lora_embedding_")):
+            continue
+        original = named[names[id(live[key])].replace(f".modules_to_save.{ADAPTER}.", ".original_module.")]
+        if original is live[key] or (id(original) not in new and torch.equal(original.float(), live[key].float())):
+            start[key] = value
+    return start
+
+
+def _check_modules_to_save(model: torch.nn.Module, names: Collection[str]) -> None:
+    for place, module in model.named_modules():
+        packed = [name for name, part in module.named_modules() if is_quantized(part)]
+        if names and place.endswith(tuple(names)) and packed:
+            raise ValueError(
+                f"modules_to_save={sorted(names)}: `{'.'.join(filter(None, (place, packed[0])))}` is quantized in this base, "
+                "and integers can't be trained. Name the full model instead of the base, export the base with "
+                f"`{place}` in `skip_modules`, or give it LoRA (`target_modules`)."
+            )

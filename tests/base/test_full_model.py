@@ -3,15 +3,20 @@
 
 import json
 import shutil
+import socket
 
 import pytest
 import torch
+from huggingface_hub import constants
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
+from fedlpp_hf.base import full_model as full_model_module
 from fedlpp_hf.base.export import export_base
 from fedlpp_hf.base.full_model import FullModel
-from tests.helpers import read_files
+from fedlpp_hf.merge.merge import check_merge, merge_adapter
+from tests.helpers import read_files, save_adapter
 
 
 def test_pickles_are_not_opened(copied, tmp_path):
@@ -76,8 +81,17 @@ def test_index_that_leaves_its_directory_is_refused(sharded, tmp_path):
 
 def test_tensor_that_the_index_does_not_have_is_refused(sharded, tmp_path):
     change_index(sharded, lambda files: files.pop("model.norm.weight"))
-    with pytest.raises(ValueError, match=r"has `model\.norm\.weight`, which .* does not place there"):
-        export_base(sharded, tmp_path / "base")
+    lora = LoraConfig(target_modules=["q_proj"])
+    save_adapter(LlamaForCausalLM.from_pretrained(sharded), lora, tmp_path / "adapter")
+    for act in (
+        lambda: export_base(sharded, tmp_path / "base"),
+        lambda: merge_adapter(sharded, tmp_path / "adapter", tmp_path / "out"),
+        lambda: check_merge(sharded, tmp_path / "adapter"),
+    ):
+        with pytest.raises(
+            ValueError, match=r"has `model\.norm\.weight`, which .* does not place there.*`save_pretrained`"
+        ):
+            act()
 
 
 def test_single_file_comes_before_an_index(sharded, full_model):
@@ -134,6 +148,71 @@ def test_without_the_hub_its_cache_is_read(hub, sharded, base, tmp_path, monkeyp
     hub.requests.clear()
     export_base("owner/full", tmp_path / "offline")
     assert read_files(tmp_path / "offline") == read_files(tmp_path / "online") and not hub.requests
+
+
+def unreachable(monkeypatch):
+    """Point huggingface_hub to a port where nothing answers."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setenv("HF_ENDPOINT", url)
+
+
+@pytest.mark.parametrize("how", ["unreachable", "offline"])
+def test_everything_in_the_cache_is_enough(hub, sharded, tmp_path, monkeypatch, how):
+    """For an export and for a merge, with the adapter on the Hub, too; pickles are not missed."""
+    save_adapter(
+        LlamaForCausalLM.from_pretrained(sharded), LoraConfig(target_modules=["q_proj"]), tmp_path / "adapter"
+    )
+    files = read_files(sharded) | {"tokenizer.json": b"{}", "README.md": b"words"}
+    hub.add_repo("owner/full", files | {"pytorch_model.bin": b"a pickle", "original/params.pth": b"another"})
+    hub.add_repo("owner/adapter", read_files(tmp_path / "adapter") | {"optimizer.pt": b"a pickle"})
+    merge_adapter("owner/full", "owner/adapter", tmp_path / "online")
+    export_base("owner/full", tmp_path / "base")
+    hub.requests.clear()
+    if how == "offline":
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    else:
+        unreachable(monkeypatch)
+    merge_adapter("owner/full", "owner/adapter", tmp_path / "cached", verify=True)
+    export_base("owner/full", tmp_path / "cached base")
+    assert read_files(tmp_path / "cached") == read_files(tmp_path / "online")
+    assert read_files(tmp_path / "cached base") == read_files(tmp_path / "base") and not hub.requests
+    with pytest.raises(ValueError, match="`owner/absent` is neither a directory nor in the Hub's cache"):
+        merge_adapter("owner/full", "owner/absent", tmp_path / "out")
+    with pytest.raises(ValueError, match="`owner/absent` is neither a directory nor in the Hub's cache"):
+        merge_adapter("owner/absent", "owner/adapter", tmp_path / "out")
+    with pytest.raises(ValueError, match="delete_source_shards.*is on disk"):
+        merge_adapter("owner/full", "owner/adapter", tmp_path / "out", delete_source_shards=True)
+    for shard in list((tmp_path / "cache").rglob("*00002-of*")):
+        shard.unlink()
+    with pytest.raises(ValueError, match=r"owner/full in the Hub's cache .* has no `.*00002-of"):
+        merge_adapter("owner/full", "owner/adapter", tmp_path / "out")
+
+
+def test_what_from_pretrained_left_in_the_cache_is_merged_with_a_warning(hub, sharded, tmp_path, monkeypatch):
+    save_adapter(
+        LlamaForCausalLM.from_pretrained(sharded), LoraConfig(target_modules=["q_proj"]), tmp_path / "adapter"
+    )
+    hub.add_repo("owner/full", read_files(sharded) | {"tokenizer.json": b"{}"})
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # of an earlier Hub
+    FullModel("owner/full")  # the list of files is in the cache now, as after other downloads
+    LlamaForCausalLM.from_pretrained("owner/full")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    warned = []
+    monkeypatch.setattr(full_model_module.logger, "warning", warned.append)
+    merge_adapter("owner/full", tmp_path / "adapter", tmp_path / "out", verify=True)
+    assert "tokenizer.json" in warned[0] and not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_an_adapter_or_revision_that_the_hub_does_not_have_is_refused(hub, sharded, tmp_path):
+    hub.add_repo("owner/full", read_files(sharded))
+    with pytest.raises(ValueError, match="`owner/absent` is neither a directory nor the name of an adapter"):
+        merge_adapter("owner/full", "owner/absent", tmp_path / "out")
+    with pytest.raises(ValueError, match="`owner/full` is neither a directory nor a model on the Hub.*"):
+        export_base("owner/full", tmp_path / "base", revision="absent")
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "some/where/else", "/no/where"])

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from fedlpp_hf.base.kernels import keep_layout_
 from fedlpp_hf.base.load import load_base
 from fedlpp_hf.base.manifest import describe_base, read_manifest
-from fedlpp_hf.base.quantize import pack_nibbles, quantize_nf4, unpack_nibbles
+from fedlpp_hf.base.quantize import BaseSettings, pack_nibbles, quantize_nf4, unpack_nibbles
 from fedlpp_hf.tensors.codebooks import codebook, nf4_subset
 from tests.helpers import SMALL_MODELS, compute_logits
 
@@ -99,13 +99,16 @@ def test_eight_bits_are_those_of_transformers(name, full_model, base):
     assert sum(isinstance(module, bnb.nn.Linear8bitLt) for module in loaded.modules()) > 7
 
 
+SETTINGS = BaseSettings(4, 32, False, 4, {}, set())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(64, 64), (3, 32), (5, 7), (1, 1), (64, 1)])
 def test_codes_are_bitsandbytes_own(dtype, shape):
     generator = torch.Generator().manual_seed(len(shape) + shape[0])
     weight = torch.randn(shape, generator=generator).to(dtype)
     weight.view(-1)[:32] = 0  # in one shape a whole block, in others part of one
-    entries = quantize_nf4("w", weight, 4, 32, False)
+    entries = quantize_nf4("w", weight, SETTINGS)
     packed, state = bnb.functional.quantize_4bit(weight, blocksize=32, quant_type="nf4")
     assert torch.equal(entries["w"], packed)
     for key, tensor in state.as_dict(packed=True).items():
@@ -117,7 +120,7 @@ def test_ties_and_extremes_round_as_bitsandbytes_does():
     middles = (code[1:] + code[:-1]) / 2
     for scale in (1.0, 0.1, 3.0, 1e-30, 1e30):
         weight = (torch.cat([middles, code, torch.tensor([1.0])]) * scale).view(4, 8)
-        entries = quantize_nf4("w", weight, 4, 32, False)
+        entries = quantize_nf4("w", weight, SETTINGS)
         packed, state = bnb.functional.quantize_4bit(weight, blocksize=32, quant_type="nf4")
         assert torch.equal(entries["w"], packed)
         assert torch.equal(entries["w.absmax"], state.absmax)

@@ -1,9 +1,13 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """`fedlpp-hf inspect` prints what `describe_directory` returns, and checks files only when asked."""
 
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+from fedlpp_hf.base.manifest import read_manifest
 from fedlpp_hf.report.inspection import describe_directory
 from tests.helpers import assert_fails_in_one_line, make_federation
 
@@ -34,3 +38,46 @@ def test_damage_ends_in_one_line(run, adapters, tmp_path):
     for text, reason in (('{"peft_type": "LORA"}', "is not a configuration of LoRA"), ("{", "can't be read")):
         (adapter / "adapter_config.json").write_text(text)
         assert_fails_in_one_line(run("inspect", adapter), reason)
+
+
+def test_json_of_a_base(run, llama_base):
+    code, out, err = run("inspect", llama_base, "--json", "--verify")
+    values, manifest = json.loads(out), read_manifest(llama_base)
+    assert (code, err, values["kind"], values["verified"]) == (0, "", "base", True)
+    for key in ("bits", "block_size", "fingerprint", "architecture", "totals", "full_precision_linears"):
+        assert values[key] == manifest[key]
+    assert (
+        values["file_bytes"] == sum(file["bytes"] for file in manifest["files"].values()) and "tensors" not in values
+    )
+    values = json.loads(run("inspect", llama_base, "--json", "--tensors")[1])
+    assert values["tensors"] == manifest["tensors"]
+
+
+def test_json_of_an_adapter(run, adapters):
+    values = json.loads(run("inspect", adapters[0], "--json", "--tensors")[1])
+    assert values["kind"] == "adapter" and len(values["targets"]) == 4
+    assert len(values["tensors"]) == 8 and values["broadcast_bytes"]["32"] == 4 * values["parameters"]
+    assert values["broadcast_bytes"]["2"] < values["broadcast_bytes"]["4"] < values["bytes"]
+
+
+def test_json_of_a_federation(run, adapters, tmp_path):
+    federation = make_federation(tmp_path / "out", adapters[0])
+    values = json.loads(run("inspect", federation.output_dir, "--json")[1])
+    assert values["kind"] == "federation" and values["adapter"] is None
+    assert values["rounds"] == federation.records() and values["clients"] == federation.read()["clients"]
+    assert values["bytes_up"] == sum(record["bytes_up"] for record in federation.records())
+
+
+def test_json_of_nothing_is_an_error(run, tmp_path):
+    assert_fails_in_one_line(run("inspect", tmp_path, "--json"), "is not a base")
+
+
+def test_base_is_inspected_without_torch(llama_base):
+    code = f"""
+import sys
+from fedlpp_hf.cli.main import main
+main(["inspect", {str(llama_base)!r}, "--verify"])
+main(["inspect", {str(llama_base)!r}, "--json"])
+assert not {{"torch", "transformers", "safetensors", "numpy"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=100)

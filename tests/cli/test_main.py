@@ -31,8 +31,31 @@ def test_version(run):
 WRONG_ARGUMENTS = [
     ([], "required: COMMAND"),
     (["inspekt"], "invalid choice: 'inspekt'"),
+    (["inspekt"], "did you mean `inspect`? See"),
+    (["--versoin"], "unrecognized arguments: --versoin; did you mean `--version`?"),
     (["inspect"], "required: directory. See `fedlpp-hf inspect --help`"),
-    (["inspect", "base", "--tensor"], "unrecognized arguments: --tensor. See `fedlpp-hf inspect --help`"),
+    (["inspect", "base", "--xyz"], "unrecognized arguments: --xyz. See `fedlpp-hf inspect --help`"),
+    (["inspect", "base", "--tensor"], "unrecognized arguments: --tensor; did you mean `--tensors`? See"),
+    (["inspect", "--tensor"], "did you mean `--tensors`?"),
+    (["merge", "full", "a", "out", "--weigths", "1", "2"], "did you mean `--weights`?"),
+    (["push", "a", "org/b", "--creat-pr"], "did you mean `--create_pr`?"),
+    (["server", "--confg", "x"], "unrecognized arguments: --confg; did you mean `--config`?"),
+    (["client", "--config", "x", "--dta=y"], "unrecognized arguments: --dta; did you mean `--data`?"),
+    (["server", "--config", "x", "--port", "65536"], "argument --port: '65536' is not a port"),
+    (["audit", "out", "--threshold", "nan"], "argument --threshold: 'nan' is not a finite number"),
+    (["quantize", "a", "b", "--bits", "tenary"], "did you mean `ternary`?"),
+    (["quantize", "a", "b", "--block_size", "48"], "'48' is not a block size; expected one of 32, 64"),
+    (["quantize", "a", "b", "--bits", "8", "--double_quant"], "with --bits 8 there are none"),
+    (["quantize", "../absent", "b"], "`../absent` is no directory"),
+    (["quantize", "a", "/"], "`/` exists; pass --overwrite"),
+    (["push", "/", "not a name"], "`not a name` is no name of a repository"),
+    (["push", "/", "org/model", "--audit", "absent.md"], "--audit `absent.md` is not a file"),
+    (["push", "/", "org/model", "--federation_dir", "absent"], "`absent` is not a directory"),
+    (["merge", "full", "a", "out", "--weights", "-1"], "argument --weights: '-1' is not a finite number"),
+    (["merge", "full", "a", "b", "out", "--weights", "0", "0"], "--weights are all zero"),
+    (["merge", "full", "./absent", "out"], "`./absent` is no directory"),
+    (["merge", "full", "a", "/"], "`/` exists and is not an empty directory"),
+    (["merge", "full", "a", "out", "--push", "org/a/b"], "`org/a/b` is no name of a repository"),
     (["inspect", "absent"], "`absent` is not a directory"),
     (["audit", "absent"], "`absent` is not a directory"),
     (["push", "absent", "org/model"], "`absent` is not a directory"),
@@ -86,9 +109,19 @@ def test_wrong_input_ends_in_one_line(run, tmp_path, full_llama, llama_base):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_traceback_is_shown_on_demand(run):
+@pytest.mark.parametrize("arguments", [["--traceback", "inspect", "absent"], ["inspect", "absent", "--traceback"]])
+def test_traceback_is_shown_on_demand(run, arguments):
     with pytest.raises(ValueError, match="is not a directory"):
-        run("--traceback", "inspect", "absent")
+        run(*arguments)
+
+
+def test_errors_speak_of_options(run, replace_inspect):
+    def fail(_):
+        raise ValueError("`a/tensors/b` exists; tensors=True and verify=False need `tensors`, as does other=1.")
+
+    replace_inspect(fail)
+    told = "`a/tensors/b` exists; --tensors and no --verify need --tensors, as does other=1."
+    assert_fails_in_one_line(run("inspect", "x"), told)
 
 
 @pytest.fixture
@@ -104,6 +137,53 @@ def test_errors_of_the_system_end_in_one_line(run, replace_inspect, error):
 
     replace_inspect(fail)
     assert_fails_in_one_line(run("inspect", "x"), " ".join(str(error).split()))
+
+
+@pytest.mark.parametrize(
+    "module, extra",
+    [("cryptography.x509", "flower"), ("matplotlib", "demo"), ("sklearn.metrics", "demo"), ("trl", "trl")],
+)
+def test_missing_extra_is_named(run, replace_inspect, module, extra):
+    def fail(_):
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    replace_inspect(fail)
+    assert_fails_in_one_line(run("inspect", "x"), f"which is not installed: pip install 'fedlpp_hf[{extra}]'")
+
+
+def test_missing_module_that_no_extra_brings_is_a_bug(run, replace_inspect):
+    def fail(_):
+        raise ModuleNotFoundError("No module named 'fedlpp_hf.absent'", name="fedlpp_hf.absent")
+
+    replace_inspect(fail)
+    with pytest.raises(ModuleNotFoundError):
+        run("inspect", "x")
+
+
+@pytest.mark.parametrize("module", ["flwr", "cryptography", "packaging"])
+@pytest.mark.parametrize("command", ["server", "client"])
+def test_commands_without_their_extra_say_which(tmp_path, command, module):
+    """As a user meets it: a module can't be imported, and whatever needs it first ends in one line."""
+    config, rows = tmp_path / "federation.yaml", tmp_path / "rows.jsonl"
+    config.write_text("trainer: task.py:make_trainer")
+    rows.touch()
+    arguments = [command, "--config", str(config), *(["--data", str(rows)] if command == "client" else [])]
+    code = f"""
+import sys
+sys.modules[{module!r}] = None
+import importlib.metadata as metadata
+version = metadata.version
+def find(name):
+    if name == {module!r}:
+        raise metadata.PackageNotFoundError(name)
+    return version(name)
+metadata.version = find
+from fedlpp_hf.cli import main
+main.main({arguments})
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert result.returncode == 2 and "pip install 'fedlpp_hf[flower]'" in result.stderr, result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_interrupt_ends_with_130(run, replace_inspect):

@@ -1,6 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """`fedlpp-hf merge` writes what `merge_adapter` writes, and `fedlpp-hf push` finds out what to push."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -37,6 +38,14 @@ def test_merge_takes_several_adapters_with_weights(run, full_llama, adapters, tm
     )
 
 
+def test_merge_in_json(run, full_llama, adapters, tmp_path):
+    code, out, _ = run("merge", full_llama, adapters[0], tmp_path / "cli", "--json", "--verify")
+    values = json.loads(out)
+    report = merge_adapter(full_llama, adapters[0], tmp_path / "function", verify=True)
+    expected = json.loads(json.dumps(report.to_dict())) | {"output_dir": str(tmp_path / "cli"), "commit_url": None}
+    assert code == 0 and values | {"seconds": 0} == expected | {"seconds": 0}
+
+
 @pytest.fixture
 def pushes(monkeypatch) -> list[tuple]:
     """Calls of the functions that would speak to the Hub, in place of them."""
@@ -63,18 +72,23 @@ def test_merge_pushes_what_it_wrote(run, pushes, full_llama, adapters, tmp_path)
     options = {"source": str(full_llama), "federation_dir": str(federation.output_dir)}
     options |= {"private": True, "allow_public": False}
     assert pushes == [("push_merged", str(tmp_path / "merged"), "org/merged", options)]
+    pushed = run(*arguments[:-1], tmp_path / "again", "--push", "org/merged", "--json")
+    assert json.loads(pushed[1])["commit_url"] == "https://hub/commit"
     assert_fails_in_one_line(run(*arguments[:-1], tmp_path / "other", "--public"), "give --push REPO_ID")
     assert not (tmp_path / "other").exists()
 
 
 def test_push_tells_an_adapter_from_a_merged_model(run, pushes, full_llama, adapters):
     assert run("push", adapters[0], "org/adapter", "--create-pr")[0] == 0
-    assert run("push", full_llama, "org/merged", "--public", "--source", "org/full", "--federation_dir", "out")[0] == 0
+    options = ["--public", "--source", "org/full", "--federation_dir", full_llama.parent, "--json"]
+    code, out, _ = run("push", full_llama, "org/merged", *options)
+    assert code == 0 and json.loads(out) == {"repo_id": "org/merged", "commit_url": "https://hub/commit"}
     common = {"audit": None, "revision": None, "allow_public": False}
     first = common | {"source": None, "create_pr": True, "private": True}
-    second = common | {"source": "org/full", "create_pr": False, "private": False, "federation_dir": "out"}
+    second = common | {"source": "org/full", "create_pr": False, "private": False}
+    second["federation_dir"] = str(full_llama.parent)
     assert pushes == [
         ("push_adapter", str(adapters[0]), "org/adapter", first),
         ("push_merged", str(full_llama), "org/merged", second),
     ]
-    assert_fails_in_one_line(run("push", adapters[0], "org/adapter", "--federation_dir", "out"), "Leave it out")
+    assert_fails_in_one_line(run("push", adapters[0], "org/adapter", "--federation_dir", full_llama), "Leave it out")

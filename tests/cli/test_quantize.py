@@ -1,8 +1,11 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """`fedlpp-hf quantize` makes the base that `export_base` makes."""
 
+import json
+
+from fedlpp_hf.base import export
 from fedlpp_hf.base.manifest import read_manifest
-from fedlpp_hf.cli.arguments import BITS
+from fedlpp_hf.cli.arguments import BITS, BLOCK_SIZES
 from fedlpp_hf.report.text import format_bytes
 from fedlpp_hf.tensors.codebooks import BITS as CODEBOOKS
 from fedlpp_hf.tensors.codebooks import check_bits
@@ -26,6 +29,15 @@ def test_options_reach_the_base(run, full_llama, tmp_path):
     assert len(list((tmp_path / "base").glob("model-*.safetensors"))) > 1
     assert run("quantize", full_llama, tmp_path / "base", "--double_quant", "--overwrite")[0] == 0
     assert read_manifest(tmp_path / "base")["double_quant"] is True
+
+
+def test_json_is_that_of_inspect(run, full_llama, tmp_path):
+    code, out, _ = run("quantize", full_llama, tmp_path / "base", "--json")
+    assert code == 0 and json.loads(out) == json.loads(run("inspect", tmp_path / "base", "--json")[1])
+
+
+def test_block_sizes_are_those_of_the_kernels():
+    assert BLOCK_SIZES == export._BLOCK_SIZES
 
 
 def test_choices_of_bits_are_those_of_the_codebooks():

@@ -59,11 +59,35 @@ def test_empty_file_is_an_empty_mapping(write_config):
         ("3: 4", "unknown key `3`"),
         ("- num_rounds", "holds a list"),
         ("num_rounds: [", "no valid YAML"),
+        ("num_rounds: 3\nseed: 1\nnum_rounds: 4", "`num_rounds` stands 2 times"),
+        ("num_rounds: true", "has `num_rounds: true`; expected a value of type int"),
+        ("num_rounds: null", "has `num_rounds: nothing`; expected a value of type int"),
+        ("num_rounds: [3]", r"has `num_rounds: \[3\]`; expected a value of type int"),
+        ("learning_rate: {start: 1}", "expected a value of type float"),
     ],
 )
 def test_file_that_can_not_be_meant_is_refused(write_config, text, message):
     with pytest.raises(ValueError, match=message):
         parse_args([FederatedConfig], ["--config", write_config(text)])
+
+
+def test_command_whose_options_are_parsed_already_is_thought_of():
+    with pytest.raises(ValueError, match="did you mean `--listen`"):
+        parse_args([FederatedConfig], ["--output_dir", "out", "--lisen", "::"], other_options=["listen", "port"])
+
+
+def test_conflict_is_told_in_options(write_config):
+    path = write_config("output_dir: out\nuse_cpu: true\nnum_clients: 3\n")
+    with pytest.raises(ValueError, match=r"^--clients_per_round 5, but .* Lower --clients_per_round\.$"):
+        parse_args([FederatedConfig], ["--config", path, "--clients_per_round", "5"])
+    with pytest.raises(ValueError, match="--weighting uniform"):
+        parse_args([FederatedConfig], ["--config", path, "--robust", "median"])
+
+
+def test_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_bytes("name: é".encode("latin-1"))
+    with pytest.raises(ValueError, match="is not text in UTF-8"):
+        read_yaml(tmp_path / "config.yaml")
 
 
 def test_missing_file_is_named(tmp_path):
@@ -76,8 +100,8 @@ def test_missing_file_is_named(tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--num_round", "3"], "Unknown option `--num_round`; did you mean `num_rounds`"),
-        (["--base-bit=3"], "Unknown option `--base-bit=3`; did you mean `base_bits`"),
+        (["--num_round", "3"], "Unknown option `--num_round`; did you mean `--num_rounds`"),
+        (["--base-bit=3"], "Unknown option `--base-bit=3`; did you mean `--base_bits`"),
         (["rounds"], "Unexpected arguments: rounds"),
     ],
 )
@@ -90,4 +114,5 @@ def test_value_of_a_wrong_type_is_refused_in_file_and_flags(write_config, capsys
     for arguments in (["--num_rounds", "three"], ["--config", write_config("num_rounds: three")]):
         with pytest.raises(SystemExit):
             parse_args([FederatedConfig], ["--output_dir", "out", *arguments])
-        assert "invalid int value: 'three'" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert "invalid int value: 'three'" in told and told.count("\n") == 1

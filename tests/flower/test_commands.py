@@ -2,6 +2,7 @@
 """What `fedlpp-hf server` and `fedlpp-hf client` start, and what they refuse before that."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install fedlpp_hf[flower]")
 
+from fedlpp_hf.cli.main import main
 from fedlpp_hf.flower.client_command import run_client
+from fedlpp_hf.flower.loading import read_settings
 from fedlpp_hf.flower.server_command import run_server
 from fedlpp_hf.flower.superlink_control import APP_FILES
 
@@ -45,7 +48,44 @@ def test_client_without_certificate_makes_its_key(tmp_path, rows, write_config, 
     with pytest.raises(ValueError, match=r"expected the ca\.crt"):
         run_client(config, str(rows / "site-0.jsonl"), state_dir=str(tmp_path / "state"))
     assert (tmp_path / "state" / "node.pub").read_text().startswith("ecdsa-sha2-nistp384 ")
-    assert "site-0.pub" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "site-0.pub" in told and "earlier one was lost" not in told
+    (tmp_path / "state" / "node.key").unlink()
+    with pytest.raises(ValueError, match="there is no such file"):
+        run_client(config, str(rows / "site-0.jsonl"), state_dir=str(tmp_path / "state"), certificate="absent.crt")
+    assert "the earlier one was lost" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, flags, message",
+    [
+        ({}, ["--lisen", "::"], "Unknown option `--lisen`; did you mean `--listen`?"),
+        ({}, ["--num_round", "3"], "Unknown option `--num_round`; did you mean `--num_rounds`?"),
+        ({"lost_timeuot": 3}, [], "unknown key `lost_timeuot`; did you mean `lost_timeout`?"),
+        ({"num_rounds": True}, [], "`num_rounds: true`; expected a value of type int"),
+        ({"trainer": "absent.py:make"}, [], "expected FILE.py:FUNCTION"),
+        ({}, ["--clients_per_round", "5"], "--clients_per_round 5, but there are only 3 clients"),
+    ],
+)
+def test_wrong_configuration_is_told_in_options(write_config, options, flags, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_settings(write_config(**options), flags, ["listen", "hosts"])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--num_rounds", "x"], "invalid int value: 'x'"),
+        pytest.param(["--bse_bits", "3"], "base_bits", marks=pytest.mark.slow),
+    ],
+)
+def test_wrong_configuration_is_noticed_before_anything_starts(tmp_path, write_config, capsys, flags, message):
+    config, state = str(write_config()), str(tmp_path / "state")
+    with pytest.raises(SystemExit) as end:
+        main(["server", "--config", config, "--state_dir", state, *flags])
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and told.startswith("fedlpp-hf: error: ") and message in told and told.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["federation.yaml"]
 
 
 def test_recipes_app_is_the_one_that_is_started():

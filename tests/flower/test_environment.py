@@ -1,7 +1,6 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""What Flower needs before it starts: a tested version of it, certificates and keys."""
+"""What Flower needs before it starts: a tested version of it."""
 
-import stat
 from importlib.metadata import PackageNotFoundError
 
 import pytest
@@ -41,24 +40,25 @@ class TestFlowerVersion:
             "fedlpp-hf: error: This needs Flower (flwr<1.42,>=1.41, on Python 3.11 or newer): pip install 'fedlpp_hf[flower]'.\n"
         )
 
+    @pytest.mark.parametrize("package", ["cryptography", "httpx", "idna", "packaging", "starlette"])
+    def test_rest_of_the_extra_is_asked_for(self, monkeypatch, package):
+        def version(name):
+            if name == package:
+                raise PackageNotFoundError(name)
+            return "1.41.3"
+
+        extra = [
+            f"{name}>=1; extra == 'flower'"
+            for name in ("flwr", "cryptography", "httpx", "idna", "packaging", "starlette")
+        ]
+        monkeypatch.setattr(environment, "version", version)
+        monkeypatch.setattr(environment, "requires", lambda _: [*extra, "torch>=2", "trl>=1; extra == 'trl'"])
+        with pytest.raises(
+            ValueError, match=rf"`{package}`, which is not installed: pip install 'fedlpp_hf\[flower\]'"
+        ):
+            environment.check_flower()
+
     def test_one_within_the_range_passes(self, monkeypatch):
         monkeypatch.setattr(environment, "version", lambda package: "1.41.3")
         monkeypatch.setattr(environment, "requires", lambda package: ["flwr<1.42,>=1.41; extra == 'flower'"])
         environment.check_flower()
-
-
-def test_certificates(tmp_path):
-    pytest.importorskip("cryptography")
-    from fedlpp_hf.flower.certificates import make_certificates, make_node_key
-
-    make_certificates(tmp_path, ["127.0.0.1", "localhost"])
-    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    make_certificates(tmp_path, ["127.0.0.1"])
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
-    make_certificates(tmp_path, ["server.example"])  # another name: a new certificate from the same authority
-    assert (tmp_path / "ca.crt").read_bytes() == first["ca.crt"]
-    assert (tmp_path / "server.crt").read_bytes() != first["server.crt"]
-    key = make_node_key(tmp_path)
-    assert make_node_key(tmp_path) == key and key.read_bytes() == (tmp_path / "node.key").read_bytes()
-    for name in ("ca.key", "server.key", "node.key"):
-        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600

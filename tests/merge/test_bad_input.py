@@ -7,10 +7,12 @@ import struct
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from fedlpp_hf.merge.merge import merge_adapter
+from fedlpp_hf.merge import merge
+from fedlpp_hf.merge.merge import check_merge, merge_adapter
 from fedlpp_hf.tensors.adapters import ADAPTER_WEIGHTS
-from tests.helpers import LORA_KEY, change_tensor, make_pair
+from tests.helpers import LORA_KEY, change_tensor, change_tensors, make_pair, read_files
 
 
 def _truncate(full, adapter):
@@ -121,6 +123,47 @@ def test_bad_input_is_refused_by_name(tmp_path, case):
     with pytest.raises(ValueError, match=message):
         merge_adapter(full, adapter, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"full", "adapter"}
+
+
+@pytest.mark.parametrize("change", [{}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1]}])
+def test_an_adapter_that_was_never_trained_says_so(tmp_path, monkeypatch, change):
+    warned = []
+    monkeypatch.setattr(merge.logger, "warning", warned.append)
+    full, adapter, _ = make_pair(tmp_path, **change)
+    merge_adapter(full, adapter, tmp_path / "trained")
+    assert not warned
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    change_tensors(adapter / ADAPTER_WEIGHTS, {key: value * 0 for key, value in tensors.items() if "lora_B" in key})
+    merge_adapter(full, adapter, tmp_path / "out")
+    assert "Every B of the adapter" in warned[0] and "zero" in warned[0]
+
+
+def test_stray_files_below_the_adapter_do_not_matter(tmp_path):
+    full, adapter, _ = make_pair(tmp_path)
+    merge_adapter(full, adapter, tmp_path / "before")
+    names = ["config.json", "model.safetensors", "adapter_model.bin", "README.md", "old/adapter_config.json"]
+    for name in [
+        *names,
+        "old/adapter_model.safetensors",
+        "checkpoint-3/model.safetensors",
+        "_federation/federation.json",
+    ]:
+        (adapter / name).parent.mkdir(exist_ok=True)
+        (adapter / name).write_text("{")
+    merge_adapter(full, adapter, tmp_path / "out", verify=True)
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "before")
+
+
+def test_a_merge_can_be_checked_before_the_training(tmp_path):
+    full, adapter, _ = make_pair(tmp_path)
+    check_merge(full, adapter)
+    assert {path.name for path in tmp_path.iterdir()} == {"full", "adapter"}
+    _misplace(full, adapter)
+    with pytest.raises(ValueError, match="index.json` says it does"):
+        check_merge(full, adapter)
+    full, adapter, _ = make_pair(tmp_path / "bias", lora_bias=True)  # Llama's layers have none to add it to
+    with pytest.raises(ValueError, match=r"lora_B\.bias.*has no bias to add it to"):
+        check_merge(full, adapter)
 
 
 def test_an_adapter_of_another_architecture_is_refused(tmp_path):

@@ -3,12 +3,13 @@
 
 import pytest
 import torch
-from peft import PeftModel
+import transformers
+from peft import LoraConfig, PeftModel
 
 from fedlpp_hf.base.export import export_base
 from fedlpp_hf.base.load import load_base
 from fedlpp_hf.merge.merge import merge_adapter
-from tests.helpers import make_pair
+from tests.helpers import make_pair, save_adapter
 
 
 def test_an_untied_head_of_the_base_is_the_bases(tmp_path):
@@ -42,3 +43,44 @@ def test_merging_into_the_base_is_what_clients_see(tmp_path, architecture, bits,
         ids = torch.arange(20)[None]
         merged = model_class.from_pretrained(tmp_path / "seen")
         torch.testing.assert_close(merged(ids).logits, client(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def _bert(name, **sizes):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2} | sizes
+    return getattr(transformers, name)(transformers.BertConfig(vocab_size=64, num_labels=3, **sizes))
+
+
+@pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM", "BertForSequenceClassification"])
+def test_base_of_the_backbone_or_with_another_head(tmp_path, name):
+    """`fedlpp-hf quantize` without --model_class, as the checkpoint's configuration names the class."""
+    _bert(name).save_pretrained(tmp_path / "full")
+    export_base(tmp_path / "full", tmp_path / "base")
+    classifier = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "full", num_labels=3)
+    lora = LoraConfig(target_modules=["query", "value"], task_type="SEQ_CLS")
+    save_adapter(classifier, lora, tmp_path / "adapter")
+    arguments = (tmp_path / "full", tmp_path / "adapter")
+    report = merge_adapter(*arguments, tmp_path / "out", base_dir=tmp_path / "base", verify=True)
+    assert len(report.layers) == 4 and all(layer.ratio for layer in report.layers)
+    merge_adapter(*arguments, tmp_path / "seen", base_dir=tmp_path / "base", target="base", verify=True)
+    if name == "BertForMaskedLM":  # it has no pooler
+        with pytest.raises(ValueError, match="pooler.*model_class=BertForSequenceClassification"):
+            load_base(tmp_path / "base", transformers.BertForSequenceClassification, num_labels=3)
+        return
+    client = load_base(tmp_path / "base", transformers.BertForSequenceClassification, num_labels=3)
+    client = PeftModel.from_pretrained(client, tmp_path / "adapter").eval()
+    merged = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "seen").eval()
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(merged(ids).logits, client(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("sizes", [{"num_hidden_layers": 3}, {"intermediate_size": 64}])
+@pytest.mark.parametrize("name", ["BertModel", "BertForSequenceClassification"])
+def test_base_of_another_model_is_refused(tmp_path, name, sizes):
+    model = _bert("BertForSequenceClassification")
+    model.save_pretrained(tmp_path / "full")
+    save_adapter(model, LoraConfig(target_modules=["query"], task_type="SEQ_CLS"), tmp_path / "adapter")
+    _bert(name, **sizes).save_pretrained(tmp_path / "other")
+    export_base(tmp_path / "other", tmp_path / "base")
+    with pytest.raises(ValueError, match="of another model"):
+        merge_adapter(tmp_path / "full", tmp_path / "adapter", tmp_path / "out", base_dir=tmp_path / "base")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
 from fedlpp_hf import FederatedTrainer
 from fedlpp_hf.aggregation.variate import average_variates
@@ -102,7 +102,7 @@ def test_owner_that_dies_is_reported(full_llama, llama_base, lora, tmp_path):
 
 def test_what_cannot_cross_to_the_owner_is_explained(full_llama, lora, tmp_path):
     lock = threading.Lock()
-    with pytest.raises(ValueError, match="The owner's process can't be given what it needs.*a lock"):
+    with pytest.raises(ValueError, match="The owner's process can't be given what it needs .*lock"):
         FederatedTrainer(
             str(full_llama),
             make_args(tmp_path),
@@ -168,3 +168,18 @@ def test_control_variate_without_what_it_needs_is_refused(full_llama, llama_base
     )
     with pytest.raises(ValueError, match="set `full_model`"):
         trainer.train()
+
+
+@pytest.mark.slow
+def test_what_could_not_be_merged_is_refused_before_the_first_round(full_llama, llama_base, lora, tmp_path):
+    """The base was exported before; transformers loads this full model, and a merge does not."""
+    LlamaForCausalLM.from_pretrained(full_llama).save_pretrained(tmp_path / "full", max_shard_size="60KB")
+    index = tmp_path / "full" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(content))
+    args = make_args(tmp_path / "out", full_model=str(tmp_path / "full"))
+    trainer = FederatedTrainer(str(llama_base), args, train_dataset=make_rows(), peft_config=lora)
+    with pytest.raises(ValueError, match=r"has `model\.norm\.weight`, which .* does not place there"):
+        trainer.train()
+    assert not list((tmp_path / "out").rglob("round.json"))

@@ -1,10 +1,11 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """A process beside this one: what it begins with, and how its failures come back."""
 
+import importlib
 import os
 import subprocess
 import sys
-import types
+import threading
 from pathlib import Path
 
 import pytest
@@ -85,12 +86,51 @@ def test_script_needs_no_main_guard(tmp_path):
     assert run.stdout.splitlines() == ["once", "{'product': 21}"]
 
 
-def test_module_that_the_process_can_not_find_is_named(monkeypatch, capfd):
-    module = types.ModuleType("typed_into_memory")
-    exec("class Setup: pass", vars(module))
-    monkeypatch.setitem(sys.modules, "typed_into_memory", module)
-    service = Service("test", make_environment_handler, module.Setup)
-    with pytest.raises(ValueError, match="can't read what it was given.*typed_into_memory.*on its path"):
+def make_dying_handler(setup, scratch):
+    os._exit(5)
+
+
+def make_refusing_handler(setup, scratch):
+    raise ValueError("the base is gone")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("size", [0, 1 << 24], ids=["small setup", "larger than any pipe"])
+def test_a_process_that_dies_at_its_start_is_no_wait(size, capfd):
+    service = Service("test", make_dying_handler, bytes(size))
+    with pytest.raises(RuntimeError, match=r"The test's process died during `read` \(exit code 5\)"):
         service.ask("read", name="HOME")
     service.close()
-    assert "ModuleNotFoundError" in capfd.readouterr().err
+    service = Service("test", make_refusing_handler, bytes(size))
+    with pytest.raises(RuntimeError, match="The test's process died"):
+        service.ask("read", name="HOME")
+    service.close()
+    assert "the base is gone" in capfd.readouterr().err
+
+
+@pytest.mark.timeout(60)
+def test_an_interpreter_that_does_not_start_is_no_wait():
+    """It reads nothing of what is sent; the parent used to hang there."""
+    with pytest.raises(RuntimeError, match="The test's process died during `start`"):
+        Service("test", make_dying_handler, bytes(1 << 24), {"PYTHONHOME": "/nowhere"})
+
+
+def test_a_setup_that_can_not_be_sent_is_one_error():
+    lock = threading.Lock()
+    with pytest.raises(
+        ValueError, match="The test's process can't be given what it needs .*lock.*Make it inside the function"
+    ):
+        Service("test", make_environment_handler, lambda: lock)
+
+
+def test_a_setup_that_can_not_be_read_is_one_error(tmp_path, monkeypatch, capfd):
+    """A module that only this process can import."""
+    (tmp_path / "only_here.py").write_text("def measure(prediction): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("only_here")
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(tmp_path)])
+    service = Service("test", make_environment_handler, module.measure)
+    with pytest.raises(ValueError, match="can't read what it was given .*only_here.*on its path"):
+        service.ask("read", name="HOME")
+    service.close()
+    assert "only_here" in capfd.readouterr().err

@@ -1,0 +1,43 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""`fedlpp-hf trace`: find out whose copy of a base a model came from."""
+
+import argparse
+
+from .command import Command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `trace`."""
+    parser.add_argument("suspect", help="directory or Hub id of a base, or of a model that may have come of one")
+    parser.add_argument("--key", required=True, metavar="FILE", help="the key that `quantize --mark` was given")
+    parser.add_argument("--full_model", help="where the full model is, if it has moved since")
+    parser.add_argument(
+        "--false_alarm", type=float, default=1e-6, help="chance of accusing an innocent client (default 1e-6)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Call [`~fedlpp_hf.base.marking.trace_base`] and print a table of all clients."""
+    if not 0 < arguments.false_alarm < 1:
+        raise ValueError(f"--false_alarm {arguments.false_alarm}: expected a chance between 0 and 1.")
+    from ..base.marking import MarkKey, trace_base
+    from ..report.tables import format_table
+
+    found = trace_base(arguments.suspect, MarkKey.read(arguments.key), arguments.full_model)
+    rows = [["client", "agreement", "score", "chance of a false alarm", ""]]
+    for trace in found:
+        guilty = "came from here" if trace.false_alarm <= arguments.false_alarm else ""
+        chance = "below 1e-300" if trace.false_alarm < 1e-300 else f"{trace.false_alarm:.1e}"
+        rows.append([trace.client, f"{trace.correlation:.0%}", f"{trace.score:.1f}", chance, guilty])
+    print("\n".join(format_table(rows)))
+    if not any(row[-1] for row in rows):
+        print(f"It came from none of these copies, as far as a chance of {arguments.false_alarm:g} tells.")
+
+
+COMMAND = Command(
+    summary="Find out whose copy of a base a model came from",
+    examples="  fedlpp-hf quantize models/full base-a/ --mark hospital-a --key marks.json   one copy for each client\n"
+    "  fedlpp-hf trace suspect/ --key marks.json        merged, fine-tuned, requantized or pruned meanwhile",
+    add_arguments=add_arguments,
+    run=run,
+)
