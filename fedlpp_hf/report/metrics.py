@@ -1,8 +1,11 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""A round's record as numbers."""
+"""Metrics as JSON holds them, and a round's record as numbers."""
 
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
+import torch
 
 from ..config.metrics import is_number
 
@@ -24,3 +27,37 @@ def mean_client_loss(record: Record) -> float:
     clients = record["clients"].values()
     total = sum(client["num_examples"] for client in clients)
     return sum(client["num_examples"] * client["loss"] for client in clients) / total
+
+
+def keep_values(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `metrics` that JSON can hold; arrays and tensors become numbers and lists, keys become text."""
+    kept = {}
+    for name, value in metrics.items():
+        try:
+            kept[str(name)] = _convert(value)
+        except TypeError:
+            continue
+    return kept
+
+
+def _convert(value: Any) -> Any:
+    """
+    Raises:
+        TypeError: if JSON can't hold the value.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        # A subclass, such as numpy.float64, is written as what it is.
+        return value if value is None or type(value) in (bool, int, float, str) else _plain(value)
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().float().numpy() if value.is_floating_point() else value.detach().cpu().numpy()
+    if isinstance(value, np.ndarray | np.generic):
+        return _convert(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(key): _convert(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_convert(entry) for entry in value]
+    raise TypeError(type(value).__name__)
+
+
+def _plain(value: Any) -> Any:
+    return next(kind(value) for kind in (bool, int, float, str) if isinstance(value, kind))

@@ -81,9 +81,9 @@ class FederatedServer:
         self.evaluate_proxy = evaluate_proxy
         self.on_round = on_round
         self.federation_id = ""
-        self._committed: ServerState | None = (
-            None  # after the last round, which is not always the one that is published
-        )
+        # After the last round, which is not always the one that is published.
+        self._committed: ServerState | None = None
+        self._names: list[str] = []  # of metrics, in their order
         self.store = RoundStore(args.output_dir)
         self.optimizer = ServerOptimizer(args.server_optimizer, args.server_learning_rate, args.server_momentum)
         self.admission = Admission(args, adapter, self.num_examples, self.store.updates_dir)
@@ -165,7 +165,9 @@ class FederatedServer:
         state = ServerState.from_tensors(*self.store.load(done))
         check_tensors(state.adapter, self.adapter)
         self.state = self._committed = state
-        check_chosen(self.args, self.store.records()[-1])
+        records = self.store.records()
+        self._names = list(records[0]["metrics"].get("proxy", ()))
+        check_chosen(self.args, records[-1])
         return done, False
 
     def _run_round(self, number: int, train_clients: TrainClients) -> bool:
@@ -250,11 +252,14 @@ class FederatedServer:
         return report
 
     def _commit(self, number: int, record: dict[str, Any]) -> bool:
-        metrics = {}
+        metrics: dict[str, dict[str, Any]] = {}
         if self.evaluate_proxy is not None and (number == 0 or self.args.broadcasts):
             metrics["proxy"] = self.evaluate_proxy(restore_tensors(self.make_proxy(self.adapter)))
         if self.owner is not None:
-            metrics["server"] = self.owner.evaluate(self.adapter, self.state.residual)
+            found = self.owner.evaluate(self.adapter, self.state.residual)
+            # In the order of the trainer's evaluation, which says what the headline is; a message has its keys sorted.
+            self._names += [name for name in metrics.get("proxy", ()) if name not in self._names]
+            metrics["server"] = {name: found[name] for name in [*self._names, *found] if name in found}
         record = {"round": number, **record, "metrics": metrics}
         if not number:
             check_chosen(self.args, record)

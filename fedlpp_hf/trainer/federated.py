@@ -2,7 +2,6 @@
 """Trainers whose `train()` runs a federation."""
 
 import copy
-import dataclasses
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,7 +23,6 @@ from ..config.federated import FederatedConfig
 from ..config.rules import check_products
 from ..processes.blueprint import TrainerBlueprint
 from ..processes.owner import OwnerProcess
-from ..processes.workers import ClientWorkers
 from ..report.rounds import RoundReporter
 from ..server.loop import FederatedServer, TrainClients
 from ..server.resume import read_resume
@@ -34,7 +32,7 @@ from ..tensors.codebooks import FULL_PRECISION
 from ..wire.encoding import encode_message
 from ..wire.messages import ClientFailure, ClientTask, ClientUpdate
 from .arguments import check_arguments, hidden_arguments
-from .callbacks import EventHandler, means_rounds
+from .callbacks import EventHandler
 from .finish import finish_federation
 from .local_run import LocalRunMixin
 from .model import add_adapter, check_adapter_switching, resolve_model, start_adapter
@@ -43,13 +41,14 @@ from .ranks import RanksMixin, check_launch
 from .rounds import Rounds
 from .rows import RowsMixin
 from .trackers import check_uploads
+from .workers import WorkersMixin
 
 
 # The underscore keeps it out of `push_to_hub` of the adapter.
 CLIENTS_DIR = "_clients"  # what simulated clients keep to themselves from round to round
 
 
-class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, PublishingMixin):
+class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, WorkersMixin, PublishingMixin):
     """Makes a `Trainer` subclass federated: `class FederatedSFTTrainer(FederatedMixin, SFTTrainer)`.
 
     `train()` runs the federation; `train_client(task)` is one client's run, through the parent's `train()`, so that
@@ -97,7 +96,7 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, PublishingMixin):
             raise ValueError("`peft_config` is missing: say which adapter to train, e.g. LoraConfig(r=8).")
         args = copy.copy(args)
         self.server: FederatedServer | None = None
-        self._users_callbacks = list(callbacks or [])
+        self.users_callbacks = list(callbacks or [])
         self.raw_datasets = partition_clients(train_dataset, args)
         if self.raw_datasets:
             args.check_clients(len(self.raw_datasets))
@@ -174,7 +173,7 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, PublishingMixin):
             num_examples = count_rows(self.client_datasets)
             if self.args.client_workers == 1:
                 return self.train_remotely(self.train_clients, num_examples, resume)
-            workers = self._start_workers()
+            workers = self.start_workers()
             try:
                 return self.train_remotely(workers.train_clients, num_examples, resume)
             finally:
@@ -196,6 +195,10 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, PublishingMixin):
         resume = read_resume(resume_from_checkpoint, RoundStore(self.args.output_dir))
         if self.args.audit:
             check_auditable(self)
+            if None in num_examples.values():
+                raise ValueError(
+                    "audit=True compares clients by their rows, and some stream theirs. Give them datasets."
+                )
         reporter = RoundReporter(self.args, self._make_trackers())
         rounds = self.rounds = Rounds(self.args, self.callback_handler, self.evaluates)
 
@@ -249,37 +252,6 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, PublishingMixin):
         trackers += self.callback_handler.trackers
         check_uploads(trackers)
         return EventHandler([DefaultFlowCallback, *trackers], self.model, self.processing_class)
-
-    def _start_workers(self) -> ClientWorkers:
-        args, blueprint = self.args, self.blueprint
-        if args.world_size > 1:
-            raise ValueError(
-                f"client_workers={args.client_workers} in a launch of {args.world_size} processes, which train each "
-                "client together. Launch one process, or set client_workers=1."
-            )
-        if not blueprint.base_dir and not (args.base_bits == FULL_PRECISION and blueprint.full_model):
-            raise ValueError(
-                f"client_workers={args.client_workers}: each loads the base; give `model` as the path of one, not as a model."
-            )
-        # What is the owner's stays out of it.
-        arguments = blueprint.trainer_arguments | {"callbacks": self._callbacks_of_runs()}
-        theirs = dataclasses.replace(
-            blueprint, owner_dataset=None, client_datasets=self.raw_datasets, trainer_arguments=arguments
-        )
-        if blueprint.base_dir:
-            theirs = dataclasses.replace(theirs, full_model="")
-        return ClientWorkers(theirs, args.client_workers, None, self._begin_client)
-
-    def _begin_client(self, client_id: str) -> None:
-        if self.rounds is not None:
-            self.rounds.begin_client(client_id)
-
-    def _callbacks_of_runs(self) -> list[Any]:
-        """The user's callbacks that local runs need in a worker, too: each worker has its copy."""
-        here = self.callback_handler.callbacks
-        passed = [entry for entry in here if any(entry is one or type(entry) is one for one in self._users_callbacks)]
-        added = [entry for entry in here if entry not in self._own_callbacks]
-        return [entry for entry in [*passed, *added] if not means_rounds(entry)]
 
     def _evaluate_together(self, adapter: Mapping[str, torch.Tensor]) -> dict[str, float]:
         self.share("evaluate", lambda: encode_message("adapter", {}, adapter))

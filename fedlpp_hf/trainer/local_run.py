@@ -15,11 +15,11 @@ from transformers.utils import logging
 
 from ..client.guard import QuantizedBaseCallback
 from ..processes.workers import late_reason
+from ..report.metrics import keep_values
 from ..tensors.adapters import load_adapter_
 from ..wire.messages import ClientFailure, ClientTask, ClientUpdate
 from .callbacks import EventHandler
 from .rounds import Rounds
-from .values import keep_values
 
 
 logger = logging.get_logger(__name__)
@@ -47,7 +47,7 @@ class LocalRunMixin(_Parent):
         """Set up what runs share. Called once, when the trainer is made."""
         self.rounds = None
         self.callback_handler = EventHandler.of(self.callback_handler)
-        self._own_callbacks = list(self.callback_handler.callbacks)  # those that a trainer elsewhere makes by itself
+        self.own_callbacks = list(self.callback_handler.callbacks)  # those that a trainer elsewhere makes by itself
         self._skipped: set[str] = set()  # metrics that are no values
         self._horizon = (0, 1)
         self._decay_names: list[str] | None = None

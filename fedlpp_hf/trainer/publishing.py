@@ -33,6 +33,7 @@ class PublishingMixin(_Parent):
     owner: Any
     server: Any
     guard: Any
+    evaluates: bool
 
     def evaluate_server(self) -> dict[str, Any]:
         """Metrics of the server's model, W + θ, on `eval_dataset`: what the owner has. `evaluate` measures what a client has.
@@ -42,7 +43,7 @@ class PublishingMixin(_Parent):
         """
         if not self.is_world_process_zero():
             return {}
-        if self.owner is None or self.eval_dataset is None:
+        if self.owner is None or not self.evaluates:
             missing = "full_model" if self.owner is None else "eval_dataset"
             raise ValueError(f"Only the owner's process can evaluate the server's model, and `{missing}` is not set.")
         if self.server is None:

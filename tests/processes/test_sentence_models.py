@@ -88,7 +88,9 @@ def test_modules_of_others_and_elsewhere(encoder, tmp_path, module):
     export_base(encoder / "model", tmp_path / "base")
     (tmp_path / "base" / "modules.json").write_text(json.dumps([module]))
     with pytest.raises(ValueError, match="expected a module of sentence-transformers in a folder below"):
-        load_sentence_model(find_trainer("SentenceTransformerTrainer")[1], str(tmp_path / "base"), torch.nn.Linear(1, 1))
+        load_sentence_model(
+            find_trainer("SentenceTransformerTrainer")[1], str(tmp_path / "base"), torch.nn.Linear(1, 1)
+        )
 
 
 def test_losses_that_can_not_be(encoder, tmp_path):

@@ -187,7 +187,7 @@ def test_owners_things_stay_out_of_workers(full_llama, llama_base, lora, tmp_pat
     seen = []
     owner = SimpleNamespace(initial_adapter=dict, has_rows=True)
     monkeypatch.setattr("fedlpp_hf.trainer.federated.OwnerProcess", lambda blueprint: owner)
-    monkeypatch.setattr("fedlpp_hf.trainer.federated.ClientWorkers", lambda blueprint, *_: seen.append(blueprint))
+    monkeypatch.setattr("fedlpp_hf.trainer.workers.ClientWorkers", lambda blueprint, *_: seen.append(blueprint))
     rows = make_rows()
     args = make_args(tmp_path, client_workers=2, full_model=str(full_llama))
     trainer = FederatedTrainer(

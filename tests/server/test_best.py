@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from fedlpp_hf.config.metrics import MetricChoice
 from fedlpp_hf.server.best import find_published_round
 from fedlpp_hf.tensors.adapters import read_adapter
 
@@ -93,3 +94,19 @@ def test_a_listener_ends_the_run_after_its_round(tmp_path):
     whole = make_server(tmp_path / "whole", num_rounds=5)
     whole.run(answer_all)
     assert all(torch.equal(resumed.adapter[key], value) for key, value in whole.adapter.items())
+
+
+def test_metrics_of_the_server_are_in_the_order_of_the_trainers(tmp_path):
+    """Which is the first decides on the headline, and what comes from the owner's process is sorted by name."""
+    names = ["eval_loss", "eval_f1", "eval_accuracy"]
+
+    class Owner:
+        def evaluate(self, adapter, residual):
+            return dict.fromkeys([*sorted(names), "eval_more"], 0.5)
+
+    for resume, options in ((False, {"num_rounds": 1}), (True, {"num_rounds": 2})):
+        server = make_server(tmp_path, **options)
+        server.evaluate_proxy, server.owner = lambda adapter: dict.fromkeys(names, 0.5), Owner()
+        records = server.run(answer_all, resume)
+    assert all(list(record["metrics"]["server"]) == [*names, "eval_more"] for record in records)
+    assert {MetricChoice().main(view) for record in records for view in record["metrics"].values()} == {"eval_f1"}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedlpp_hf import FederatedTrainer, RoundStore, load_base
-from fedlpp_hf.trainer.values import keep_values
+from fedlpp_hf.report.metrics import keep_values
 from tests.helpers import make_args, make_rows, make_trainer
 
 

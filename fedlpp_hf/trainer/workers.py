@@ -1,0 +1,65 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""What a trainer gives the workers that train its clients beside it."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from transformers import Trainer
+
+from ..processes.blueprint import TrainerBlueprint
+from ..processes.workers import ClientWorkers
+from ..tensors.codebooks import FULL_PRECISION
+from .callbacks import EventHandler, means_rounds
+
+
+_Parent: Any = Trainer if TYPE_CHECKING else object
+
+
+class WorkersMixin(_Parent):
+    """The part of [`FederatedMixin`] that starts `client_workers`.
+
+    `users_callbacks` are those that the trainer was made with, `own_callbacks` all that it had then.
+    """
+
+    blueprint: TrainerBlueprint
+    raw_datasets: dict[str, Any]
+    callback_handler: EventHandler
+    users_callbacks: list[Any]
+    own_callbacks: list[Any]
+    rounds: Any
+
+    def start_workers(self) -> ClientWorkers:
+        """The processes of `client_workers`, which train a round's clients.
+
+        Raises:
+            ValueError: under a launch of several processes, and where the base is no directory that they could load.
+        """
+        args, blueprint = self.args, self.blueprint
+        if args.world_size > 1:
+            raise ValueError(
+                f"client_workers={args.client_workers} in a launch of {args.world_size} processes, which train each "
+                "client together. Launch one process, or set client_workers=1."
+            )
+        if not blueprint.base_dir and not (args.base_bits == FULL_PRECISION and blueprint.full_model):
+            raise ValueError(
+                f"client_workers={args.client_workers}: each loads the base; give `model` as the path of one, not as a model."
+            )
+        # What is the owner's stays out of it.
+        arguments = blueprint.trainer_arguments | {"callbacks": self._callbacks_of_runs()}
+        theirs = dataclasses.replace(
+            blueprint, owner_dataset=None, client_datasets=self.raw_datasets, trainer_arguments=arguments
+        )
+        if blueprint.base_dir:
+            theirs = dataclasses.replace(theirs, full_model="")
+        return ClientWorkers(theirs, args.client_workers, None, self._begin_client)
+
+    def _begin_client(self, client_id: str) -> None:
+        if self.rounds is not None:
+            self.rounds.begin_client(client_id)
+
+    def _callbacks_of_runs(self) -> list[Any]:
+        """The user's callbacks that local runs need in a worker, too: each worker has its copy."""
+        here = self.callback_handler.callbacks
+        passed = [entry for entry in here if any(entry is one or type(entry) is one for one in self.users_callbacks)]
+        added = [entry for entry in here if entry not in self.own_callbacks]
+        return [entry for entry in [*passed, *added] if not means_rounds(entry)]
