@@ -33,7 +33,6 @@ class PublishingMixin(_Parent):
     owner: Any
     server: Any
     guard: Any
-    evaluates: bool
 
     def evaluate_server(self) -> dict[str, Any]:
         """Metrics of the server's model, W + θ, on `eval_dataset`: what the owner has. `evaluate` measures what a client has.
