@@ -33,7 +33,10 @@ class PublishingMixin(_Parent):
     owner: Any
     server: Any
     guard: Any
-    evaluates: bool
+    if TYPE_CHECKING:
+
+        @property
+        def evaluates(self) -> bool: ...  # of LocalRunMixin
 
     def evaluate_server(self) -> dict[str, Any]:
         """Metrics of the server's model, W + θ, on `eval_dataset`: what the owner has. `evaluate` measures what a client has.
