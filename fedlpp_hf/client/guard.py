@@ -31,6 +31,10 @@ TASK_FILE = "task.safetensors"
 UPDATE_FILE = "update.safetensors"
 
 
+class BaseMovedError(RuntimeError):
+    """The base is not what it was: what is trained on it from here on is worth nothing."""
+
+
 class QuantizedBaseCallback(TrainerCallback):
     """Guards a client's run and turns it into an update.
 
@@ -128,7 +132,9 @@ class QuantizedBaseCallback(TrainerCallback):
     def on_train_end(self, args, state, control, *, model: torch.nn.Module, train_dataloader: Any, **kwargs):
         for (name, parameter), version in zip(self.frozen, self._versions, strict=True):
             if parameter._version != version:
-                raise RuntimeError(f"`{name}` of the base was written to during training; the base must stay frozen.")
+                raise BaseMovedError(
+                    f"`{name}` of the base was written to during training; the base must stay frozen."
+                )
         options, end = self.current_task.options, copy_adapter(self.parameters)
         delta = {key: end[key].sub_(self._start[key]) for key in trainable_keys(options.rule, end)}
         if options.clip_norm:
@@ -196,10 +202,10 @@ class QuantizedBaseCallback(TrainerCallback):
         """Compare the base with what it was when the trainer was made.
 
         Raises:
-            RuntimeError: if a bit of it differs.
+            BaseMovedError: if a bit of it differs.
         """
         if self.digest_base() != self._digest:
-            raise RuntimeError("The base differs from what it was before training; it must stay frozen.")
+            raise BaseMovedError("The base differs from what it was before training; it must stay frozen.")
 
 
 def _count_examples(rows: Any, args: Any, state: Any) -> int:

@@ -13,7 +13,7 @@ from transformers import Trainer, set_seed
 from transformers.integrations.neftune import deactivate_neftune
 from transformers.utils import logging
 
-from ..client.guard import QuantizedBaseCallback
+from ..client.guard import BaseMovedError, QuantizedBaseCallback
 from ..processes.workers import late_reason
 from ..report.metrics import keep_values
 from ..tensors.adapters import load_adapter_
@@ -116,6 +116,8 @@ class LocalRunMixin(_Parent):
     def _try_client(self, task: ClientTask) -> ClientUpdate | ClientFailure:
         try:
             return self.train_client(task)
+        except BaseMovedError:
+            raise  # all later clients train on it
         except Exception as error:
             if self.args.world_size > 1:
                 raise  # the other ranks are in the middle of the run, and would wait for this one for ever
@@ -128,7 +130,7 @@ class LocalRunMixin(_Parent):
             self.neftune_hook_handle = None
         self.model.zero_grad()
         self._drop_run()
-        self.guard.prove_base_unmoved()  # all later clients train on it
+        self.guard.prove_base_unmoved()
         return ClientFailure(task.client_id, reason)
 
     def _drop_run(self) -> None:

@@ -185,7 +185,7 @@ def test_a_refused_client_is_left_out_with_the_reason(monkeypatch):
 
 def test_owners_things_stay_out_of_workers(full_llama, llama_base, lora, tmp_path, monkeypatch):
     seen = []
-    owner = SimpleNamespace(initial_adapter=dict, has_rows=True)
+    owner = SimpleNamespace(initial_adapter=dict, has_rows=True, check_merge=lambda *_: None)
     monkeypatch.setattr("fedlpp_hf.trainer.federated.OwnerProcess", lambda blueprint: owner)
     monkeypatch.setattr("fedlpp_hf.trainer.workers.ClientWorkers", lambda blueprint, *_: seen.append(blueprint))
     rows = make_rows()
