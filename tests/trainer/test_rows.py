@@ -30,13 +30,20 @@ class FederatedPreparing(FederatedMixin, Preparing):
 def test_a_constructor_that_prepares_rows(llama_base, lora, tmp_path):
     rows = make_rows().remove_columns("labels")
     expected = {
-        client: [row for row, site in zip(rows["input_ids"], rows["client"], strict=True) if site == client and row[0] % 2 == 0]
+        client: [
+            row
+            for row, site in zip(rows["input_ids"], rows["client"], strict=True)
+            if site == client and row[0] % 2 == 0
+        ]
         for client in sorted(set(rows["client"]))
     }
     trainer = make_trainer(load_base(llama_base), tmp_path, lora, FederatedPreparing, train_dataset=rows)
     found = {client: list(part["input_ids"]) for client, part in trainer.client_datasets.items()}
     assert found == expected and len(set(map(len, found.values()))) > 1
-    assert all(part.column_names == ["input_ids", "attention_mask", "client", "labels"] for part in trainer.client_datasets.values())
+    assert all(
+        part.column_names == ["input_ids", "attention_mask", "client", "labels"]
+        for part in trainer.client_datasets.values()
+    )
     trainer.train()
 
 
