@@ -83,7 +83,7 @@ def tokenize_rows(
     return rows
 
 
-# At the top level, because the owner's process imports it to evaluate its own model.
+# The owner's process uses it, too: it travels there by value.
 def compute_metrics(prediction, metric: str) -> dict[str, float]:
     return evaluate.load(metric).compute(
         predictions=prediction.predictions.argmax(axis=-1), references=prediction.label_ids

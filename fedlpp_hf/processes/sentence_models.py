@@ -39,8 +39,13 @@ def load_sentence_model(
     """
     config = {name: options.pop(name) for name in _CONFIG if name in options}
     if transformer is not None:
-        if (described := Path(directory) / MODULES).is_file():
-            _list_folders(described)
+        described = Path(directory) / MODULES
+        for folder in _list_folders(described) if described.is_file() else ():
+            if folder.endswith("Pooling") and not (Path(directory) / folder / "config.json").is_file():
+                raise ValueError(
+                    f"The base in `{directory}` has no `{folder}/config.json`: `fedlpp-hf quantize` and bases that are sent hold "
+                    "the transformer alone. Name the full model instead of the base, or copy that file into it."
+                )
         # The heads that the base does not have are floats.
         config["quantization_config"] = transformer.config.quantization_config.to_dict()
     model = trainer_class.model_class(directory, device="cpu", model_kwargs=options, config_kwargs=config)

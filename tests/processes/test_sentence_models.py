@@ -65,6 +65,10 @@ def test_pooling_and_evaluators_come_along(encoder, tmp_path):
 
 def test_the_base_has_what_describes_the_modules(encoder, tmp_path):
     export_base(encoder / "model", tmp_path / "base")
+    with pytest.raises(ValueError, match="has no `1_Pooling/config.json`"):
+        load_sentence_model(
+            find_trainer("SentenceTransformerTrainer")[1], str(tmp_path / "base"), torch.nn.Linear(1, 1)
+        )
     copy_configs(list_module_configs(FullModel(encoder / "model")), tmp_path / "base")
     _, trainer_class = find_trainer("SentenceTransformerTrainer")
     model = load_sentence_model(trainer_class, str(tmp_path / "base"), load_base(tmp_path / "base"))
