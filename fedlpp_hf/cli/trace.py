@@ -36,8 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 COMMAND = Command(
     summary="Find out whose copy of a base a model came from",
-    examples="  fedlpp-hf quantize models/full base-a/ --mark hospital-a --key marks.json   one copy for each client\n"
-    "  fedlpp-hf trace suspect/ --key marks.json        merged, fine-tuned, requantized or pruned meanwhile",
+    examples="  fedlpp-hf trace suspect/ --key marks.json        merged, fine-tuned, requantized or pruned meanwhile\n"
+    "  fedlpp-hf quantize models/full base-a/ --mark hospital-a --key marks.json   made the copies, one for each client",
     add_arguments=add_arguments,
     run=run,
 )

@@ -8,7 +8,6 @@ against coalitions that compare their copies. Pure functions.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -45,7 +44,7 @@ def draw_choices(mark: Mark, name: str, count: int) -> np.ndarray:
 
 def _draw(secret: bytes, purpose: str, name: str, count: int) -> np.ndarray:
     """`count` numbers in (0, 1): SHAKE-256 (FIPS 202) of the secret, which comes first, the purpose and the name."""
-    digest = hashlib.shake_256(secret + json.dumps([purpose, name]).encode()).digest(2 * count)
+    digest = hashlib.shake_256(secret + f"{len(purpose)} {purpose} {name}".encode()).digest(2 * count)
     return (np.frombuffer(digest, "<u2") + 0.5) / _STEPS
 
 
