@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""FedLPP for Hugging Face: federated LoRA in which clients hold only a quantized base, and the owner keeps the model."""
+"""Federated LoRA for the Hugging Face Trainer, in which clients hold only a quantized base, and the owner keeps the model."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

@@ -112,7 +112,7 @@ def _describe(is_adapter: bool, base_model: str | None) -> str:
     )
     return (
         f"{what}, trained by federated learning with `fedlpp_hf`: clients trained quantized adapters on a quantized copy of "
-        "the model, and their data did not leave them (FedLPP, [arXiv 2406.10976](https://arxiv.org/abs/2406.10976))."
+        "the model, and their data did not leave them. It builds on [FedLPP](https://arxiv.org/abs/2406.10976)."
     )
 
 
