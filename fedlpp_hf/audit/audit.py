@@ -67,7 +67,7 @@ def audit_federation(trainer: Any, coalitions: Sequence[Sequence[str]] | None = 
     rows = choose_rows(trainer.eval_dataset, args.audit_rows, args.seed)
     initial, _ = server.store.load(0)
     before = trainer.owner.measure_rows(initial)
-    after = trainer.owner.measure_rows(server.adapter, server.state.residual)
+    after = trainer.owner.measure_rows(server.adapter, server.state.residual, server.state.base_weight)
     scale = _Scale(trainer, rows)
     base = scale.measure(dict(trainer.guard.initial))
     if base is None or not np.isfinite(before.loss).all():

@@ -47,7 +47,11 @@ class WorkersMixin(_Parent):
         # What is the owner's stays out of it.
         arguments = blueprint.trainer_arguments | {"callbacks": self._callbacks_of_runs()}
         theirs = dataclasses.replace(
-            blueprint, owner_dataset=None, client_datasets=self.raw_datasets, trainer_arguments=arguments
+            blueprint,
+            owner_dataset=None,
+            selection_dataset=None,
+            client_datasets=self.raw_datasets,
+            trainer_arguments=arguments,
         )
         if blueprint.base_dir:
             theirs = dataclasses.replace(theirs, full_model="")
