@@ -1,10 +1,13 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Stolen value: how much of what the owner gained an attacker holds, with its uncertainty. Pure functions on rows."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+
+from ..processes.measurement import RowMeasures
 
 
 RESAMPLES = 1000
@@ -30,6 +33,17 @@ class StolenValue:
     low: float | None
     high: float | None
     reason: str = ""
+
+
+def estimate_exposure(models: Mapping[str, RowMeasures], owner: RowMeasures, seed: int = 0) -> StolenValue:
+    """What the best of `models` is worth: (model − guessing) / (owner's model − guessing), in loss.
+
+    Guessing is the uniform distribution over classes or tokens. Of the untouched base this is its exposure; of the base after
+    training, its healed exposure: training repairs what the quantizer broke, and teaches the rows.
+    """
+    guess = np.full(len(owner.loss), math.log(owner.num_outputs))
+    losses = {name: found.loss for name, found in models.items()}
+    return estimate_stolen_value(losses, {"guessing": guess}, owner.loss, seed=seed)
 
 
 def estimate_stolen_value(
