@@ -228,9 +228,9 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def summarize(lines: list[dict[str, str]]) -> str:
-    """The table: means over seeds, and the ranges over them of the stolen value and of what the server lacks.
+    """The table: means over seeds, and the ranges over them of the stolen value and of the server's loss above full precision.
 
-    What it lacks is its loss above that of the same seed's federation in full precision; losses of one task are comparable.
+    Full precision is the same seed's federation; losses of one task are comparable.
     """
     text = []
     for task in dict.fromkeys(line["task"] for line in lines):
@@ -248,14 +248,14 @@ def summarize(lines: list[dict[str, str]]) -> str:
             groups[line["setting"]].append(line)
         for name in SETTINGS:
             if group := groups.get(name):
-                lacks = [
+                above = [
                     number(line, "server: loss") / full[line["seed"]] - 1 for line in group if line["seed"] in full
                 ]
                 cells = [
                     name,
                     str(len(group)),
                     describe(group, "server"),
-                    format_range(lacks, 1) if lacks else "",
+                    format_range(above, 1) if above else "",
                     f"{mean_of(group, 'base: loss'):.3f}",
                 ]
                 for label in ("client", "half"):

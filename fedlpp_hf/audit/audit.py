@@ -47,8 +47,8 @@ def check_auditable(trainer: Any) -> None:
 def audit_federation(trainer: Any, coalitions: Sequence[Sequence[str]] | None = None) -> AuditReport:
     """Attack the federation that `trainer.train()` has run, with what its clients hold.
 
-    `trainer` is a [`FederatedMixin`] trainer. `coalitions` are lists of clients that pool proxies and rows; by default
-    the client that holds the most, and the half of all clients that does.
+    `trainer` is a [`FederatedMixin`] trainer. `coalitions` are lists of clients that pool proxies and rows; by
+    default the client with the most proxies and rows, and the half of all clients with the most.
 
     Raises:
         ValueError: if the federation can't be audited, or a client is unknown.

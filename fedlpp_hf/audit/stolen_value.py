@@ -54,12 +54,19 @@ def estimate_stolen_value(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> StolenValue:
-    """The stolen value of the best of `attacks`, with a bootstrap interval over evaluation rows.
+    """The stolen value of the best attack, with a bootstrap interval over evaluation rows.
 
-    Each value is `(rows,)`, the `measure` of one model on each row. Without `attacks` (nothing was sent) an attacker is
-    left with `local_only`, and the stolen value is 0. The interval is the percentile bootstrap (Efron and Tibshirani,
+    Without attacks (nothing was sent) an attacker is left with `local_only`, and the stolen value is 0. The interval is the percentile bootstrap (Efron and Tibshirani,
     An Introduction to the Bootstrap, §13.3); the rows are drawn for all models together, and the best attack is
     chosen anew in every draw, as it was chosen on these rows.
+
+    Args:
+        attacks: By name, the `measure` of each attacker's model on each row, `(rows,)`.
+        local_only: The same of what clients could have without the federation.
+        server: The same of the server's model.
+        measure: `loss`, or `accuracy`.
+        seed: Of the bootstrap.
+        resamples: Draws of the bootstrap.
 
     Raises:
         ValueError: if there is no local-only reference, the rows are not the same, or a value is not finite.

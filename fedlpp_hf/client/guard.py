@@ -100,7 +100,7 @@ class QuantizedBaseCallback(TrainerCallback):
         self.initial = dict(start)
 
     def accept(self, task: ClientTask) -> None:
-        """Take a task: check that it is for this base, and let only those parameters train that it asks for.
+        """Take a task: check that it is for this base, and let only the parameters train which it asks for.
 
         A trainer that wraps its model (DDP) needs this before `train()`; [`FederatedTrainer`] does it.
 
@@ -183,7 +183,7 @@ class QuantizedBaseCallback(TrainerCallback):
         return self.task
 
     def _compress(self, delta: dict[str, torch.Tensor], keep: bool) -> Payload:
-        """The update as it is sent; what that leaves of it is kept for the next one, unless that is the whole way again."""
+        """The update as it is sent; the rest is kept for the next one, unless the next one is the whole way again."""
         task = self.current_task
         options, memory = task.options, None if task.goes_on else self._open_memory()
         left = {} if memory is None else memory.read()

@@ -134,7 +134,7 @@ def _find_stored(tensors: TensorPlan, groups: Sequence[Sequence[str]]) -> dict[s
 
 
 def _place_edits_(plan: MergePlan, located: set[str], rearranged: set[str], stored: Iterable[str]) -> None:
-    """Add the values that are new to the checkpoint, and refuse edits of parameters that it does not have."""
+    """Add the values that are new to the checkpoint, and refuse edits of parameters missing there."""
     added = {name for name, _, _ in plan.added}
     for name, edit in plan.edits.items():
         if name in located:
@@ -175,7 +175,7 @@ def _untie_(plan: MergePlan, adapted: AdaptedModel, odd: Mapping[tuple[str, ...]
     Args:
         plan: gets the changes of the configuration.
         adapted: the model.
-        odd: the groups that have to be untied, and the parameter in each that becomes another.
+        odd: the groups to untie, and the parameter in each that changes.
     """
     config, changes = untie_config(adapted.config)
     for group, name in odd.items():

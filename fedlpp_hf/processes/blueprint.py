@@ -91,7 +91,7 @@ class TrainerBlueprint:
         )
 
     def check(self, loads_model: bool) -> None:
-        """Refuse arguments that can't hold for the model that clients train on and for the owner's.
+        """Refuse arguments that can't hold for both the clients' model and the owner's.
 
         Args:
             loads_model: Whether the trainer loads its model from a path.

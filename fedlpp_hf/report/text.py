@@ -50,7 +50,14 @@ def render_report(
     references: Mapping[str, Mapping[str, float]] | None = None,
     attackers: Sequence[AttackerRow] = (),
 ) -> str:
-    """The report of a whole federation as Markdown."""
+    """The report of a whole federation as Markdown.
+
+    Args:
+        records: Of all rounds, from round 0.
+        args: The federation's options.
+        references: Metrics of models that nobody holds, by label.
+        attackers: What the audit adds to the table.
+    """
     first, last = records[0]["metrics"], records[-1]["metrics"]
     choice, published = MetricChoice.of(args), find_published_round(args, records)
     after = "server's model after"
@@ -107,7 +114,7 @@ def describe_choice(record: Record) -> list[str]:
     if "selection_loss" in record:
         lines.append(
             f"\nRound {record['round']} is published: of all rounds, it has the least loss on the owner's selection rows, "
-            f"{record['selection_loss']:.4f}. They are none of the rows that the table is measured on."
+            f"{record['selection_loss']:.4f}. The table is measured on other rows."
         )
     if weight:
         lines.append(

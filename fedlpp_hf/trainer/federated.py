@@ -64,8 +64,8 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, WorkersMixin, Publish
         owner_dataset: Rows of the owner, which never reach a client.
         selection_dataset: Rows of the owner, apart from all others, by which it chooses in each round what it keeps, and at the
             end the round: [`AggregationOptions`] says what.
-        model_class: The class of the full model and the base. By default the one that the checkpoint names, with the head
-            that `peft_config.task_type` or the trainer needs.
+        model_class: The class of the full model and the base. By default the one that the checkpoint names, with the
+            head for `peft_config.task_type` or the trainer.
         model_init_kwargs: For `from_pretrained` of both, such as `{"num_labels": 5}`. Where `args` has the field, too, as
             in TRL's configurations, these override it.
 

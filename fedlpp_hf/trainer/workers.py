@@ -18,7 +18,7 @@ _Parent: Any = Trainer if TYPE_CHECKING else object
 class WorkersMixin(_Parent):
     """The part of [`FederatedMixin`] that starts `client_workers`.
 
-    `users_callbacks` are those that the trainer was made with, `own_callbacks` all that it had then.
+    `users_callbacks` are those that the trainer was made with, `own_callbacks` all it had then.
     """
 
     blueprint: TrainerBlueprint

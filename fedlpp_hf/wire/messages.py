@@ -99,7 +99,7 @@ class ClientTask:
 
 @dataclass(frozen=True, slots=True)
 class ClientFailure:
-    """In place of an update: a client that failed, or gave an answer that can't be read, and why."""
+    """In place of an update: a client that failed, or gave an unreadable answer, and why."""
 
     client_id: str
     reason: str

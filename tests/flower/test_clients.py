@@ -39,7 +39,7 @@ def identity():
 
 @pytest.fixture(autouse=True)
 def warm_trainers(monkeypatch):
-    """One trainer per client, as where it is a process of its own."""
+    """One trainer per client, as where it is a process."""
     trainers = {}
 
     def find_or_make(settings, base_dir):
