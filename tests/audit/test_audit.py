@@ -96,6 +96,7 @@ def test_cold_coarse_base_is_reported_as_such(tmp_path):
     assert report.coalitions[0].healed.attacker < report.exposure.attacker - 0.5
 
 
+@pytest.mark.slow
 def test_what_is_never_broadcast_is_not_stolen(full_llama, lora, tmp_path):
     report, trainer = audited(
         full_llama, tmp_path, lora, broadcast="never", num_rounds=1, max_steps=8, audit_threshold=0.1,
@@ -132,6 +133,7 @@ def test_what_is_never_broadcast_is_not_stolen(full_llama, lora, tmp_path):
         audit_federation(trainer, [["e"]])
 
 
+@pytest.mark.slow
 def test_threshold_fails_the_run_after_everything_is_written(full_llama, lora, tmp_path, capsys):
     with pytest.raises(RuntimeError, match=r"The audit fails: site-\d with `.*`: stolen value \d.*audit_threshold=5%"):
         audited(full_llama, tmp_path, lora, num_rounds=3, max_steps=4, audit_threshold=0.05, merge=True)

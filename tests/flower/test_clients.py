@@ -146,6 +146,7 @@ class TestTransport:
         assert_equal(over_flower, run_in_process(config, rows, tmp_path / "process"))
         assert [kind for kind, _ in network.asked] == [DESCRIBE] * 3 + ["query.base"] * 3 + [TRAIN] * 9
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("fault", ["silent", "offline", b"not an update"])
     def test_round_closes_without_a_failed_client(self, fault, tmp_path, write_config, rows, llama_base):
         config = write_config(num_rounds=2, round_timeout=1 if fault == "silent" else 60)
@@ -175,6 +176,7 @@ class TestTransport:
         assert network.away and not rejected(tmp_path / "flower", 1)
         assert_equal(adapter, run_in_process(config, rows, tmp_path / "process"))
 
+    @pytest.mark.slow
     def test_round_repeats_a_failed_task(self, tmp_path, write_config, rows, llama_base):
         config = write_config(num_rounds=1, task_retries=1, round_timeout=1)
         failed = []
@@ -204,6 +206,7 @@ class TestTransport:
         assert rejected(tmp_path / "flower", 2) == {}
         assert_equal(adapter, run_in_process(config, rows, tmp_path / "process", [(1, "site-0")]))
 
+    @pytest.mark.slow
     def test_update_of_another_round_is_refused(self, tmp_path, write_config, rows, llama_base):
         config = write_config(num_rounds=2)
 
@@ -216,6 +219,7 @@ class TestTransport:
         assert rejected(tmp_path / "flower", 2) == {"site-0": "its round is 1; the task's is 2"}
         assert_equal(adapter, run_in_process(config, rows, tmp_path / "process", [(2, "site-0")]))
 
+    @pytest.mark.slow
     def test_client_that_loses_its_base_or_changes_its_version(
         self, tmp_path, write_config, rows, llama_base, monkeypatch
     ):
@@ -238,6 +242,7 @@ class TestTransport:
         failures = [(2, "site-0"), (3, "site-0")]
         assert_equal(adapter, run_in_process(config, rows, tmp_path / "process", failures))
 
+    @pytest.mark.slow
     def test_server_dies_between_receive_and_commit(self, tmp_path, write_config, rows, llama_base, monkeypatch):
         config = write_config(num_rounds=2)
         network = Network(tmp_path, config, rows)
@@ -257,6 +262,7 @@ class TestTransport:
         assert [name for kind, name in network.asked if kind == TRAIN] == CLIENTS * 3
         assert_equal(adapter, run_in_process(config, rows, tmp_path / "process"))
 
+    @pytest.mark.slow
     def test_no_client_answers(self, tmp_path, write_config, rows, llama_base):
         config = write_config(round_timeout=0.5, num_rounds=2)
         network = Network(

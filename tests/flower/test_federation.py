@@ -51,6 +51,7 @@ def test_equals_in_process(tmp_path, write_config, rows, llama_base):
     )
 
 
+@pytest.mark.slow
 def test_server_fails_with_its_run(tmp_path, write_config, rows):
     """`flwr run --stream` returned 0 for such a run."""
     machines = Machines(tmp_path, write_config(join_timeout=0.1), rows, server_options=["--insecure"])

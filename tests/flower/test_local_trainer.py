@@ -82,6 +82,7 @@ trainer_process.TrainerService(ClientSettings.read(settings), trainer).serve()
         self.assert_ends(pid)
         assert self.ask_pid(settings, base_dir) != pid
 
+    @pytest.mark.slow
     def test_one_that_does_not_answer_is_replaced(self, settings, base_dir, monkeypatch):
         pid = self.ask_pid(settings, base_dir)
         os.kill(pid, signal.SIGSTOP)

@@ -18,6 +18,7 @@ from fedlpp_hf.wire.messages import ClientTask, ClientUpdate
 pytestmark = pytest.mark.integration
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="processes are found in /proc")
 def test_trainer_of_two_processes(tmp_path, write_config, rows, llama_base, monkeypatch):
     """`fedlpp-hf client --processes 2`, but by torchrun, as `accelerate launch` without GPUs runs one process."""

@@ -38,6 +38,7 @@ def test_loads_as_the_full_model_does(tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("alpha", [8, 6])  # scales of 2 and 1.5, which take different ways
 @pytest.mark.parametrize("targets", ["qv", "all-linear"])

@@ -57,6 +57,7 @@ def make_classifier(model, output_dir, lora=None, model_init_kwargs=None, model_
     )
 
 
+@pytest.mark.slow
 def test_a_token_classifier_is_one_on_both_sides(tmp_path):
     """Without `model_class` the owner took a language model, and measured its random head."""
     torch.manual_seed(0)
@@ -75,6 +76,7 @@ def test_a_token_classifier_is_one_on_both_sides(tmp_path):
     assert torch.equal(merged.classifier.weight, trainer.server.adapter[HEAD])
 
 
+@pytest.mark.slow
 def test_one_start_for_clients_and_server_where_nothing_is_broadcast(encoder, tmp_path):
     ends, trainers = [], []
     for seed in (1, 2):  # of the process: it must not matter
@@ -105,6 +107,7 @@ def test_workers_start_at_the_same_head(encoder, tmp_path):
     torch.testing.assert_close(*ends)  # workers may have other numbers of threads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lora", "missing", "line"),
     [
@@ -213,6 +216,7 @@ def test_the_server_starts_from_the_owners_head_unless_clients_have_a_trained_on
         assert torch.equal(start[HEAD], head if trained else own_head)
 
 
+@pytest.mark.slow
 def test_magnitudes_are_the_full_models(full_llama, lora, tmp_path):
     """DoRA's start is the norm of the base's rows, which the quantizer has changed: the server's model would move."""
     lora.use_dora = True

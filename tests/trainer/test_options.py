@@ -66,6 +66,7 @@ def test_exact_without_a_broadcast_moves_the_product_too(llama_base, lora, tmp_p
         torch.testing.assert_close(joined[b].double() @ joined[a].double(), mean, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_owner_evaluates_and_merges_the_residual_too(full_llama, lora, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

@@ -27,6 +27,7 @@ def resume(base, output_dir, lora, how=True, **options):
     trainer.train(resume_from_checkpoint=how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rows, message",
     [

@@ -11,6 +11,7 @@ from fedlpp_hf import FederatedTrainer, export_base, load_base
 from tests.helpers import make_args, make_rows, make_trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 3, 2, 1])
 def test_bases_of_all_bits_train(full_llama, lora, tmp_path, bits):
     export_base(full_llama, tmp_path / "base", bits=bits)
