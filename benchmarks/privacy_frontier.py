@@ -103,7 +103,7 @@ def prepare_stories(task: str) -> dict[str, Any]:
     return {
         "model": AutoModelForCausalLM.from_pretrained(source),
         "warm_up": (prepare("validation", 2000), 100, 2e-3),
-        "selection_dataset": prepare("validation", 2100).skip(2000),
+        "selection_dataset": prepare("test", 400).skip(256).take(100),
         "train_dataset": prepare("train"),
         "eval_dataset": prepare("test", 256),
         "processing_class": tokenizer,
