@@ -139,8 +139,9 @@ def rejected(output_dir, number):
 
 
 class TestTransport:
-    def test_equals_in_process(self, tmp_path, write_config, rows, llama_base):
-        config = write_config()
+    @pytest.mark.parametrize("options", [{}, pytest.param({"broadcast": "never"}, marks=pytest.mark.slow)], ids=str)
+    def test_equals_in_process(self, tmp_path, write_config, rows, llama_base, options):
+        config = write_config(**options)
         network = Network(tmp_path, config, rows)
         over_flower = run_over(network, config, tmp_path / "flower", llama_base)
         assert_equal(over_flower, run_in_process(config, rows, tmp_path / "process"))
