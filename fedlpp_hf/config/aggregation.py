@@ -16,19 +16,19 @@ class AggregationOptions:
         aggregation: `fedavg` averages the factors, `freeze_a` trains B alone, `exact` averages the products B·A.
         weighting: Weight of an update in the mean: `examples` or `uniform`.
         robust: `none`, `median`, `trimmed_mean` or `multi_krum`.
-        num_attackers: Attackers in a round that the robust rule shall withstand.
+        num_attackers: How many attackers per round the robust rule must withstand.
         max_update_norm: Norm above which the server rejects an update.
-        clip_update_norm: Norm to which clients scale a longer update down.
+        clip_update_norm: Clients scale an update with a larger norm down to this one.
         fedprox_mu: Weight of FedProx's pull towards the proxy (arXiv 1812.06127).
         server_optimizer: `sgd` or `yogi` (FedOpt, arXiv 2003.00295).
         server_learning_rate: Step of the server along the mean update. 1 with momentum 0 is the paper's rule; Yogi's
             is a step per coordinate, 0.01 rather than 1.
         server_momentum: Momentum of `sgd` (FedAvgM, arXiv 1909.06335).
-        control_variate: Share of the quantizer's part in the mean update that is subtracted, as the owner estimates
-            it on its rows (`owner_dataset`).
-        control_variate_runs: Pairs of the owner's runs that the estimate is the mean of.
-        base_weights: λ, from 0 to below 1: the server's model is W − λE + θ, E = W − Q(W). Of several, the one with the
-            least loss on the owner's `selection_dataset` is chosen in each round.
+        control_variate: How much of the quantizer's effect to subtract from the mean update: 1 all, 0 none. The owner
+            estimates it on its own rows (`owner_dataset`).
+        control_variate_runs: How many pairs of the owner's runs the estimate averages.
+        base_weights: λ, from 0 to below 1: the server's model is W − λE + θ, E = W − Q(W). Of several, each round
+            takes the one with the least loss on the owner's `selection_dataset`.
     """
 
     FACTS: ClassVar[OptionFacts] = OptionFacts(
@@ -48,7 +48,7 @@ class AggregationOptions:
         default="fedavg",
         metadata={
             "help": "fedavg (mean of the factors), freeze_a (B alone is trained), exact (mean of the products B·A). "
-            "docs/aggregation.md has the table of what each does and does not."
+            "docs/aggregation.md compares them."
         },
     )
     weighting: str = field(
@@ -56,13 +56,13 @@ class AggregationOptions:
     )
     robust: str = field(default="none", metadata={"help": "none, median, trimmed_mean or multi_krum."})
     num_attackers: int = field(
-        default=0, metadata={"help": "Attackers in a round that a robust rule shall withstand."}
+        default=0, metadata={"help": "How many attackers per round a robust rule must withstand."}
     )
     max_update_norm: float | None = field(
         default=None, metadata={"help": "Norm above which the server rejects an update."}
     )
     clip_update_norm: float | None = field(
-        default=None, metadata={"help": "Norm to which clients scale a longer update down."}
+        default=None, metadata={"help": "Clients scale an update with a larger norm down to this one."}
     )
     fedprox_mu: float = field(default=0.0, metadata={"help": "Weight of FedProx's pull towards the proxy."})
     server_optimizer: str = field(default="sgd", metadata={"help": "sgd, or yogi (FedOpt)."})
@@ -74,22 +74,22 @@ class AggregationOptions:
     control_variate: float = field(
         default=0.0,
         metadata={
-            "help": "Share of the quantizer's part in the mean update that is subtracted: in each round the owner trains "
-            "on its own rows (`owner_dataset`) from the base and from the full model. 1: all of it; 0: none."
+            "help": "How much of the quantizer's effect to subtract from the mean update: 1 all, 0 none. In each round the "
+            "owner measures it on its own rows (`owner_dataset`), training once on the base and once on the full model."
         },
     )
     control_variate_runs: int = field(
         default=1,
         metadata={
-            "help": "Pairs of the owner's runs, with other batches and dropout, that the estimate is the mean of. More "
-            "runs take out chance, at the owner's cost alone; 4 is a good number."
+            "help": "How many pairs of the owner's runs to average, each with other batches and dropout. More runs "
+            "reduce the noise and cost only the owner; 4 is a good number."
         },
     )
     base_weights: list[float] = field(
         default_factory=lambda: [0.0],
         metadata={
-            "help": "The server's model is W − λE + θ, E = W − Q(W); these are the λ, from 0 to below 1, that the owner chooses "
-            "from in each round, by the loss on its `selection_dataset`."
+            "help": "Values of λ, from 0 to below 1, for the server's model W − λE + θ, E = W − Q(W). Of several, the owner "
+            "chooses in each round the one with the least loss on its `selection_dataset`."
         },
     )
 

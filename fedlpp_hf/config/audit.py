@@ -12,9 +12,9 @@ class AuditOptions:
     """What is measured beyond the rounds, all of it for simulations: it needs the clients' data in one process.
 
     Args:
-        audit: At the end, let clients attack with what they hold, and report their share of the owner's gain.
-        audit_threshold: Largest share that passes; above it the run fails, with everything written.
-        audit_rows: Evaluation rows that the audit compares models on.
+        audit: At the end, attack with what clients hold, and report their share of the owner's gain.
+        audit_threshold: Largest share that passes. Above it the run fails, after everything is written.
+        audit_rows: Number of evaluation rows on which the audit compares models.
         audit_steps: Steps of an attacker on its rows, and of local-only training.
         compare_full_precision: Also run the federation without quantization, and the owner alone on its rows.
     """
@@ -33,23 +33,27 @@ class AuditOptions:
     audit: bool = field(
         default=False,
         metadata={
-            "help": "At the end, let clients attack with what they hold, and report how much of the owner's gain they "
-            "have. It needs the clients' data here: for simulations only. docs/threat-model.md explains the result."
+            "help": "At the end, attack with what clients hold, and report how much of the owner's gain they get. Needs "
+            "the clients' data in this process: for simulations only. docs/threat-model.md explains the result."
         },
     )
     audit_threshold: float | None = field(
         default=None,
-        metadata={"help": "Fail the run if a client, or a coalition of half of them, has a larger share of the gain."},
+        metadata={
+            "help": "Fail the run if a client, or half of them together, gets a larger share of the owner's gain."
+        },
     )
-    audit_rows: int = field(default=128, metadata={"help": "Evaluation rows that the audit compares models on."})
+    audit_rows: int = field(
+        default=128, metadata={"help": "Number of evaluation rows on which the audit compares models."}
+    )
     audit_steps: int = field(
-        default=20, metadata={"help": "Steps that an attacker trains on its own rows, and local-only training has."}
+        default=20, metadata={"help": "Training steps of an attacker on its own rows, and of local-only training."}
     )
     compare_full_precision: bool = field(
         default=False,
         metadata={
-            "help": "Also run the federation without quantization, as the reference of the report, and, with an "
-            "`owner_dataset`, the owner alone on its rows. It needs the full model and the clients' data in one process: "
+            "help": "Also run the federation without quantization, as a reference in the report, and, with an "
+            "`owner_dataset`, the owner alone on its rows. Needs the full model and the clients' data in one process: "
             "for simulations only."
         },
     )

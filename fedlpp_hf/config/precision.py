@@ -18,9 +18,9 @@ class PrecisionOptions:
         embedding_bits: Bits of embeddings and heads in the base.
         adapter_bits: Bits of the proxy, the adapter that clients are sent.
         adapter_block_size: Values of the proxy, or of an update, that share one scale.
-        update_bits: Bits of the updates that clients send. What rounding takes from one is added to the next (error
+        update_bits: Bits of the updates that clients send. The rounding error of one is added to the next (error
             feedback, arXiv 1901.09847).
-        update_density: Share of values that clients send of each tensor, those of largest magnitude.
+        update_density: Share of each tensor's values that clients send: those of largest magnitude.
     """
 
     FACTS: ClassVar[OptionFacts] = OptionFacts(
@@ -40,9 +40,7 @@ class PrecisionOptions:
 
     base_bits: int = field(
         default=4,
-        metadata={
-            "help": "Bits of the base's weights: 4, 3, 2, 1 (ternary), 8. 32 leaves full precision: no privacy."
-        },
+        metadata={"help": "Bits of the base's weights: 4, 3, 2, 1 (ternary) or 8. 32 is full precision: no privacy."},
     )
     base_block_size: int = field(default=64, metadata={"help": "Weights of the base that share one scale."})
     embedding_bits: int = field(
@@ -56,7 +54,7 @@ class PrecisionOptions:
         default=32, metadata={"help": "Bits of the updates that clients send. 32: full precision."}
     )
     update_density: float = field(
-        default=1.0, metadata={"help": "Share of values that clients send of each tensor, those of largest magnitude."}
+        default=1.0, metadata={"help": "Share of each tensor's values that clients send: those of largest magnitude."}
     )
 
     def check(self) -> None:

@@ -9,7 +9,7 @@ from .options import OptionFacts, check_choice, check_positive
 
 @dataclass
 class RoundOptions:
-    """Which clients there are, which of them a round asks, and when it closes.
+    """Which clients exist, which of them a round asks, and when it closes.
 
     Args:
         num_rounds: Rounds of the federation.
@@ -17,13 +17,13 @@ class RoundOptions:
         clients_per_round: Clients drawn in each round, uniformly without replacement. All by default.
         min_clients: Accepted updates that a round needs. With fewer, it fails and the federation stops.
         over_sample: Share of clients asked beyond `clients_per_round`. The round closes when enough have answered.
-        round_timeout: Seconds until a round closes with the updates that came.
+        round_timeout: Seconds until a round closes with the updates received so far.
         partition: `iid`, `dirichlet`, or the name of a column whose values are natural clients.
         dirichlet_alpha: Concentration of the Dirichlet partition (arXiv 1909.06335). Small values make clients differ.
         dirichlet_column: Column that the Dirichlet partition distributes unevenly.
         broadcast: `every_round` sends the proxy in each round, as the paper does. `never` sends nothing: each client starts
-            from the untouched base, goes on from its own adapter in later rounds, and sends its whole way from the base.
-        learning_rate_horizon: What the local schedule runs over: `round` or `federation`.
+            from the untouched base, continues from its own adapter in later rounds, and sends its total change since the base.
+        learning_rate_horizon: What the learning rate schedule covers: each local run (`round`), or all rounds (`federation`).
     """
 
     FACTS: ClassVar[OptionFacts] = OptionFacts(
@@ -45,17 +45,19 @@ class RoundOptions:
         default=None, metadata={"help": "Clients drawn in each round, uniformly without replacement. All by default."}
     )
     min_clients: int = field(
-        default=1, metadata={"help": "Accepted updates that a round needs; with fewer, the federation stops."}
+        default=1, metadata={"help": "Accepted updates that a round needs. With fewer, the federation stops."}
     )
     over_sample: float = field(
         default=0.0,
         metadata={
-            "help": "Share of clients asked beyond clients_per_round; the round closes when enough have answered."
+            "help": "Share of extra clients to ask beyond clients_per_round. The round closes when enough have answered."
         },
     )
     round_timeout: float | None = field(
         default=None,
-        metadata={"help": "Seconds until a round closes with the updates that came. Over Flower 3600 by default."},
+        metadata={
+            "help": "Seconds until a round closes with the updates received so far. Over Flower, 3600 by default."
+        },
     )
     partition: str = field(
         default="iid",
@@ -72,13 +74,15 @@ class RoundOptions:
     broadcast: str = field(
         default="every_round",
         metadata={
-            "help": "every_round sends the proxy in each round; never sends nothing: each client goes on from its own adapter, "
-            "and what is never sent can't be stolen."
+            "help": "every_round: send clients the proxy in each round. never: send none; each client continues from its own "
+            "adapter, so what the others taught can't be stolen."
         },
     )
     learning_rate_horizon: str = field(
         default="round",
-        metadata={"help": "What the local schedule runs over: the client's round, or the whole federation."},
+        metadata={
+            "help": "What the learning rate schedule covers: each local run (`round`), or all rounds (`federation`)."
+        },
     )
 
     def check(self) -> None:

@@ -13,7 +13,7 @@ class RunOptions:
 
     Args:
         full_model: Path or Hub id of the owner's full-precision model. Only the owner's process opens it.
-        client_workers: Processes that train a round's clients side by side on this machine. 1 trains them in this one.
+        client_workers: Processes that train a round's clients in parallel on this machine. 1 trains them in this one.
         merge: At the end, write the merged full model to `output_dir/_merged`.
         overwrite: Delete a federation that `output_dir` already holds.
     """
@@ -38,8 +38,8 @@ class RunOptions:
     client_workers: int = field(
         default=1,
         metadata={
-            "help": "Processes that train a round's clients side by side on this machine, each with its own base. 1: "
-            "this process trains them one after the other."
+            "help": "Number of processes that train a round's clients in parallel on this machine, each with its own base. "
+            "1: this process trains them one after the other."
         },
     )
     merge: bool = field(
