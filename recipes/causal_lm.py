@@ -35,14 +35,14 @@ class RecipeArguments:
     )
     selection_rows: int = field(
         default=0,
-        metadata={"help": "So many of the owner's rows choose λ of `base_weights`, and the round to publish."},
+        metadata={"help": "Number of owner's rows that choose λ of `base_weights`, and the round to publish."},
     )
     data_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
     train_split: str = field(default="train", metadata={"help": "Split of train_data, if it is on the Hub."})
     eval_split: str = field(default="test", metadata={"help": "Split of eval_data, if it is on the Hub."})
-    max_eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on so many rows, drawn at random."})
+    max_eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on this many rows, drawn at random."})
     prompt_column: str | None = field(default=None, metadata={"help": "Column with the prompt, if any."})
-    completion_column: str = field(default="text", metadata={"help": "Column with the text that is learnt."})
+    completion_column: str = field(default="text", metadata={"help": "Column with the text to learn."})
     separator: str = field(default="\n", metadata={"help": "What stands between prompt and completion."})
     max_length: int = field(default=256, metadata={"help": "Tokens of a row; more are cut off."})
     lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})
@@ -110,7 +110,9 @@ def main() -> None:
             return tokenize_rows(rows, arguments, tokenizer, keep=group)
 
     if arguments.selection_rows and not arguments.owner_data:
-        raise ValueError("selection_rows are some of the owner's rows; give owner_data.")
+        raise ValueError(
+            f"selection_rows={arguments.selection_rows} without owner_data, which they are taken from. Set it."
+        )
     owner: dict[str, Dataset | None] = {"train": None, "test": None}
     if arguments.owner_data:
         owner["train"] = prepare(arguments.owner_data, arguments.train_split)

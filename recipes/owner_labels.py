@@ -5,8 +5,8 @@
         --prompt_column act --completion_column text --output_file out/own.jsonl
 
 Hardware: two CPU cores; a minute for 400 short prompts to a small model. Expected: the rows of `data` with the model's
-answers, completions drawn from it or its likeliest class, ready to be the federation's `owner_data` for the control
-variate. docs/threat-model.md has what such rows are worth there, against rows with true labels.
+answers (completions drawn from it, or its likeliest class), ready to use as the federation's `owner_data` for the
+control variate. docs/threat-model.md compares such rows with truly labelled ones.
 """
 
 import json
@@ -27,7 +27,7 @@ class LabelArguments:
     data: str = field(metadata={"help": "Hub id, or a .jsonl, .json, .csv or .parquet file with texts or prompts."})
     output_file: str = field(metadata={"help": "JSONL file to write."})
     split: str = field(default="train", metadata={"help": "Split of data, if it is on the Hub."})
-    max_rows: int | None = field(default=None, metadata={"help": "Use so many rows, drawn by the seed."})
+    max_rows: int | None = field(default=None, metadata={"help": "Use this many rows, drawn by the seed."})
     text_column: str = field(default="text", metadata={"help": "Column with the text to classify."})
     label_column: str = field(default="label", metadata={"help": "Column that gets the index of the class."})
     prompt_column: str = field(default="prompt", metadata={"help": "Column with the prompt of a causal LM."})

@@ -1,11 +1,11 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""What the owner does before a federation: fine-tune the full model on a little of its own data.
+"""What the owner does before a federation: fine-tune the full model on a little of its data.
 
     python recipes/owner_warmup.py --config recipes/configs/quickstart_owner.yaml
 
 Hardware: two CPU cores; half a minute for the quickstart. Expected: an ordinary model directory in `output_dir`, which
-the federation's recipes take as `model_name_or_path`. There is nothing federated here. An adapter on a quantized base
-helps the full model only where the base knows the task already, so this step is worth its while.
+the federation's recipes take as `model_name_or_path`. Nothing here is federated. Do not skip this step: an adapter
+trained on a quantized base helps the full model only if the base already knows the task.
 """
 
 import hashlib

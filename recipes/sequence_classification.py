@@ -37,7 +37,7 @@ class RecipeArguments:
     )
     selection_rows: int = field(
         default=0,
-        metadata={"help": "So many of the owner's rows choose λ of `base_weights`, and the round to publish."},
+        metadata={"help": "Number of owner's rows that choose λ of `base_weights`, and the round to publish."},
     )
     data_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
     train_split: str = field(default="train", metadata={"help": "Split of train_data, if it is on the Hub."})
@@ -105,7 +105,9 @@ def main() -> None:
             return tokenize_rows(rows, arguments, tokenizer, label2id, keep=args.partition)
 
     if arguments.selection_rows and not arguments.owner_data:
-        raise ValueError("selection_rows are some of the owner's rows; give owner_data.")
+        raise ValueError(
+            f"selection_rows={arguments.selection_rows} without owner_data, which they are taken from. Set it."
+        )
     owner: dict[str, Dataset | None] = {"train": None, "test": None}
     if arguments.owner_data:
         owner["train"] = prepare(arguments.owner_data, arguments.train_split)

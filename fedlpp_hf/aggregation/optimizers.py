@@ -45,7 +45,12 @@ class ServerOptimizer:
         new_adapter, new_state = dict(adapter), dict(state)
         for key, change in delta.items():
             if key not in adapter or adapter[key].shape != change.shape:
-                raise ValueError(f"The mean update's `{key}` {tuple(change.shape)} is no tensor of the adapter.")
+                expected = tuple(adapter[key].shape) if key in adapter else "no such tensor"
+                raise ValueError(
+                    f"The mean update has `{key}` of shape {tuple(change.shape)}; the adapter has {expected}. "
+                    "Use the same "
+                    "LoraConfig on all clients."
+                )
             if self.name == "yogi":
                 change = _yogi(key, change, new_state)
             elif self.momentum:

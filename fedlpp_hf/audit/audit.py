@@ -36,10 +36,15 @@ def check_auditable(trainer: Any) -> None:
             "audit=True compares with the owner's model; set `full_model`, or pass the full model's path."
         )
     if not trainer.client_datasets:
-        raise ValueError("audit=True needs the clients' data in this process, and they are elsewhere. Simulate it.")
+        raise ValueError(
+            "audit=True needs the clients' rows in this process, but they are elsewhere: clients run on other "
+            "machines. Set "
+            "audit=False, and audit a simulation: pass rows as `train_dataset`, and call train()."
+        )
     if trainer.args.world_size > 1:
         raise ValueError(
-            f"audit=True runs in one process, and there are {trainer.args.world_size}. Launch it with one."
+            f"audit=True with {trainer.args.world_size} processes; expected one. Launch one process, or set "
+            "audit=False."
         )
     choose_rows(trainer.eval_dataset, 1, 0)
 

@@ -12,13 +12,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `client`."""
     parser.add_argument("--config", required=True, help="YAML file of the federation")
     parser.add_argument("--data", required=True, help="rows: .jsonl, .csv, .parquet, or a dataset's directory")
-    parser.add_argument("--server", default="127.0.0.1:8000", help="HOST:PORT of the server")
+    parser.add_argument("--server", default="127.0.0.1:8000", help="HOST:PORT of the server (default 127.0.0.1:8000)")
     parser.add_argument("--certificate", help="the server's ca.crt")
     parser.add_argument("--client_id", help="name in the federation (default: the name of the file of rows)")
     parser.add_argument("--state_dir", help="directory for the node's key and logs (default: flower-CLIENT_ID)")
-    parser.add_argument("--cache_dir", default="~/.cache/fedlpp_hf/bases", help="directory for bases")
-    parser.add_argument("--base", help="directory or Hub id of the base, if the server should not send it")
-    parser.add_argument("--processes", type=parse_count, default=1, help="GPUs to train on, by accelerate launch")
+    parser.add_argument(
+        "--cache_dir",
+        default="~/.cache/fedlpp_hf/bases",
+        help="directory for bases (default ~/.cache/fedlpp_hf/bases)",
+    )
+    parser.add_argument("--base", help="directory or Hub id of the base; otherwise the server sends it")
+    parser.add_argument(
+        "--processes", type=parse_count, default=1, help="number of GPUs to train on, by accelerate launch (default 1)"
+    )
     parser.add_argument("--cold", action="store_true", help="keep no trainer running: load everything for each task")
     parser.add_argument("--insecure", action="store_true", help="no TLS and no node key; on loopback only")
 

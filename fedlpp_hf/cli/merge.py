@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base_weight",
         type=parse_share,
-        help="from 0, merge into W, to 1, merge into Q(W) of --base_dir; by default what the adapter's federation chose",
+        help="from 0 (merge into W) to 1 (merge into Q(W) of --base_dir); default: as the adapter's federation chose",
     )
     parser.add_argument("--verify", action="store_true", help="read the result back and compare every byte")
     parser.add_argument(

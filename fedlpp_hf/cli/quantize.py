@@ -30,8 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_class", help="class of transformers (default: the one named in the model's config)")
     parser.add_argument("--revision", help="branch, tag or commit of the full model on the Hub")
     parser.add_argument("--max_shard_size", type=parse_size, default="2GB", help="size of a file (default 2GB)")
-    parser.add_argument("--mark", metavar="CLIENT", help="make the copy of this client, which `trace` recognizes")
-    parser.add_argument("--key", metavar="FILE", help="with --mark: the owner's secret; made if it is not there")
+    parser.add_argument(
+        "--mark", metavar="CLIENT", help="mark this copy as the one for CLIENT, so that `trace` recognizes it"
+    )
+    parser.add_argument(
+        "--key", metavar="FILE", help="with --mark: the owner's secret key; created if it does not exist"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing base")
     add_json(parser)
 
@@ -89,7 +93,8 @@ COMMAND = Command(
     summary="Export the quantized base for clients from the owner's full model",
     examples="  fedlpp-hf quantize org/full-model base/                 4 bits, embeddings too\n"
     "  fedlpp-hf quantize models/full base/ --bits 2           2 bits of information on stock 4-bit kernels\n"
-    "  fedlpp-hf quantize models/full base/ --bits ternary --block_size 128 --overwrite",
+    "  fedlpp-hf quantize models/full base/ --bits ternary --block_size 128 --overwrite\n"
+    "  fedlpp-hf quantize models/full base-a/ --mark hospital-a --key marks.json    a copy that `trace` recognizes",
     add_arguments=add_arguments,
     run=run,
 )

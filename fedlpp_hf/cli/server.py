@@ -12,12 +12,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `server`."""
     parser.add_argument("--config", required=True, help="YAML file of the federation")
     parser.add_argument(
-        "--state_dir", default="flower-server", help="directory for certificates, logs and the SuperLink's database"
+        "--state_dir",
+        default="flower-server",
+        help="directory for certificates, logs and the SuperLink's database (default flower-server)",
     )
     parser.add_argument(
-        "--listen", default="127.0.0.1", help="address to listen on: 0.0.0.0 (or :: for IPv6) for other machines"
+        "--listen",
+        default="127.0.0.1",
+        help="address to listen on (default 127.0.0.1); 0.0.0.0, or :: for IPv6, for other machines",
     )
-    parser.add_argument("--port", type=parse_port, default=8000, help="the one port that clients connect to")
+    parser.add_argument(
+        "--port", type=parse_port, default=8000, help="the one port that clients connect to (default 8000)"
+    )
     parser.add_argument(
         "--hosts", nargs="+", default=[], help="names and addresses of this machine that clients connect to"
     )

@@ -8,9 +8,9 @@ from .command import Command
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `trace`."""
-    parser.add_argument("suspect", help="directory or Hub id of a base, or of a model that may have come of one")
-    parser.add_argument("--key", required=True, metavar="FILE", help="the key that `quantize --mark` was given")
-    parser.add_argument("--full_model", help="where the full model is, if it has moved since")
+    parser.add_argument("suspect", help="directory or Hub id of a base, or of a model that may be made from one")
+    parser.add_argument("--key", required=True, metavar="FILE", help="the key file of `quantize --mark`")
+    parser.add_argument("--full_model", help="directory or Hub id of the full model, if it has moved")
     parser.add_argument(
         "--false_alarm", type=float, default=1e-6, help="chance of accusing an innocent client (default 1e-6)"
     )
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
         rows.append([trace.client, f"{trace.correlation:.0%}", f"{trace.score:.1f}", chance, guilty])
     print("\n".join(format_table(rows)))
     if not any(row[-1] for row in rows):
-        print(f"It came from none of these copies, as far as a chance of {arguments.false_alarm:g} tells.")
+        print(f"No copy was recognized at a false alarm of {arguments.false_alarm:g}.")
 
 
 COMMAND = Command(

@@ -139,7 +139,9 @@ class QuantizedBaseCallback(TrainerCallback):
         for (name, parameter), version in zip(self.frozen, self._versions, strict=True):
             if parameter._version != version:
                 raise BaseMovedError(
-                    f"`{name}` of the base was written to during training; the base must stay frozen."
+                    f"`{name}` of the base was written to during training, but the base must stay frozen. Look "
+                    "for code that "
+                    "changes the model: a callback, an optimizer with other parameters, a custom training_step."
                 )
         options, end = self.current_task.options, copy_adapter(self.parameters)
         if self.current_task.goes_on and state.is_world_process_zero:
@@ -217,7 +219,11 @@ class QuantizedBaseCallback(TrainerCallback):
             BaseMovedError: if a bit of it differs.
         """
         if self.digest_base() != self._digest:
-            raise BaseMovedError("The base differs from what it was before training; it must stay frozen.")
+            raise BaseMovedError(
+                "The base differs from what it was before training, but it must stay frozen. Look for code that "
+                "changes the "
+                "model: a callback, an optimizer with other parameters, a custom training_step."
+            )
 
 
 def _count_examples(rows: Any, args: Any, state: Any) -> int:

@@ -21,9 +21,11 @@ class RoundOptions:
         partition: `iid`, `dirichlet`, or the name of a column whose values are natural clients.
         dirichlet_alpha: Concentration of the Dirichlet partition (arXiv 1909.06335). Small values make clients differ.
         dirichlet_column: Column that the Dirichlet partition distributes unevenly.
-        broadcast: `every_round` sends the proxy in each round, as the paper does. `never` sends nothing: each client starts
-            from the untouched base, continues from its own adapter in later rounds, and sends its total change since the base.
-        learning_rate_horizon: What the learning rate schedule covers: each local run (`round`), or all rounds (`federation`).
+        broadcast: `every_round` sends the proxy in each round, as the paper does. `never` sends nothing: each client
+            starts from the untouched base, continues from its own adapter in later rounds, and sends its total change
+            since the base.
+        learning_rate_horizon: What the learning rate schedule covers: each local run (`round`), or all rounds
+            (`federation`).
     """
 
     FACTS: ClassVar[OptionFacts] = OptionFacts(
@@ -50,7 +52,8 @@ class RoundOptions:
     over_sample: float = field(
         default=0.0,
         metadata={
-            "help": "Share of extra clients to ask beyond clients_per_round. The round closes when enough have answered."
+            "help": "Share of extra clients to ask beyond clients_per_round. The round closes when enough have "
+            "answered."
         },
     )
     round_timeout: float | None = field(
@@ -74,7 +77,8 @@ class RoundOptions:
     broadcast: str = field(
         default="every_round",
         metadata={
-            "help": "every_round: send clients the proxy in each round. never: send none; each client continues from its own "
+            "help": "every_round: send clients the proxy in each round. never: send none; each client continues "
+            "from its own "
             "adapter, so what the others taught can't be stolen."
         },
     )

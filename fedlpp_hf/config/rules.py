@@ -80,18 +80,20 @@ def check_rules(options: Any) -> None:
         for name, neutral in (("server_optimizer", "sgd"), ("server_learning_rate", 1.0), ("server_momentum", 0.0)):
             if getattr(options, name) != neutral:
                 raise ValueError(
-                    f"{aggregation} does not go with {name}={getattr(options, name)!r}: it would change B and A apart from "
-                    f"each other, and their product would no longer be the mean. Set {name}={neutral!r}."
+                    f"{aggregation} does not go with {name}={getattr(options, name)!r}: it would change B and A "
+                    "separately, "
+                    f"and their product would no longer be the mean. Set {name}={neutral!r}."
                 )
         if options.control_variate:
             raise ValueError(
-                f"{aggregation} does not go with control_variate={options.control_variate}: that is an estimate for the "
-                "mean of the factors, not of their products. Use aggregation='fedavg' or 'freeze_a'."
+                f"{aggregation} does not go with control_variate={options.control_variate}, which corrects the "
+                "mean of the "
+                "factors, not of their products. Use aggregation='fedavg' or 'freeze_a'."
             )
         if robust is not None and robust.per_coordinate:
             raise ValueError(
-                f"{aggregation} does not go with {chosen}, which changes B and A apart from each other, so that their "
-                "product is nobody's. Use robust='multi_krum', which weighs whole clients."
+                f"{aggregation} does not go with {chosen}, which changes B and A separately: their product is then "
+                "nobody's update. Use robust='multi_krum', which weighs whole clients."
             )
     if robust is None:
         return
@@ -121,7 +123,8 @@ def _check_attackers(options: Any, robust: RobustRule) -> None:
     number = options.num_attackers
     if number < 0 or (robust.clients_needed and not number):
         raise ValueError(
-            f"robust={options.robust!r} with num_attackers={number}; expected how many attackers a round may have."
+            f"robust={options.robust!r} with num_attackers={number}; expected the number of attackers in a round, "
+            f"{1 if robust.clients_needed else 0} or more. Set num_attackers."
         )
     if robust.clients_needed is None:
         return

@@ -109,7 +109,7 @@ def read_addresses(listen: str, port: int, hosts: Sequence[str], insecure: bool)
     """
     address = parse_address(listen, "--listen")
     if address.port not in (None, port):
-        raise ValueError(f"--listen `{listen}`: the port is an option, too; set --port {address.port}.")
+        raise ValueError(f"--listen `{listen}` ends in a port; expected an address alone. Set --port {address.port}.")
     names = parse_hosts(hosts, port)
     if insecure:
         for host in (address.host, *names):

@@ -102,12 +102,13 @@ class Admission:
                 raise ValueError(f"its {name} is {getattr(update, name)!r}; the task's is {getattr(task, name)!r}")
         limit = self.num_examples.get(update.client_id)
         if update.num_examples < 1 or (limit is not None and update.num_examples > limit):
-            raise ValueError(f"it claims {update.num_examples} examples; expected 1 to {limit or 'any number'}")
+            expected = "1 or more" if limit is None else f"1 to {limit}"
+            raise ValueError(f"it claims {update.num_examples} examples; expected {expected}")
         for name in ("loss", "steps"):
             if name not in update.metrics:
-                raise ValueError(f"its metrics lack `{name}`")
+                raise ValueError(f"its metrics have no `{name}`; expected `loss` and `steps`")
         if not 1 <= update.metrics["steps"] < math.inf:
-            raise ValueError(f"it claims {update.metrics['steps']} steps")
+            raise ValueError(f"it claims {update.metrics['steps']} steps; expected 1 or more")
         trained = {key: self.shapes[key] for key in trainable_keys(self.args.aggregation, self.shapes)}
         delta = decompress_update(update.delta, trained)
         if self.args.max_update_norm is not None:

@@ -47,18 +47,19 @@ def check_owner(args: FederatedConfig, owner: Owner | None) -> None:
     for name, wanted in (("control_variate", args.control_variate), ("base_weights", moved)):
         if wanted and owner is None:
             raise ValueError(
-                f"{name}={getattr(args, name)}: only the owner's process has the full model that this needs; set `full_model`."
+                f"{name}={getattr(args, name)}: only the owner's process has the full model it needs; set "
+                "`full_model`."
             )
     if owner is None:
         return
     if len(args.base_weights) > 1 and not owner.selects:
         raise ValueError(
-            f"base_weights={args.base_weights} is a choice, and there are no rows to choose by. Pass `selection_dataset`, or "
-            "give one number."
+            f"base_weights={args.base_weights} has several values, but there are no rows to choose by. Pass "
+            "`selection_dataset` (in the recipes: owner_data and selection_rows), or give one value."
         )
     if owner.selects and args.load_best_model_at_end:
         raise ValueError(
-            "load_best_model_at_end=True with `selection_dataset`: both choose the round that is published. Leave one out."
+            "load_best_model_at_end=True with `selection_dataset`: both choose the round to publish. Leave one out."
         )
 
 

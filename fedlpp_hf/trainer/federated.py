@@ -201,7 +201,9 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, WorkersMixin, Publish
             check_auditable(self)
             if None in num_examples.values():
                 raise ValueError(
-                    "audit=True compares clients by their rows, and some stream theirs. Give them datasets."
+                    "audit=True needs rows that can be read again, but some clients have streams. Give them "
+                    "datasets with a "
+                    "length, or set audit=False."
                 )
         reporter = RoundReporter(self.args, self._make_trackers())
         rounds = self.rounds = Rounds(self.args, self.callback_handler, self.evaluates)

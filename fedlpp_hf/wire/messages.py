@@ -80,7 +80,11 @@ class ClientTask:
             )
         broadcast = header.get("broadcast")
         if not isinstance(broadcast, bool) or (payload and not broadcast):
-            raise ValueError(f"The task's `broadcast` is {broadcast!r:.100}, with {len(payload)} tensors of a proxy.")
+            raise ValueError(
+                f"The task's `broadcast` is {broadcast!r:.100}, with {len(payload)} tensors of a proxy; expected "
+                "true, or false and "
+                "no tensors."
+            )
         return cls(
             **values,
             proxy=payload if broadcast else None,

@@ -184,7 +184,7 @@ def test_classifiers_are_compared_by_accuracy_too(full_bert, tmp_path):
     [
         ({"owner": None}, "set `full_model`"),
         ({"client_datasets": {}}, "they are elsewhere"),
-        ({"args": SimpleNamespace(world_size=2)}, "runs in one process"),
+        ({"args": SimpleNamespace(world_size=2)}, "2 processes; expected one"),
         ({"eval_dataset": None}, "expected one Dataset"),
     ],
 )

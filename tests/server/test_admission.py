@@ -19,7 +19,7 @@ from .small_server import KEY_A, KEY_B, answer, answer_all, make_server, read_re
         ({"round": 9}, "its round is 9"),
         ({"federation_id": "another"}, "its federation_id"),
         ({"base_fingerprint": "another"}, "its base_fingerprint"),
-        ({"metrics": {"steps": 1}}, "lack `loss`"),
+        ({"metrics": {"steps": 1}}, "have no `loss`"),
         ({"num_examples": 0}, "claims 0 examples"),
         ({"num_examples": -3}, "claims -3 examples"),
         ({"num_examples": 10**12}, "expected 1 to 10"),
