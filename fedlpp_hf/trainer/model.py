@@ -3,6 +3,7 @@
 
 import copy
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -35,7 +36,8 @@ def resolve_model(
         blueprint: Of the trainer.
 
     Raises:
-        ValueError: if `model` and `full_model` name different full models.
+        ValueError: if `model` and `full_model` name different full models, or another process runs a federation where the
+            base would be written.
     """
     args = blueprint.args
     if not isinstance(model, str | Path):
@@ -55,10 +57,14 @@ def resolve_model(
     blueprint.base_dir = str(base_dir)
     owner = None
     if args.process_index == 0:
-        owner = OwnerProcess(blueprint)
+        store = RoundStore(args.output_dir)
         # Only a federation that can be resumed keeps its base; another one may want other bits.
-        if args.overwrite or not (RoundStore(args.output_dir).exists and (base_dir / BASE_MANIFEST).is_file()):
-            owner.export_base(base_dir)
+        exports = args.overwrite or not (store.exists and (base_dir / BASE_MANIFEST).is_file())
+        # The base of a federation that another process runs stays: whoever resumes it needs that one.
+        with store.lock() if exports and store.root.exists() else nullcontext():
+            owner = OwnerProcess(blueprint)
+            if exports:
+                owner.export_base(base_dir)
     PartialState().wait_for_everyone()
     return blueprint.load_base(), owner
 

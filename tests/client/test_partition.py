@@ -194,7 +194,9 @@ def test_splits_are_no_clients(kind, tmp_path):
         clients_of({"a": splits}, tmp_path)
 
 
-@pytest.mark.parametrize("names", [("train", "test"), ("train", "validation", "test"), ("TRAIN", "dev"), ("train", "eval")])
+@pytest.mark.parametrize(
+    "names", [("train", "test"), ("train", "validation", "test"), ("TRAIN", "dev"), ("train", "eval")]
+)
 def test_a_plain_dict_of_splits_is_none_of_clients(names, tmp_path):
     """What `{name: split.map(...) for name, split in data.items()}` makes of a DatasetDict."""
     with pytest.raises(ValueError, match=rf"`train_dataset`: a dict with the splits .*\['{names[0]}'\]"):
