@@ -5,6 +5,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset, Subset
 
 from ..config.federated import FederatedConfig
@@ -217,6 +218,11 @@ def check_rows(rows: Any, what: str, args: FederatedConfig) -> None:
         raise ValueError(
             f"{what}: of type {kind}; expected a Dataset, a list of rows, a torch dataset with a length, or an "
             "IterableDataset with max_steps."
+        )
+    if isinstance(rows, list | tuple) and rows and (_is_table(rows[0]) or isinstance(rows[0], TorchDataset)):
+        raise ValueError(
+            f"{what}: a {kind} of {len(rows)} datasets was given, and expected are rows. If each is a client, give a mapping, such "
+            "as {f'client-{n}': rows for n, rows in enumerate(datasets)}; else join them by concatenate_datasets(...)."
         )
 
 

@@ -1,18 +1,18 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """From what a user passes as `model` to what clients train on: a base with an adapter."""
 
-import copy
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from transformers import set_seed
 
 from ..base.heads import list_new_parameters
 from ..base.manifest import BASE_MANIFEST
+from ..client.adapter_config import make_peft_model
 from ..client.checks import ADAPTER, find_peft_model, find_transformer, is_quantized
 from ..config.federated import FederatedConfig
 from ..config.rules import trainable_keys
@@ -88,7 +88,7 @@ def add_adapter(model: torch.nn.Module, peft_config: PeftConfig | None, seed: in
     transformer = model.get_submodule(place)
     _check_modules_to_save(transformer, peft_config.modules_to_save or ())
     set_seed(seed)  # every client's untouched adapter must start at the same A
-    peft_model = get_peft_model(transformer, copy.deepcopy(peft_config))  # PEFT writes the base's path into it
+    peft_model = make_peft_model(transformer, peft_config)
     if not place:
         return peft_model
     model.set_submodule(place, peft_model)
