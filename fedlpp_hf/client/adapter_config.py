@@ -34,7 +34,7 @@ _OPTIONS = {
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",  # of what is off
 }  # fmt: skip
 # What PEFT itself adds to `modules_to_save` for a classifier; a model has one of them.
-_HEADS = ("classifier", "score")
+TRAINED_HEADS = ("classifier", "score")
 
 
 def check_adapter_config(config: PeftConfig) -> None:
@@ -70,7 +70,7 @@ def make_peft_model(model: Any, config: PeftConfig, **options: Any) -> PeftModel
     """
     names = {name for name, _ in model.named_modules()}
     for wanted in config.modules_to_save or ():
-        if wanted not in _HEADS and not any(name.endswith(wanted) for name in names):
+        if wanted not in TRAINED_HEADS and not any(name.endswith(wanted) for name in names):
             nearest = suggest(wanted, {name.rpartition(".")[2] for name in names})
             raise ValueError(f"modules_to_save has {wanted!r}, and {type(model).__name__} has no such module{nearest}")
     linears = {

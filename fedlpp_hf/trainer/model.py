@@ -1,7 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """From what a user passes as `model` to what clients train on: a base with an adapter."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from transformers import set_seed
 
 from ..base.heads import list_new_parameters
 from ..base.manifest import BASE_MANIFEST
-from ..client.adapter_config import make_peft_model
+from ..client.adapter_config import TRAINED_HEADS, make_peft_model
 from ..client.checks import ADAPTER, find_peft_model, find_transformer, is_quantized
 from ..config.federated import FederatedConfig
 from ..config.rules import trainable_keys
@@ -86,7 +86,7 @@ def add_adapter(model: torch.nn.Module, peft_config: PeftConfig | None, seed: in
         raise ValueError("`peft_config` is missing: say which adapter to train, e.g. LoraConfig(r=8).")
     place = find_transformer(model)
     transformer = model.get_submodule(place)
-    _check_modules_to_save(transformer, peft_config.modules_to_save or ())
+    _check_modules_to_save(transformer, peft_config)
     set_seed(seed)  # every client's untouched adapter must start at the same A
     peft_model = make_peft_model(transformer, peft_config)
     if not place:
@@ -142,7 +142,9 @@ def start_adapter(
     return start
 
 
-def _check_modules_to_save(model: torch.nn.Module, names: Collection[str]) -> None:
+def _check_modules_to_save(model: torch.nn.Module, config: PeftConfig) -> None:
+    heads = TRAINED_HEADS if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else ()
+    names = {*(config.modules_to_save or ()), *heads}
     for place, module in model.named_modules():
         packed = [name for name, part in module.named_modules() if is_quantized(part)]
         if names and place.endswith(tuple(names)) and packed:

@@ -19,7 +19,7 @@ from peft import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fedlpp_hf import FederatedTrainer, load_base
+from fedlpp_hf import FederatedTrainer, export_base, load_base
 from fedlpp_hf.base.full_model import FullModel
 from fedlpp_hf.client.adapter_config import check_adapter_config
 from fedlpp_hf.merge.merge import merge_adapter
@@ -212,6 +212,14 @@ def test_modules_that_the_base_has_quantized(llama_base, tmp_path):
         ValueError, match=r"modules_to_save=\['o_proj'\]: `model.layers.0.self_attn.o_proj` is quantized"
     ):
         make_trainer(str(llama_base), tmp_path, LoraConfig(r=4, modules_to_save=["o_proj"], **TARGETS))
+
+
+def test_a_head_that_the_base_has_quantized(full_bert, tmp_path):
+    """PEFT trains the head of a classifier though nobody wrote it into `modules_to_save`."""
+    export_base(full_bert, tmp_path / "base", skip_modules=[])
+    lora = LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS")
+    with pytest.raises(ValueError, match="`classifier` is quantized in this base.*`classifier` in `skip_modules`"):
+        make_trainer(str(tmp_path / "base"), tmp_path / "out", lora, train_dataset=make_labelled_rows())
 
 
 def test_an_adapter_that_could_not_be_merged_is_refused_before_any_round(full_llama, tmp_path, lora, monkeypatch):
