@@ -4,7 +4,7 @@
     python -m benchmarks.client_workers [--workers 2] [--rounds 4] [--steps 4]
 
 The first round of each, in which processes start and memory is touched, is left out. The adapters at the end are compared:
-with equal threads they are equal to the bit, and with the usual ones (all cores in one process, one core for each worker)
+with equal threads they are bit-identical, and with the usual ones (all cores in one process, one core for each worker)
 whether they are is printed.
 """
 
@@ -71,7 +71,7 @@ def main() -> None:
             equal = all(torch.equal(adapter[key], other[key]) for key in adapter)
             print(
                 f"{workers} workers: {together:.2f} s a round, {alone / together:.2f} times as fast; the adapters are "
-                f"{'equal' if equal else 'not equal'} to the bit (threads differ)"
+                f"{'bit-identical' if equal else 'not bit-identical'} (threads differ)"
             )
 
 

@@ -159,7 +159,7 @@ def train(model, rows: Dataset, collator, scratch: Path, steps: int, learning_ra
 
 
 def run_seed(setting: dict, seed: int, variants: list[str], scratch: Path):
-    """Yields a record per variant: one trainer and one owner for all, a server of its own for each."""
+    """Yields a record per variant: one trainer and one owner for all, and one server for each."""
     common = {
         "use_cpu": True,
         "seed": seed,

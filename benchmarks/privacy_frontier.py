@@ -37,12 +37,16 @@ from transformers import (
 from benchmarks.convergence import SHARED, compute_accuracy, read_rows
 from benchmarks.encoder import find_encoder
 from fedlpp_hf import AuditReport, FederatedConfig, FederatedTrainer
+from fedlpp_hf.server.best import find_published_round
 from fedlpp_hf.tensors.codebooks import FULL_PRECISION
 
 
 STEPS, ROUNDS = 40, 4  # of each client, 8 rows each: 4 × 10, or one run of 40 where nothing is broadcast
 EVERY: dict[str, Any] = {"num_rounds": ROUNDS, "max_steps": STEPS // ROUNDS, "adapter_bits": 4}
 NEVER: dict[str, Any] = {"num_rounds": 1, "max_steps": STEPS, "broadcast": "never"}
+# Up to three times the steps, and the owner stops where its selection rows say so.
+ROUND_BY_ROUND: dict[str, Any] = {"num_rounds": 3 * ROUNDS, "max_steps": STEPS // ROUNDS, "broadcast": "never"}
+CHOSEN = {"base_weights": [0.0, 0.25, 0.5, 0.75]}
 VARIATE = {"control_variate": 1.0}
 FOUR = {**VARIATE, "control_variate_runs": 4}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -58,6 +62,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "nothing, 4 bits, four variates, 120 steps": {**NEVER, **FOUR, "base_bits": 4, "max_steps": 3 * STEPS},
     "nothing, 3 bits, four variates": {**NEVER, **FOUR, "base_bits": 3},
     "nothing, 2 bits, four variates": {**NEVER, **FOUR, "base_bits": 2},
+    "nothing in 12 rounds, 4 bits, chosen": {**ROUND_BY_ROUND, **FOUR, **CHOSEN, "base_bits": 4},
+    "nothing in 12 rounds, 3 bits, chosen": {**ROUND_BY_ROUND, **FOUR, **CHOSEN, "base_bits": 3},
+    "nothing in 12 rounds, 4 bits, λ alone": {**ROUND_BY_ROUND, **CHOSEN, "base_bits": 4},
 }  # fmt: skip
 QUICK = (
     "every round, 4 bits",
@@ -96,6 +103,7 @@ def prepare_stories(task: str) -> dict[str, Any]:
     return {
         "model": AutoModelForCausalLM.from_pretrained(source),
         "warm_up": (prepare("validation", 2000), 100, 2e-3),
+        "selection_dataset": prepare("test", 400).skip(256).take(100),
         "train_dataset": prepare("train"),
         "eval_dataset": prepare("test", 256),
         "processing_class": tokenizer,
@@ -115,12 +123,14 @@ def prepare_encoder(task: str) -> dict[str, Any]:
         return rows.map(lambda row: tokenizer(row["text"], truncation=True, max_length=40)).remove_columns("text")
 
     rows = tokenize(read_rows(f"{task}/train.jsonl").shuffle(seed=0))
+    others = tokenize(read_rows(f"{task}/test.jsonl").shuffle(seed=0))
     set_seed(0)
     return {
         "model": AutoModelForSequenceClassification.from_pretrained(source, num_labels=ENCODER[task]),
         "warm_up": (rows.take(400), 50, 2e-4),
         "train_dataset": rows.skip(400),
-        "eval_dataset": tokenize(read_rows(f"{task}/test.jsonl").shuffle(seed=0)).take(256),
+        "eval_dataset": others.take(256),
+        "selection_dataset": others.skip(256).take(100),
         "processing_class": tokenizer,
         "data_collator": DataCollatorWithPadding(tokenizer),
         "compute_metrics": compute_accuracy,
@@ -154,6 +164,8 @@ def run_setting(
     began = time.perf_counter()
     data = dict(data)
     setting = dict(SETTINGS[name])
+    if "base_weights" not in setting:  # as it was measured before there was a choice
+        data["selection_dataset"] = None
     args = FederatedConfig(
         str(scratch / f"{task}-{seed}"),
         **setting,
@@ -176,8 +188,13 @@ def run_setting(
     trainer = FederatedTrainer(data.pop("full_model"), args, **data)
     args.compare_full_precision = False  # asked for below, where its result is at hand
     trainer.train()
-    first, last = (trainer.server.store.records()[place]["metrics"] for place in (0, -1))
+    records = trainer.server.store.records()
+    published = find_published_round(args, records)
+    first, last = (records[place]["metrics"] for place in (0, published))
     line = {"task": task, "setting": name, "seed": seed}
+    if "base_weights" in setting:
+        line |= {"round": published, "λ": records[published].get("base_weight", 0.0)}
+        line["share of the variate"] = records[published].get("variate_weight", 0.0)
     found = {"owner before": first["server"], "base": first["proxy"], "server": last["server"]}
     if references:
         found["full precision"] = trainer.owner.run_reference()
@@ -211,9 +228,9 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def summarize(lines: list[dict[str, str]]) -> str:
-    """The table: means over seeds, and the ranges over them of the stolen value and of what the server lacks.
+    """The table: means over seeds, and the ranges over them of the stolen value and of the server's loss above full precision.
 
-    What it lacks is its loss above that of the same seed's federation in full precision; losses of one task are comparable.
+    Full precision is the same seed's federation; losses of one task are comparable.
     """
     text = []
     for task in dict.fromkeys(line["task"] for line in lines):
@@ -231,14 +248,14 @@ def summarize(lines: list[dict[str, str]]) -> str:
             groups[line["setting"]].append(line)
         for name in SETTINGS:
             if group := groups.get(name):
-                lacks = [
+                above = [
                     number(line, "server: loss") / full[line["seed"]] - 1 for line in group if line["seed"] in full
                 ]
                 cells = [
                     name,
                     str(len(group)),
                     describe(group, "server"),
-                    format_range(lacks, 1) if lacks else "",
+                    format_range(above, 1) if above else "",
                     f"{mean_of(group, 'base: loss'):.3f}",
                 ]
                 for label in ("client", "half"):

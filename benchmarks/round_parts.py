@@ -5,7 +5,7 @@
 
 The round, the model and the loop of benchmarks.round_overhead, on one thread, but the model's forward is a sum over the
 adapter: what is around it would drown in the noise of a real one. A timer of processor time interrupts the work, and each
-interruption counts for the innermost function on the stack that has a part of its own.
+interruption counts for the innermost function on the stack that has its own part.
 """
 
 import argparse

@@ -3,7 +3,7 @@
 
     python -m benchmarks.run [--full] [--only round_overhead merge] [--document docs/performance.md]
 
-Each runs in a process of its own, one after the other, with nothing else on the machine, please. Where a benchmark can't run
+Each runs in its own process, one after the other, with nothing else on the machine, please. Where a benchmark can't run
 (an extra is not installed) the page says so. Results of those that are left out by `--only` are kept.
 """
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""Rows for an owner that has no labels: texts or prompts of its own, labelled by its own model.
+"""Rows for an owner that has no labels: its own texts or prompts, labelled by its own model.
 
     python recipes/owner_labels.py --task causal_lm --model_name_or_path out/rnnlg_owner --data prompts.jsonl \\
         --prompt_column act --completion_column text --output_file out/own.jsonl

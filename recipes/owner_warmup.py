@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""What the owner does before a federation: fine-tune the full model on a little data of its own.
+"""What the owner does before a federation: fine-tune the full model on a little of its own data.
 
     python recipes/owner_warmup.py --config recipes/configs/quickstart_owner.yaml
 
@@ -98,7 +98,7 @@ def main() -> None:
     name = arguments.model_name_or_path or str(find_package_model())
     tokenizer = AutoTokenizer.from_pretrained(name)
     rows = read_rows(arguments.train_data, arguments.train_split)
-    set_seed(args.seed)  # a head that the checkpoint lacks is drawn when the model is loaded
+    set_seed(args.seed)  # a head that is not in the checkpoint is drawn when the model is loaded
     if arguments.task == "sequence_classification":
         labels = rows[arguments.label_column]
         names = json.loads(Path(arguments.class_names).read_text()) if arguments.class_names else None

@@ -35,6 +35,10 @@ class RecipeArguments:
         default=None,
         metadata={"help": "As train_data: the owner's rows, for `control_variate`."},
     )
+    selection_rows: int = field(
+        default=0,
+        metadata={"help": "So many of the owner's rows choose λ of `base_weights`, and the round to publish."},
+    )
     data_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
     train_split: str = field(default="train", metadata={"help": "Split of train_data, if it is on the Hub."})
     eval_split: str = field(default="test", metadata={"help": "Split of eval_data, if it is on the Hub."})
@@ -100,12 +104,21 @@ def main() -> None:
             rows = read_rows(source, split, arguments.data_config)
             return tokenize_rows(rows, arguments, tokenizer, label2id, keep=args.partition)
 
+    if arguments.selection_rows and not arguments.owner_data:
+        raise ValueError("selection_rows are some of the owner's rows; give owner_data.")
+    owner: dict[str, Dataset | None] = {"train": None, "test": None}
+    if arguments.owner_data:
+        owner["train"] = prepare(arguments.owner_data, arguments.train_split)
+        if arguments.selection_rows:
+            owner = owner["train"].train_test_split(arguments.selection_rows, seed=0)
+
     trainer = FederatedTrainer(
         model=arguments.model_name_or_path,
         args=args,
         train_dataset=prepare(arguments.train_data, arguments.train_split),
         eval_dataset=prepare(arguments.eval_data, arguments.eval_split),
-        owner_dataset=prepare(arguments.owner_data, arguments.train_split) if arguments.owner_data else None,
+        owner_dataset=owner["train"],
+        selection_dataset=owner["test"],
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=functools.partial(compute_metrics, metric=arguments.metric),

@@ -403,8 +403,8 @@ def make_llama_adapter(full_llama: Path, directory: Path, seed: int) -> Path:
     return directory
 
 
-def make_federation(output_dir: Path, adapter_dir: Path) -> RoundStore:
-    """The state of a federation of two clients after its first round."""
+def make_federation(output_dir: Path, adapter_dir: Path, **found: float) -> RoundStore:
+    """The state of a federation of two clients after its first round, which `found` more values."""
     store, config = RoundStore(output_dir), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"])
     settings = {"num_rounds": 5, "base_bits": 3, "adapter_bits": 2, "broadcast": "every_round", "max_steps": -1}
     store.create(
@@ -415,6 +415,7 @@ def make_federation(output_dir: Path, adapter_dir: Path) -> RoundStore:
         clients = {"a": {"num_examples": 3, "loss": 2.0}, "b": {"num_examples": 1, "loss": 4.0}} if number else {}
         record = {"round": number, "clients": clients, "rejected": {}, "seconds": 2.5 * number}
         record |= {"bytes_down": 2000 * number, "bytes_up": 3000 * number}
+        record |= found if number else {}
         record["metrics"] = {"proxy": {"eval_accuracy": proxy}, "server": {"eval_accuracy": server}}
         store.commit(number, adapter, config, {}, record)
     return store

@@ -36,11 +36,11 @@ class ServerOptimizer:
         """The adapter and the optimizer's state after `delta`; nothing is written to.
 
         `state` holds `momentum.<key>` and `second_moment.<key>` in the shapes of the adapter, and is empty at the start.
-        Tensors that `delta` lacks stay as they are, and so does their state: a factor that this round did not train has
+        Tensors that are not in `delta` stay as they are, and so does their state: a factor that this round did not train has
         no gradient at all, rather than one of zero.
 
         Raises:
-            ValueError: if `delta` has a tensor that the adapter lacks, or of another shape.
+            ValueError: if `delta` has a tensor that is not in the adapter, or of another shape.
         """
         new_adapter, new_state = dict(adapter), dict(state)
         for key, change in delta.items():

@@ -28,8 +28,8 @@ def _matrix(tensor: torch.Tensor) -> torch.Tensor:
 def stack_products(products: Iterable[Product]) -> Product:
     """One product equal to the sum of `products`, by concatenation (FLoRA, arXiv 2409.05976).
 
-    Where the stack grows wider than twice the smaller side, it is brought back to that side without loss, so that memory is
-    flat in the number of clients.
+    Where the stack grows wider than twice the smaller side, it is brought back to that side without loss, which keeps
+    memory flat in the number of clients.
     """
     lefts: list[torch.Tensor] = []
     rights: list[torch.Tensor] = []
@@ -60,6 +60,12 @@ def mean_of_products(
     """Products that sum up to M = Σ p_i (B_i·A_i − B_s·A_s), the step of the mean product from the clients' `start`.
 
     With B_i = B_s + ΔB_i and A_i = A_s + ΔA_i that is Σ p_i ΔB_i·A_i + B_s·Σ p_i ΔA_i: nothing large is subtracted.
+
+    Args:
+        target: The keys of the factors.
+        updates: Δ of each client.
+        shares: p_i, which sum to 1.
+        start: What all clients started from, B_s and A_s.
     """
     start_a = _matrix(start[target.key_a])
     mean_a = torch.zeros_like(start_a)
@@ -73,7 +79,7 @@ def mean_of_products(
 def truncate_product(
     target: LoraFactors, product: Product, adapter: Tensors, residual_rank: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, float]]:
-    """The best factors of the adapter's rank for `product`, the factors of what they miss, and the norms of the parts.
+    """The best factors of the adapter's rank for a product, the factors of what they miss, and the norms of the parts.
 
     The factors are those of the truncated SVD (Eckart–Young), turned and scaled to stay what LoRA starts with: A keeps its
     norm, with orthogonal rows turned as close to the present A as they can be, and B carries the spectrum (in embeddings
@@ -81,8 +87,15 @@ def truncate_product(
     round, and with it B's gradient; without the turn B's columns are of different size, which costs block quantization 5 to
     13 % at 3 and 4 bits.
 
-    The residual has at most `residual_rank` columns. `norms` are Frobenius norms: `product`, `residual` (all that the
-    adapter's rank can't hold) and `dropped` (the part of the residual that `residual_rank` can't hold either).
+    Args:
+        target: The keys of the factors.
+        product: To be approximated.
+        adapter: The present adapter, whose rank and A's norm are kept.
+        residual_rank: Columns of the residual, at most.
+
+    Returns:
+        The factors, the residual's factors, and Frobenius norms: `product`, `residual` (all beyond the adapter's
+        rank) and `dropped` (the part of the residual beyond `residual_rank`).
     """
     old_a, old_b = adapter[target.key_a], adapter[target.key_b]
     rank = len(old_a)
@@ -124,7 +137,7 @@ def join_residual(
 ) -> tuple[dict[str, torch.Tensor], PeftConfig]:
     """The server's whole update as one plain adapter, of a rank that holds the residual, too: what the merge writes.
 
-    The configuration that comes with it gives each target its rank and the α that keeps its scale.
+    The configuration with it gives each target its rank, and an α that keeps its scale.
     """
     joined, targets = dict(adapter), lora_factors(adapter, peft_config)
     for target in targets.values():

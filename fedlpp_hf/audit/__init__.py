@@ -1,2 +1,2 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""Attackers that have what clients have, and the share of the owner's gain that they get."""
+"""Attackers with what clients have, and their share of the owner's gain."""

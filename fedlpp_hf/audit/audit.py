@@ -2,7 +2,6 @@
 """The model-privacy audit: what clients, alone and together, can make of what they were sent."""
 
 import hashlib
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from .attacks import (
 )
 from .exposed import list_sent
 from .report import AuditReport, CoalitionAudit
-from .stolen_value import estimate_stolen_value
+from .stolen_value import estimate_exposure, estimate_stolen_value
 
 
 def check_auditable(trainer: Any) -> None:
@@ -48,8 +47,8 @@ def check_auditable(trainer: Any) -> None:
 def audit_federation(trainer: Any, coalitions: Sequence[Sequence[str]] | None = None) -> AuditReport:
     """Attack the federation that `trainer.train()` has run, with what its clients hold.
 
-    `trainer` is a [`FederatedMixin`] trainer. `coalitions` are lists of clients that pool proxies and rows; by default
-    the client that holds the most, and the half of all clients that does.
+    `trainer` is a [`FederatedMixin`] trainer. `coalitions` are lists of clients that pool proxies and rows; by
+    default the client with the most proxies and rows, and the half of all clients with the most.
 
     Raises:
         ValueError: if the federation can't be audited, or a client is unknown.
@@ -67,7 +66,7 @@ def audit_federation(trainer: Any, coalitions: Sequence[Sequence[str]] | None = 
     rows = choose_rows(trainer.eval_dataset, args.audit_rows, args.seed)
     initial, _ = server.store.load(0)
     before = trainer.owner.measure_rows(initial)
-    after = trainer.owner.measure_rows(server.adapter, server.state.residual)
+    after = trainer.owner.measure_rows(server.adapter, server.state.residual, server.state.base_weight)
     scale = _Scale(trainer, rows)
     base = scale.measure(dict(trainer.guard.initial))
     if base is None or not np.isfinite(before.loss).all():
@@ -75,9 +74,8 @@ def audit_federation(trainer: Any, coalitions: Sequence[Sequence[str]] | None = 
             "Some evaluation rows have no finite loss on the untrained model; are all of their labels -100? Drop them "
             "from eval_dataset, and resume: the rounds are committed."
         )
-    guess = np.full(len(rows), math.log(base.num_outputs))
-    exposure = estimate_stolen_value({"base": base.loss}, {"guessing": guess}, before.loss, seed=args.seed)
-    audits = [_audit_coalition(trainer, scale, sorted(coalition), after) for coalition in coalitions]
+    exposure = estimate_exposure({"base": base}, before, args.seed)
+    audits = [_audit_coalition(trainer, scale, sorted(coalition), before, after) for coalition in coalitions]
     notes = []
     if not Path(args.full_model).exists():
         notes.append(
@@ -146,7 +144,9 @@ class _Scale:
         return {name: rows for name, rows in found.items() if rows is not None}
 
 
-def _audit_coalition(trainer: Any, scale: _Scale, clients: list[str], server: RowMeasures) -> CoalitionAudit:
+def _audit_coalition(
+    trainer: Any, scale: _Scale, clients: list[str], before: RowMeasures, server: RowMeasures
+) -> CoalitionAudit:
     rows = pool_rows([trainer.client_datasets[client] for client in clients])
     base = dict(trainer.guard.initial)
     local_only = {"untouched base": base} | _search(trainer, rows, "base", base)
@@ -174,6 +174,7 @@ def _audit_coalition(trainer: Any, scale: _Scale, clients: list[str], server: Ro
         attacks={name: _average(found) for name, found in measured.items()},
         local_only={name: _average(found) for name, found in references.items()},
         stolen=stolen,
+        healed=estimate_exposure(references, before, trainer.args.seed),
         metrics=trainer.evaluate_proxy((attacks or local_only)[best]),
         diverged=diverged,
     )

@@ -16,7 +16,7 @@ from .exposed import SentTensor, summarize_sent
 from .stolen_value import StolenValue
 
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 AUDIT_JSON, AUDIT_TABLE, AUDIT_PICTURE = "audit.json", "audit.md", "audit.png"
 
 
@@ -24,7 +24,8 @@ AUDIT_JSON, AUDIT_TABLE, AUDIT_PICTURE = "audit.json", "audit.md", "audit.png"
 class CoalitionAudit:
     """What `clients` can do together, with the `num_proxies` different proxies that they were sent between them.
 
-    `attacks` and `local_only` map each attacker to its means by measure, `stolen` each measure to its stolen value.
+    `attacks` and `local_only` map each attacker to its means by measure, `stolen` each measure to its stolen value. `healed`
+    is the exposure of the best of `local_only`: what the base is worth once it is trained on their rows.
     `metrics` are those of the attacker with the least loss, on the whole evaluation dataset. `diverged` names attacks
     whose training did not end in finite numbers; a lower learning rate might have.
     """
@@ -34,6 +35,7 @@ class CoalitionAudit:
     attacks: dict[str, dict[str, float]]
     local_only: dict[str, dict[str, float]]
     stolen: dict[str, StolenValue]
+    healed: StolenValue
     metrics: dict[str, float]
     diverged: list[str]
 
@@ -135,8 +137,14 @@ class AuditReport:
                 raise ValueError(f"expected schema {SCHEMA_VERSION}")
             values["exposure"] = _read_stolen(values["exposure"])
             values["coalitions"] = [
-                CoalitionAudit(**{**c, "stolen": {name: _read_stolen(v) for name, v in c["stolen"].items()}})
-                for c in values["coalitions"]
+                CoalitionAudit(
+                    **{
+                        **entry,
+                        "stolen": {name: _read_stolen(value) for name, value in entry["stolen"].items()},
+                        "healed": _read_stolen(entry["healed"]),
+                    }
+                )
+                for entry in values["coalitions"]
             ]
             values["sent"] = [SentTensor(**entry) for entry in values["sent"]]
             report = cls(**values)
@@ -184,9 +192,10 @@ def render_audit(report: AuditReport) -> str:
             ]
         ),
         "",
-        f"Exposure of the base, (base − guessing) / (owner's model before − guessing): "
-        f"{format_stolen(report.exposure)}, in loss ({report.exposure.attacker:.4f} against "
-        f"{report.exposure.server:.4f}, guessing {report.exposure.local_only:.4f}). {report.exposure.reason}".rstrip(),
+        f"What the base is worth, (base − guessing) / (owner's model before − guessing), in loss; the owner's model has "
+        f"{report.exposure.server:.4f}, guessing {report.exposure.local_only:.4f}. {report.exposure.reason}".rstrip(),
+        "",
+        *format_table(_list_exposures(report)),
     ]
     lines += ["", *format_table(summarize_sent(report.sent))]
     for coalition in report.coalitions:
@@ -194,6 +203,18 @@ def render_audit(report: AuditReport) -> str:
     lines += [f"\n**Note.** {note}" for note in report.notes]
     lines += ["", f"The audit took {report.seconds:.0f} s."]
     return "\n".join(lines) + "\n"
+
+
+def _list_exposures(report: AuditReport) -> list[list[str]]:
+    """The base as it is, and healed: the best that each coalition makes of it with its rows alone."""
+    rows = [["base", "loss", "exposure"]]
+    rows.append(["untouched", f"{report.exposure.attacker:.4f}", format_stolen(report.exposure)])
+    for coalition in report.coalitions:
+        count = len(coalition.clients)
+        whose = "one client's rows" if count == 1 else f"the rows of {count} clients"
+        label = f"healed on {whose}: {coalition.healed.best_attack}"
+        rows.append([label, f"{coalition.healed.attacker:.4f}", format_stolen(coalition.healed)])
+    return rows
 
 
 def _render_coalition(coalition: CoalitionAudit, measures: list[str]) -> list[str]:

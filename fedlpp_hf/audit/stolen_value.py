@@ -1,10 +1,13 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Stolen value: how much of what the owner gained an attacker holds, with its uncertainty. Pure functions on rows."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+
+from ..processes.measurement import RowMeasures
 
 
 RESAMPLES = 1000
@@ -32,6 +35,17 @@ class StolenValue:
     reason: str = ""
 
 
+def estimate_exposure(models: Mapping[str, RowMeasures], owner: RowMeasures, seed: int = 0) -> StolenValue:
+    """What the best of `models` is worth: (model − guessing) / (owner's model − guessing), in loss.
+
+    Guessing is the uniform distribution over classes or tokens. Of the untouched base this is its exposure; of the base after
+    training, its healed exposure: training repairs what the quantizer broke, and teaches the rows.
+    """
+    guess = np.full(len(owner.loss), math.log(owner.num_outputs))
+    losses = {name: found.loss for name, found in models.items()}
+    return estimate_stolen_value(losses, {"guessing": guess}, owner.loss, seed=seed)
+
+
 def estimate_stolen_value(
     attacks: Mapping[str, np.ndarray],
     local_only: Mapping[str, np.ndarray],
@@ -40,12 +54,19 @@ def estimate_stolen_value(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> StolenValue:
-    """The stolen value of the best of `attacks`, with a bootstrap interval over evaluation rows.
+    """The stolen value of the best attack, with a bootstrap interval over evaluation rows.
 
-    Each value is `(rows,)`, the `measure` of one model on each row. Without `attacks` (nothing was sent) an attacker is
-    left with `local_only`, and the stolen value is 0. The interval is the percentile bootstrap (Efron and Tibshirani,
+    Without attacks (nothing was sent) an attacker is left with `local_only`, and the stolen value is 0. The interval is the percentile bootstrap (Efron and Tibshirani,
     An Introduction to the Bootstrap, §13.3); the rows are drawn for all models together, and the best attack is
     chosen anew in every draw, as it was chosen on these rows.
+
+    Args:
+        attacks: By name, the `measure` of each attacker's model on each row, `(rows,)`.
+        local_only: The same of what clients could have without the federation.
+        server: The same of the server's model.
+        measure: `loss`, or `accuracy`.
+        seed: Of the bootstrap.
+        resamples: Draws of the bootstrap.
 
     Raises:
         ValueError: if there is no local-only reference, the rows are not the same, or a value is not finite.

@@ -133,7 +133,7 @@ def write_companions(paths: Sequence[Path], config: dict[str, Any], directory: P
 
 
 def scrub(value: Any, secrets: Sequence[str]) -> Any:
-    """Remove from JSON the keys that hold paths or names, and the strings that contain one of `secrets`."""
+    """Remove from JSON the keys that hold paths or names, and the strings with one of `secrets`."""
 
     def tells(item: Any) -> bool:
         return isinstance(item, str) and any(secret in item for secret in secrets)

@@ -54,7 +54,7 @@ def initialize_new_parameters_(model: PreTrainedModel, seed: int, dtype: torch.d
 
 
 def _find_roots(model: nn.Module, names: list[str]) -> Iterator[tuple[str, nn.Module]]:
-    """The largest modules that are new as a whole, and those that own some new parameter beside others."""
+    """The largest modules that are new as a whole, and those with some new parameter beside others."""
     new, left = set(names), set(names)
 
     def is_new(module: nn.Module, place: str) -> bool:

@@ -29,7 +29,7 @@ def load_base(
 ) -> PreTrainedModel:
     """Load a base with plain `from_pretrained`, after checking its files against the manifest.
 
-    Heads that the base does not have become floats that follow from `seed`: the same for everyone who loads it.
+    Heads that the base does not have become floats, a function of `seed`: the same for everyone who loads it.
 
     Args:
         base_dir: the directory that [`export_base`] wrote.

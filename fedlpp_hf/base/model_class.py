@@ -27,7 +27,7 @@ _CLASSES = {
 
 
 def choose_model_class(config: Any, task: str | None = None, head: str | None = None) -> Any:
-    """Choose the class of a checkpoint: the one that its configuration names, unless that is no model for `task`.
+    """Choose the class of a checkpoint: the one that its configuration names, unless it is no model for `task`.
 
     Args:
         config: The checkpoint's configuration.

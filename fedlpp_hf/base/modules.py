@@ -32,7 +32,7 @@ def build_meta_model(config: Any, model_class: Any = None) -> PreTrainedModel:
 
 
 def default_skip_modules(model: PreTrainedModel) -> list[str]:
-    """List the modules that stay floats, so that they can be trained: the output embeddings and the task heads.
+    """List the modules that stay floats, to be trained: the output embeddings and the task heads.
 
     Task heads are the children of the model outside its backbone (`classifier`, `score`, `qa_outputs`, …).
     """
@@ -97,7 +97,7 @@ def find_quantized(model: PreTrainedModel, config: Any) -> dict[str, bool]:
 
 
 def find_bulk(model: PreTrainedModel, quantized: dict[str, bool], skip: list[str]) -> set[str]:
-    """Find the parameters that are like those of the quantized modules, but that transformers keeps as floats.
+    """Find the parameters like those of the quantized modules that transformers keeps as floats.
 
     These are fused experts, and Linears that it wants in float32 (T5's `wo`).
     """

@@ -117,5 +117,5 @@ def _check_index(shards: Mapping[str, Shard], weight_map: Mapping[str, str]) -> 
             if weight_map.get(name) != shard.file:
                 raise ValueError(
                     f"`{shard.file}` has `{name}`, which `{WEIGHTS_INDEX}` does not place there. Download both again, or "
-                    "load the model with transformers and `save_pretrained` it: that writes an index that fits."
+                    "load the model with transformers and `save_pretrained` it: this writes a fitting index."
                 )

@@ -24,10 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", nargs="+", help="directories or Hub ids of PEFT adapters")
     parser.add_argument("output_dir", help="directory for the merged model")
     parser.add_argument("--weights", nargs="+", type=parse_share, help="weight of each adapter (default: equal)")
+    parser.add_argument("--base_dir", help="the quantized base Q(W); reports its distance from the full model W")
     parser.add_argument(
-        "--target", choices=("full", "base"), default="full", help="merge into W (default) or into Q(W) of --base_dir"
+        "--base_weight",
+        type=parse_share,
+        help="from 0, merge into W, to 1, merge into Q(W) of --base_dir; by default what the adapter's federation chose",
     )
-    parser.add_argument("--base_dir", help="the quantized base; reports its distance from the full model")
     parser.add_argument("--verify", action="store_true", help="read the result back and compare every byte")
     parser.add_argument(
         "--delete_source_shards",
@@ -53,13 +55,14 @@ def run(arguments: argparse.Namespace) -> None:
     from ..merge.merge import merge_adapter
     from ..report.inspection import describe_merge
 
+    base_dir, base_weight = _find_base(arguments)
     report = merge_adapter(
         arguments.full_model,
         arguments.adapter,
         arguments.output_dir,
         weights=arguments.weights,
-        target=arguments.target,
-        base_dir=arguments.base_dir,
+        base_dir=base_dir,
+        base_weight=base_weight,
         verify=arguments.verify,
         delete_source_shards=arguments.delete_source_shards,
         model_class=find_model_class(arguments.model_class),
@@ -98,8 +101,30 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"`{arguments.output_dir}` exists and is not an empty directory; choose another, or remove it."
         )
-    if arguments.target == "base" and arguments.base_dir is None:
-        raise ValueError("--target base merges into Q(W); give --base_dir, the directory of the base.")
+    if (arguments.base_weight or 0) > 1:
+        raise ValueError(f"--base_weight {arguments.base_weight:g}: expected a number from 0 to 1.")
+    if arguments.base_weight and arguments.base_dir is None:
+        raise ValueError("--base_weight moves towards the base; give --base_dir, the directory of the base.")
+
+
+def _find_base(arguments: argparse.Namespace) -> tuple[str | None, float]:
+    """The base and its weight: as given, or as the federation of the adapter chose."""
+    if arguments.base_weight is not None or len(arguments.adapter) > 1:
+        return arguments.base_dir, arguments.base_weight or 0.0
+    from ..server.best import read_base_weight
+    from ..server.store import RoundStore
+
+    store = RoundStore(arguments.adapter[0])
+    weight = read_base_weight(store) if store.exists else 0.0
+    if not weight or arguments.base_dir is not None:
+        return arguments.base_dir, weight
+    base_dir = store.root / "base"
+    if not base_dir.is_dir():
+        raise ValueError(
+            f"The federation of `{arguments.adapter[0]}` merges into W − {weight:g}·E, and its base is not beside it. Give "
+            "--base_dir, or --base_weight 0 to merge into W all the same."
+        )
+    return str(base_dir), weight
 
 
 def _push(arguments: argparse.Namespace) -> str:
@@ -123,7 +148,8 @@ COMMAND = Command(
     examples="  fedlpp-hf merge org/full-model out/ merged/ --verify\n"
     "  fedlpp-hf merge org/full-model out/ merged/ --push org/merged    private; with a card from the federation\n"
     "  fedlpp-hf merge models/full a/ b/ c/ merged/ --weights 3 1 1     the exact mean of their products B·A\n"
-    "  fedlpp-hf merge models/full out/ merged/ --base_dir base/        measure W - Q(W) against the update",
+    "  fedlpp-hf merge models/full out/ merged/ --base_dir base/        measure W - Q(W) against the update\n"
+    "  fedlpp-hf merge models/full out/ merged/ --base_dir base/ --base_weight 0.5    halfway between W and Q(W)",
     add_arguments=add_arguments,
     run=run,
 )

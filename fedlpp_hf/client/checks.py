@@ -206,6 +206,6 @@ def is_quantized(module: torch.nn.Module) -> bool:
 
 
 def find_manifest(model: Any) -> dict[str, Any] | None:
-    """The manifest of the base that the model was loaded from, if it was loaded from a directory that has one."""
+    """The manifest of the base that the model was loaded from, if its directory has one."""
     directory = getattr(model.get_base_model().config, "_name_or_path", "")
     return read_manifest(directory) if directory and (Path(directory) / BASE_MANIFEST).is_file() else None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from peft import PeftConfig
 from transformers import TrainerCallback
 
@@ -45,7 +46,8 @@ class QuantizedBaseCallback(TrainerCallback):
     With `task_dir` and `update_dir` an unmodified `Trainer` or `SFTTrainer` script is a client: the task is read from
     `task_dir/task.safetensors` at train begin and the update is written to `update_dir/update.safetensors`. The script's
     own seed and arguments hold. [`FederatedTrainer`] hands it the task by [`accept`] and reads `update` instead.
-    `memory_dir` is where a client keeps what compression left of its updates, for the next one (error feedback).
+    `memory_dir` is where a client keeps what it needs in its next round: what compression left of its updates (error
+    feedback), or, where nothing is broadcast, its own adapter.
 
     `allow_full_precision` lets an unquantized base pass: for the owner's own process, and for baselines.
     """
@@ -98,7 +100,7 @@ class QuantizedBaseCallback(TrainerCallback):
         self.initial = dict(start)
 
     def accept(self, task: ClientTask) -> None:
-        """Take a task: check that it is for this base, and let only those parameters train that it asks for.
+        """Take a task: check that it is for this base, and let only the parameters train which it asks for.
 
         A trainer that wraps its model (DDP) needs this before `train()`; [`FederatedTrainer`] does it.
 
@@ -123,6 +125,10 @@ class QuantizedBaseCallback(TrainerCallback):
         load_adapter_(self.parameters, self.current_task.proxy_tensors() or self.initial)
         # Read back, since an adapter that trains in bfloat16 starts at the rounded proxy.
         self._start = copy_adapter(self.parameters)
+        if self.current_task.goes_on:
+            load_adapter_(self.parameters, self._open_memory().read() or self.initial)
+            if args.world_size > 1:  # only the first rank wrote it, perhaps on another machine
+                broadcast([parameter.data for parameter in self.parameters.values()])
         self._versions = [parameter._version for _, parameter in self.frozen]
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
@@ -136,6 +142,8 @@ class QuantizedBaseCallback(TrainerCallback):
                     f"`{name}` of the base was written to during training; the base must stay frozen."
                 )
         options, end = self.current_task.options, copy_adapter(self.parameters)
+        if self.current_task.goes_on and state.is_world_process_zero:
+            self._open_memory().write(end)
         delta = {key: end[key].sub_(self._start[key]) for key in trainable_keys(options.rule, end)}
         if options.clip_norm:
             delta, _ = clip_update(delta, options.clip_norm)
@@ -175,19 +183,23 @@ class QuantizedBaseCallback(TrainerCallback):
         return self.task
 
     def _compress(self, delta: dict[str, torch.Tensor], keep: bool) -> Payload:
-        """The update as it is sent; what that leaves of it is kept for the next one."""
-        options = self.current_task.options
-        if self.memory_dir is None:
-            raise ValueError(
-                "A compressed update needs a place where the client keeps what is left of it; pass `memory_dir`."
-            )
-        memory = ClientMemory(self.memory_dir, self.current_task)
+        """The update as it is sent; the rest is kept for the next one, unless the next one is the whole way again."""
+        task = self.current_task
+        options, memory = task.options, None if task.goes_on else self._open_memory()
+        left = {} if memory is None else memory.read()
         payload, error = compress_update(
-            delta, options.update_bits, options.update_block_size, options.update_density, memory.read()
+            delta, options.update_bits, options.update_block_size, options.update_density, left
         )
-        if keep:
+        if keep and memory is not None:
             memory.write(error)
         return payload
+
+    def _open_memory(self) -> ClientMemory:
+        if self.memory_dir is None:
+            raise ValueError(
+                "The task's options need a place where the client keeps something for its next round; pass `memory_dir`."
+            )
+        return ClientMemory(self.memory_dir, self.current_task)
 
     def digest_base(self) -> str:
         """SHA-256 of every frozen parameter, as it is in memory now."""

@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""What a client keeps to itself from round to round: the error that compression left of its updates."""
+"""What a client keeps to itself from round to round: its own adapter, or the error that compression left of its updates."""
 
 import hashlib
 from pathlib import Path

@@ -41,9 +41,15 @@ def partition_rows(
 ) -> dict[str, np.ndarray]:
     """Row indices by client id.
 
-    `partition` is `iid` (shuffled, sizes differ by at most one row), `dirichlet` (each value of `column` spread over the
-    clients in proportions drawn from Dirichlet(`alpha`), Hsu et al., arXiv 1909.06335), or anything else for natural
-    clients: one per value of `column`.
+    Args:
+        column: Value of each row.
+        num_rows: Number of rows.
+        partition: `iid` (shuffled, sizes differ by at most one row), `dirichlet` (each value of `column` spread over the
+            clients in proportions drawn from Dirichlet(`alpha`), Hsu et al., arXiv 1909.06335), or anything else for natural
+            clients: one for each value of `column`.
+        num_clients: For iid and dirichlet.
+        alpha: Concentration of the Dirichlet distribution.
+        seed: Of the draws.
 
     Raises:
         ValueError: if there are more clients than rows, a client ends up without rows, or two values have the same text.
@@ -75,10 +81,15 @@ def partition_rows(
 
 
 def partition_dataset(dataset, partition: str, num_clients: int, alpha: float, column: str, seed: int) -> dict:
-    """Each client's part of a dataset, as views by index into it; arguments as in [`partition_rows`].
+    """Each client's part of a dataset, as views by index into it.
 
-    `dataset` is a `datasets.Dataset`, or anything with a length and rows by number: a list, a torch dataset or a subset of
-    one. `column` is the one that `dirichlet` spreads; any other `partition` than iid and dirichlet is itself a column.
+    Args:
+        dataset: A `datasets.Dataset`, or anything with a length and rows by number: a list, a torch dataset, a subset.
+        partition: `iid`, `dirichlet`, or the column of natural clients.
+        num_clients: As in [`partition_rows`].
+        alpha: As in [`partition_rows`].
+        column: That `dirichlet` spreads.
+        seed: As in [`partition_rows`].
 
     Raises:
         ValueError: for an unknown column, or as [`partition_rows`].

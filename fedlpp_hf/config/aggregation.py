@@ -27,6 +27,8 @@ class AggregationOptions:
         control_variate: Share of the quantizer's part in the mean update that is subtracted, as the owner estimates
             it on its rows (`owner_dataset`).
         control_variate_runs: Pairs of the owner's runs that the estimate is the mean of.
+        base_weights: λ, from 0 to below 1: the server's model is W − λE + θ, E = W − Q(W). Of several, the one with the
+            least loss on the owner's `selection_dataset` is chosen in each round.
     """
 
     FACTS: ClassVar[OptionFacts] = OptionFacts(
@@ -36,8 +38,9 @@ class AggregationOptions:
             "clip_update_norm": "updates clipped to the norm",
             "server_optimizer": "server optimizer",
             "control_variate": "control variate",
+            "base_weights": "weights of the base that the merge chose from",
         },
-        beside={"control_variate": 0.0},
+        beside={"control_variate": 0.0, "base_weights": [0.0]},
         reference={"robust": "none", "num_attackers": 0},
     )
 
@@ -82,6 +85,13 @@ class AggregationOptions:
             "runs take out chance, at the owner's cost alone; 4 is a good number."
         },
     )
+    base_weights: list[float] = field(
+        default_factory=lambda: [0.0],
+        metadata={
+            "help": "The server's model is W − λE + θ, E = W − Q(W); these are the λ, from 0 to below 1, that the owner chooses "
+            "from in each round, by the loss on its `selection_dataset`."
+        },
+    )
 
     def check(self) -> None:
         """
@@ -98,4 +108,6 @@ class AggregationOptions:
             raise ValueError(f"fedprox_mu={self.fedprox_mu}; expected 0 or more.")
         if not 0 <= self.server_momentum < 1:
             raise ValueError(f"server_momentum={self.server_momentum}; expected a number in [0, 1).")
+        if not self.base_weights or not all(0 <= weight < 1 for weight in self.base_weights):
+            raise ValueError(f"base_weights={self.base_weights}; expected one or more numbers from 0 to below 1.")
         check_rules(self)

@@ -44,8 +44,8 @@ def parse_args(
         other_options: of the command, parsed already; a mistyped one may mean one of them.
 
     Raises:
-        ValueError: for a key that no dataclass knows, with the nearest known one, a value that no option of that type has,
-            options that do not go together, or a file that is no mapping.
+        ValueError: for an unknown key, with the nearest known one, a value of the wrong type, options that do not go
+            together, or a file without a mapping.
     """
     args = list(sys.argv[1:] if args is None else args)
     args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]

@@ -15,7 +15,7 @@ class AuditOptions:
         audit: At the end, let clients attack with what they hold, and report their share of the owner's gain.
         audit_threshold: Largest share that passes; above it the run fails, with everything written.
         audit_rows: Evaluation rows that the audit compares models on.
-        audit_steps: Steps that an attacker trains on its rows, and that local-only training has.
+        audit_steps: Steps of an attacker on its rows, and of local-only training.
         compare_full_precision: Also run the federation without quantization, and the owner alone on its rows.
     """
 

@@ -15,7 +15,6 @@ class PrecisionOptions:
     Args:
         base_bits: Bits of the base's weights: 4, 3, 2, 1 (ternary) or 8.
         base_block_size: Weights of the base that share one scale.
-        double_quant: Quantize the base's scales, too (QLoRA, arXiv 2305.14314).
         embedding_bits: Bits of embeddings and heads in the base.
         adapter_bits: Bits of the proxy, the adapter that clients are sent.
         adapter_block_size: Values of the proxy, or of an update, that share one scale.
@@ -46,7 +45,6 @@ class PrecisionOptions:
         },
     )
     base_block_size: int = field(default=64, metadata={"help": "Weights of the base that share one scale."})
-    double_quant: bool = field(default=False, metadata={"help": "Quantize the base's scales, too (QLoRA)."})
     embedding_bits: int = field(
         default=4, metadata={"help": "Bits of embeddings and heads in the base. 32 gives them away in full precision."}
     )

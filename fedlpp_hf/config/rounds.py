@@ -21,8 +21,8 @@ class RoundOptions:
         partition: `iid`, `dirichlet`, or the name of a column whose values are natural clients.
         dirichlet_alpha: Concentration of the Dirichlet partition (arXiv 1909.06335). Small values make clients differ.
         dirichlet_column: Column that the Dirichlet partition distributes unevenly.
-        broadcast: `every_round` sends the proxy in each round, as the paper does. `never` sends nothing: all clients
-            start from the untouched base, in one round.
+        broadcast: `every_round` sends the proxy in each round, as the paper does. `never` sends nothing: each client starts
+            from the untouched base, goes on from its own adapter in later rounds, and sends its whole way from the base.
         learning_rate_horizon: What the local schedule runs over: `round` or `federation`.
     """
 
@@ -72,8 +72,8 @@ class RoundOptions:
     broadcast: str = field(
         default="every_round",
         metadata={
-            "help": "every_round sends the proxy in each round; never sends nothing, in one round, and what is never "
-            "sent can't be stolen."
+            "help": "every_round sends the proxy in each round; never sends nothing: each client goes on from its own adapter, "
+            "and what is never sent can't be stolen."
         },
     )
     learning_rate_horizon: str = field(
@@ -96,11 +96,6 @@ class RoundOptions:
             raise ValueError(
                 f"over_sample={self.over_sample} with clients_per_round=None, which asks all clients already. Set "
                 "clients_per_round, or leave over_sample out."
-            )
-        if not self.broadcasts and self.num_rounds != 1:
-            raise ValueError(
-                f"broadcast='never' with num_rounds={self.num_rounds}: without a broadcast every round would start from "
-                "the same base. Set num_rounds=1, and give clients all their steps in it (max_steps or num_train_epochs)."
             )
         if self.num_clients is None and self.partition in ("iid", "dirichlet"):
             self.num_clients = 8

@@ -1,2 +1,2 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""Everything that needs Flower (extra `flower`), and nothing that is needed without it."""
+"""Everything that needs Flower (extra `flower`), and nothing else."""

@@ -142,7 +142,7 @@ def check_local(host: str) -> None:
 
 
 def find_own_address(listen: str) -> str:
-    """The address at which this machine reaches a server of its own that listens on `listen`."""
+    """The address at which this machine reaches its own server, which listens on `listen`."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listen, listen)
 
 

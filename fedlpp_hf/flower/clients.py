@@ -24,7 +24,7 @@ _ROUND_SECONDS = 3600.0  # the default of `round_timeout`
 
 
 class FlowerClients:
-    """The clients that a Grid reaches, by the ids that they announce; one node may train for several clients.
+    """The clients that a Grid reaches, by the ids they announce; one node may train for several clients.
 
     Args:
         grid: Flower's.
@@ -141,7 +141,7 @@ class FlowerClients:
             self.num_examples[client] = count
 
     def _reject(self, node: int, answer: Answer, since: str) -> None:
-        """Note why a node can't train. After an error of its own it is not asked again until it reconnects."""
+        """Note why a node can't train. After its own error it is not asked again until it reconnects."""
         if not isinstance(answer, str):
             self._described[node] = since
         reason = answer if isinstance(answer, str) else str(answer["error"])

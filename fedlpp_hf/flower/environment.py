@@ -15,7 +15,7 @@ SERVER_FILE = "FEDLPP_HF_SERVER"
 
 
 def check_flower() -> None:
-    """Check that all of the extra `flower` is installed, and that an untested Flower does not run: another SuperLink may serve
+    """Check that all of the extra `flower` is installed, and refuse an untested Flower: another SuperLink may serve
     other paths than the gate of `superlink.py` knows.
 
     Raises:

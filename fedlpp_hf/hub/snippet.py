@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""The lines of a model card that load the model, with the class that it is of."""
+"""The lines of a model card that load the model, with its class."""
 
 import json
 import os

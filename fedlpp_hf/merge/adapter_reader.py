@@ -68,7 +68,7 @@ class AdapterReader:
         return [key for key in keys if not key.startswith(tuple(codes)) or key.endswith(".base_layer.bias")]
 
     def use_keys_of(self, model: PreTrainedModel) -> None:
-        """Convert keys that an older transformers used, and the tensors that it kept apart, to those of `model`.
+        """Convert keys of an older transformers, and tensors that it kept apart, to those of `model`.
 
         PEFT's own conversion does it, as when it loads the adapter. What it changes is then held in memory.
 

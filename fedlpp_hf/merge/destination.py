@@ -17,7 +17,7 @@ VIEW_MARK = "is_clients_view"
 
 
 def check_destination(output_dir: Path, full_model: str | os.PathLike) -> None:
-    """Refuse a place that is taken, or that overlaps with the full model.
+    """Refuse a place that is taken, or overlaps with the full model.
 
     Raises:
         ValueError: saying why.

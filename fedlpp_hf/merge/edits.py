@@ -63,7 +63,7 @@ class SharedValue:
 def find_edits(
     peft_model: PeftModel, reader: AdapterReader, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, Edit], dict[str, SharedValue]]:
-    """Find what one adapter does, by parameter of the model: to that parameter alone, and to all that are tied to it.
+    """Find what one adapter does, by parameter of the model: to that parameter alone, and to all tied to it.
 
     Args:
         peft_model: the model with the adapter in it.
@@ -108,12 +108,12 @@ def _find_values_(
     trained: tuple[Mapping[str, tuple[int, ...]], tuple[str, ...]],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, SharedValue]:
-    """Add the values that replace one parameter alone. Returns those that replace all that are tied to it.
+    """Add the values that replace one parameter alone. Returns those that replace all tied ones.
 
     Args:
         edits: by parameter.
         keys: the adapter's other keys.
-        trained: the keys that the adapter trains, and the beginnings of those of modules that are saved whole.
+        trained: the keys that the adapter trains, and the prefixes of modules saved whole.
         shapes: of the model's parameters.
     """
     shared: dict[str, SharedValue] = {}

@@ -40,8 +40,8 @@ def merge_adapter(
     output_dir: str | os.PathLike,
     *,
     weights: Sequence[float] | None = None,
-    target: str = "full",
     base_dir: str | os.PathLike | None = None,
+    base_weight: float = 0.0,
     verify: bool = False,
     delete_source_shards: bool = False,
     model_class: Any = None,
@@ -63,9 +63,9 @@ def merge_adapter(
             merged, in float64.
         output_dir: the new directory. It appears when it is complete, or not at all.
         weights: of the adapters, in proportion; equal by default.
-        target: "full" merges into W. "base" merges into the dequantized Q(W) of `base_dir`: this is what clients see, and is
-            not pushed.
         base_dir: the quantized base. With it the report has ‖E‖/‖ΔW‖, E = W − Q(W), for each layer.
+        base_weight: λ, from 0 to 1: the update is added to W − λE, for all weights that `base_dir` has quantized. An adapter
+            that was trained on Q(W) fits a model between the two. At 1 the result is what clients see, and is not pushed.
         verify: read the result back, and compare all of it with the source or a second computation.
         delete_source_shards: delete each shard downloaded from the Hub when its merged one is written.
         model_class: the class that the adapter was trained on, where the configurations don't tell.
@@ -81,11 +81,11 @@ def merge_adapter(
         RuntimeError: if verification fails, or another merge is writing there.
     """
     began = time.perf_counter()
-    _check_arguments(target, base_dir, threads, device)
+    _check_arguments(base_weight, base_dir, threads, device)
     destination = Path(output_dir)
     check_destination(destination, full_model)
     adapters, shares = open_adapters(adapter, weights, token)
-    report = MergeReport(str(destination), target, verified=verify)
+    report = MergeReport(str(destination), base_weight, verified=verify)
     with working_directory(destination) as work:
         source = FullModel(full_model, revision, token, scratch_directory(work) if delete_source_shards else None)
         found = _find_changes(source, adapters, model_class, base_dir)
@@ -97,9 +97,9 @@ def merge_adapter(
             report.through_peft, report.verified = found.plan, False
         else:
             plan = found.plan
-            if target == "base":
+            if base_weight == 1:
                 plan.config_changes[VIEW_MARK] = True
-            inputs = MergeInputs(plan, adapters, shares, found.base, into_base=target == "base")
+            inputs = MergeInputs(plan, adapters, shares, found.base, base_weight)
             layouts = plan_layouts(source, inputs)
             shards = {file: plan_jobs(source.shards[file], new, inputs) for file, new in layouts.items()}
             if _write_companions(source, plan, layouts, work):
@@ -119,6 +119,7 @@ def check_merge(
     full_model: str | os.PathLike,
     adapter: str | os.PathLike,
     *,
+    base_dir: str | os.PathLike | None = None,
     model_class: Any = None,
     revision: str | None = None,
     token: str | None = None,
@@ -128,6 +129,7 @@ def check_merge(
     Args:
         full_model: a directory, or a name on the Hub.
         adapter: a PEFT directory; its values do not matter.
+        base_dir: the quantized base, if the merge is to move towards it.
         model_class: the class that the adapter is trained on, where the configurations don't tell.
         revision: branch, tag or commit of the full model on the Hub.
         token: for the Hub; by default that of `hf auth login`.
@@ -137,8 +139,10 @@ def check_merge(
     """
     adapters, shares = open_adapters(adapter, None, token)
     source = FullModel(full_model, revision, token)
-    found = _find_changes(source, adapters, model_class, None)
-    if not isinstance(found.plan, str):
+    found = _find_changes(source, adapters, model_class, base_dir)
+    if isinstance(found.plan, str):
+        check_alone(found.plan, len(adapters), base_dir is not None, source)
+    else:
         inputs = MergeInputs(found.plan, adapters, shares)
         for file, new in plan_layouts(source, inputs).items():
             plan_jobs(source.shards[file], new, inputs)
@@ -181,12 +185,14 @@ def _warn_of_nothing(adapters: Sequence[AdapterReader]) -> None:
 
 
 def _check_arguments(
-    target: str, base_dir: str | os.PathLike | None, threads: int | None, device: str | torch.device
+    base_weight: float, base_dir: str | os.PathLike | None, threads: int | None, device: str | torch.device
 ) -> None:
-    if target not in ("full", "base"):
-        raise ValueError(f"target={target!r}; expected 'full' (W) or 'base' (the dequantized Q(W)).")
-    if target == "base" and base_dir is None:
-        raise ValueError("target='base' needs `base_dir`, the quantized base to merge into.")
+    if not 0 <= base_weight <= 1:
+        raise ValueError(f"base_weight={base_weight}; expected a number from 0 (merge into W) to 1 (into Q(W)).")
+    if base_weight and base_dir is None:
+        raise ValueError(
+            f"base_weight={base_weight} needs `base_dir`, the quantized base that the adapter was trained on."
+        )
     if threads is not None and threads < 1:
         raise ValueError(f"threads={threads}; expected at least one.")
     try:

@@ -1,7 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """The model that an adapter was trained on, without memory for its weights: found, built, and compared with the adapter.
 
-PEFT itself applies the adapter's configuration to the model, so that keys and shapes are those that it expects.
+PEFT itself applies the adapter's configuration to the model, so that keys and shapes are as it expects.
 """
 
 import difflib

@@ -45,30 +45,30 @@ class MergePlan:
 class MergeInputs:
     """All that new rows are computed from, besides the full model.
 
-    `weights` add up to one. With a `base` the norm of E = W − Q(W) is computed, too; with `into_base` the update is added
-    to Q(W) and not to W.
+    `weights` add up to one. With a `base` the norm of E = W − Q(W) is computed, too, and the update is added to
+    W − `base_weight`·E.
     """
 
     plan: MergePlan
     adapters: Sequence[AdapterReader]
     weights: Sequence[float]
     base: BaseReader | None = None
-    into_base: bool = False
+    base_weight: float = 0.0
 
     def base_name(self, parameter: str) -> str:
         """The base's name for a parameter; for one that was tied until this merge, the name it was stored under."""
         return next((stored for name, stored, _ in self.plan.added if name == parameter and stored), parameter)
 
     def reads_base(self, parameter: str) -> bool:
-        """Whether Q(W) of a parameter is needed: to merge into it, or for the norm of E."""
+        """Whether Q(W) of a parameter is needed: to move towards it, or for the norm of E."""
         if self.base is None or not self.base.is_quantized(self.base_name(parameter)):
             return False
         edit = self.plan.edits.get(parameter)
         return edit is None or edit.value is None
 
     def takes_base(self, parameter: str) -> bool:
-        """Whether a parameter becomes Q(W) + ΔW."""
-        return self.into_base and self.reads_base(parameter)
+        """Whether a parameter becomes W − λE + ΔW with λ above zero."""
+        return self.base_weight > 0 and self.reads_base(parameter)
 
     def edit_of(self, parameter: str) -> Edit | None:
         """What happens to a parameter; None where its bytes stay."""
@@ -134,7 +134,7 @@ def _find_stored(tensors: TensorPlan, groups: Sequence[Sequence[str]]) -> dict[s
 
 
 def _place_edits_(plan: MergePlan, located: set[str], rearranged: set[str], stored: Iterable[str]) -> None:
-    """Add the values that are new to the checkpoint, and refuse edits of parameters that it does not have."""
+    """Add the values that are new to the checkpoint, and refuse edits of parameters missing there."""
     added = {name for name, _, _ in plan.added}
     for name, edit in plan.edits.items():
         if name in located:
@@ -175,7 +175,7 @@ def _untie_(plan: MergePlan, adapted: AdaptedModel, odd: Mapping[tuple[str, ...]
     Args:
         plan: gets the changes of the configuration.
         adapted: the model.
-        odd: the groups that have to be untied, and the parameter in each that becomes another.
+        odd: the groups to untie, and the parameter in each that changes.
     """
     config, changes = untie_config(adapted.config)
     for group, name in odd.items():

@@ -43,12 +43,12 @@ class LayerReport:
 class MergeReport:
     """What a merge did.
 
-    `layers`: in the model's order; `replaced` and `added`: names of tensors; bytes are of the result; `through_peft`: why
+    `base_weight`: λ of W − λE; `layers`: in the model's order; `replaced` and `added`: names of tensors; bytes are of the result; `through_peft`: why
     PEFT merged, if it did.
     """
 
     output_dir: str
-    target: str
+    base_weight: float
     layers: list[LayerReport] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
     added: list[str] = field(default_factory=list)

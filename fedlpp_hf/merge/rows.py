@@ -88,8 +88,8 @@ class RowProducer:
             if original is not None:
                 base = original[low:high].to(self.device, work)
                 norms.add_(Norms(error=float(torch.linalg.vector_norm(weight - base)) ** 2))
-                if self.inputs.into_base:
-                    weight.copy_(base)
+                if self.inputs.base_weight:
+                    weight.lerp_(base, self.inputs.base_weight)
             # Of several, one is in memory at a time, whatever their number; the rows are then all of the job's.
             count = len(self.inputs.adapters)
             products = (self._load_product(job, i, work, columns) for i in range(count)) if several else one

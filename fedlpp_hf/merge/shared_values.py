@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""Parameters of the base model that an adapter carries along, and weights that share one tensor."""
+"""Parameters of the base model that an adapter carries along, and weights with one shared tensor."""
 
 from collections.abc import Mapping, Sequence
 

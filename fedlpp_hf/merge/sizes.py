@@ -58,7 +58,7 @@ def find_sizes(model: PreTrainedModel, reader: AdapterReader) -> Sizes:
 
 
 def _find_parameter(key: str, reader: AdapterReader) -> tuple[str, tuple[int, ...] | None]:
-    """The parameter that a key is about, and the shape that the key's tensor tells of it, or only its rows."""
+    """The parameter that a key is about, and its shape according to the key's tensor, or only its rows."""
     shape = reader.shape(key)
     for ending, axis in ((".lora_embedding_A", 1), (".lora_B.weight", 0)):
         if key.endswith(ending) and len(shape) == 2:
@@ -131,7 +131,7 @@ class AdaptedSizes:
 
 
 def check_vocabulary(adapted: AdaptedSizes, reader: AdapterReader) -> None:
-    """Refuse an adapter that was trained with another vocabulary, but does not have all that it changes.
+    """Refuse an adapter that was trained with another vocabulary, but does not have everything it changes.
 
     Args:
         adapted: the model with the adapter's vocabulary.

@@ -123,7 +123,7 @@ def _list_damaged(model: nn.Module) -> set[str]:
 
 
 def _give_each_its_own_(peft_model: PeftModel, weights: set[int]) -> None:
-    """Copy weights of the model that modules share, so that a merge into one does not change the other.
+    """Copy weights of the model that modules share: a merge into one must not change the other.
 
     Args:
         peft_model: the model with the adapter.

@@ -13,7 +13,7 @@ _FLAG = "tie_word_embeddings"
 
 
 def list_tied_groups(model: PreTrainedModel) -> list[list[str]]:
-    """List the parameters that share one tensor each, the one that the others are tied to first.
+    """List the parameters that share one tensor each, the one which the others are tied to first.
 
     Pairs that have nothing to do with each other, as BERT's decoder and its bias, are groups of their own.
     """

@@ -43,6 +43,7 @@ class TrainerBlueprint:
         peft_config: Of the adapter.
         base_dir: The directory of the base.
         owner_dataset: The owner's rows.
+        selection_dataset: Rows that the owner chooses by.
         client_datasets: The clients' rows by id. The owner's process gets them for the full-precision reference alone.
         trainer_arguments: Those of the trainer's `__init__` that are not named here.
         model_init_kwargs: For `from_pretrained` of the full model and the base, such as `num_labels`.
@@ -55,6 +56,7 @@ class TrainerBlueprint:
     peft_config: PeftConfig
     base_dir: str = ""
     owner_dataset: Any = None
+    selection_dataset: Any = None
     client_datasets: Any = None
     trainer_arguments: dict[str, Any] = field(default_factory=dict)
     model_init_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -89,7 +91,7 @@ class TrainerBlueprint:
         )
 
     def check(self, loads_model: bool) -> None:
-        """Refuse arguments that can't hold for the model that clients train on and for the owner's.
+        """Refuse arguments that can't hold for both the clients' model and the owner's.
 
         Args:
             loads_model: Whether the trainer loads its model from a path.

@@ -1,6 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Row by row: the loss of a trainer's model on evaluation rows, and whether a classifier is right."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,21 @@ class RowMeasures:
     @property
     def measures(self) -> dict[str, np.ndarray]:
         return {"loss": self.loss} | ({} if self.accuracy is None else {"accuracy": self.accuracy})
+
+
+def read_loss(metrics: Mapping[str, Any]) -> float:
+    """The loss among the metrics of an evaluation; infinite where it is no number.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    loss = metrics.get("eval_loss")
+    if not isinstance(loss, int | float):
+        raise ValueError(
+            f"The selection rows have no loss to choose by; their evaluation gives {', '.join(metrics) or 'nothing'}. They need "
+            "labels, as rows to train on do."
+        )
+    return float(loss) if loss == loss else math.inf
 
 
 def choose_rows(dataset: Any, count: int, seed: int) -> Any:

@@ -30,15 +30,22 @@ class OwnerProcess:
     """
 
     def __init__(self, blueprint: TrainerBlueprint):
-        variate = blueprint.args.control_variate
+        args = blueprint.args
+        variate = args.control_variate
         if variate and blueprint.owner_dataset is None:
             raise ValueError(f"control_variate={variate} needs rows of the owner; pass `owner_dataset`.")
-        if variate and not blueprint.base_dir:
-            raise ValueError(
-                f"control_variate={variate}: the owner trains on the base, too, and needs it as a "
-                "directory that `fedlpp-hf quantize` or the federation wrote; give `model` as a path, base_bits below 32."
-            )
+        needs_base = {
+            "control_variate": variate,
+            "base_weights": args.base_weights if any(args.base_weights) else None,
+        }
+        for name, value in needs_base.items():
+            if value and not blueprint.base_dir:
+                raise ValueError(
+                    f"{name}={value}: the owner needs the base, too, as a directory that `fedlpp-hf quantize` or the federation "
+                    "wrote; give `model` as a path, base_bits below 32."
+                )
         self.has_rows = blueprint.owner_dataset is not None
+        self.selects = blueprint.selection_dataset is not None
         self._service = Service("owner", OwnerHandler, blueprint)
 
     def export_base(self, output_dir: str | os.PathLike) -> dict[str, Any]:
@@ -50,16 +57,42 @@ class OwnerProcess:
         return self._ask("initial_adapter")[1]
 
     def evaluate(
-        self, adapter: Mapping[str, torch.Tensor], residual: Mapping[str, torch.Tensor] | None = None
+        self,
+        adapter: Mapping[str, torch.Tensor],
+        residual: Mapping[str, torch.Tensor] | None = None,
+        base_weight: float = 0.0,
     ) -> dict[str, float]:
-        """Metrics of W + θ on the evaluation dataset; `residual` is what θ's rank could not hold."""
-        return self._ask("evaluate", _pack_adapter(adapter, residual))[0]
+        """Metrics of W − λE + θ on the evaluation dataset.
+
+        Args:
+            adapter: θ.
+            residual: What θ's rank could not hold.
+            base_weight: λ; E = W − Q(W).
+        """
+        return self._ask("evaluate", _pack_adapter(adapter, residual), base_weight=base_weight)[0]
+
+    def measure_selection(
+        self,
+        adapter: Mapping[str, torch.Tensor],
+        residual: Mapping[str, torch.Tensor],
+        base_weights: Sequence[float],
+    ) -> list[float]:
+        """The loss of W − λE + θ on the selection rows, for each λ; infinite where it is no number.
+
+        Raises:
+            ValueError: if these rows have no loss.
+        """
+        packed = _pack_adapter(adapter, residual)
+        return self._ask("measure_selection", packed, base_weights=list(base_weights))[0]["losses"]
 
     def measure_rows(
-        self, adapter: Mapping[str, torch.Tensor], residual: Mapping[str, torch.Tensor] | None = None
+        self,
+        adapter: Mapping[str, torch.Tensor],
+        residual: Mapping[str, torch.Tensor] | None = None,
+        base_weight: float = 0.0,
     ) -> RowMeasures:
-        """W + θ on each of the evaluation rows that the audit compares models on."""
-        answer, tensors = self._ask("measure_rows", _pack_adapter(adapter, residual))
+        """W − λE + θ, as in [`evaluate`], on each of the evaluation rows that the audit compares models on."""
+        answer, tensors = self._ask("measure_rows", _pack_adapter(adapter, residual), base_weight=base_weight)
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         return RowMeasures(arrays["loss"], arrays.get("accuracy"), answer["num_outputs"])
 
@@ -80,9 +113,9 @@ class OwnerProcess:
         """Refuse an adapter that [`merge`] could not merge in the end."""
         self._ask("check_merge", adapter, peft_config=scrub_config(peft_config))
 
-    def merge(self, adapter_dir: str | os.PathLike, output_dir: str | os.PathLike) -> None:
-        """Write the full model with the adapter merged into it."""
-        self._ask("merge", adapter_dir=str(adapter_dir), output_dir=str(output_dir))
+    def merge(self, adapter_dir: str | os.PathLike, output_dir: str | os.PathLike, base_weight: float = 0.0) -> None:
+        """Write the full model W − λE with the adapter merged into it, λ being `base_weight`."""
+        self._ask("merge", adapter_dir=str(adapter_dir), output_dir=str(output_dir), base_weight=base_weight)
 
     def push_merged(self, directory: str | os.PathLike, repo_id: str, **options: Any) -> str:
         """Push a merged model by [`push_merged`]; returns the commit's address."""

@@ -4,7 +4,7 @@
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,22 @@ from ..aggregation.variate import average_variates
 from ..base.export import export_base
 from ..base.full_model import FullModel
 from ..base.model_class import change_config, list_float_modules
+from ..base.reader import BaseReader
+from ..client.checks import find_peft_model
+from ..client.memory import ClientMemory
 from ..hub.push import push_merged
 from ..merge.merge import check_merge, merge_adapter
 from ..tensors.adapters import load_adapter_, split_tensors, write_adapter
 from ..wire.encoding import restore_tensors
 from ..wire.messages import ClientTask, LocalOptions
+from .between import moved_towards_base, open_base
 from .blueprint import TrainerBlueprint
-from .measurement import choose_rows, measure_rows
+from .measurement import choose_rows, measure_rows, read_loss
 from .model_check import check_adapter_fits
 from .sentence_models import copy_configs, is_sentence_trainer, list_module_configs
+
+
+OWNER_DIR = "_owner"  # beside the federation: what the owner's runs keep from round to round, as clients do
 
 
 class OwnerHandler:
@@ -45,7 +52,6 @@ class OwnerHandler:
             output_dir,
             bits=args.base_bits,
             block_size=args.base_block_size,
-            double_quant=args.double_quant,
             embedding_bits=args.embedding_bits,
             skip_modules=list_float_modules(self.config, self.model_class, blueprint.peft_config.modules_to_save),
             model_class=self.model_class,
@@ -58,13 +64,21 @@ class OwnerHandler:
     def initial_adapter(self, tensors):
         return {}, self.trainer.guard.initial
 
-    def evaluate(self, tensors):
-        with self._holding(tensors):
+    def evaluate(self, tensors, base_weight: float):
+        with self._holding(tensors), self._towards_base(base_weight):
             return self.trainer.evaluate_metrics(), {}
 
-    def measure_rows(self, tensors):
-        args = self.blueprint.args
+    def measure_selection(self, tensors, base_weights: list[float]):
+        losses = []
         with self._holding(tensors):
+            for weight in base_weights:
+                with self._towards_base(weight):
+                    losses.append(read_loss(self.trainer.evaluate_metrics(self.trainer.client_datasets["selection"])))
+        return {"losses": losses}, {}
+
+    def measure_rows(self, tensors, base_weight: float):
+        args = self.blueprint.args
+        with self._holding(tensors), self._towards_base(base_weight):
             rows = choose_rows(self.trainer.eval_dataset, args.audit_rows, args.seed)
             found = measure_rows(self.trainer, rows)
         arrays = {name: torch.from_numpy(values) for name, values in found.measures.items()}
@@ -89,23 +103,44 @@ class OwnerHandler:
             for key, parameter in parameters.items():
                 parameter.data = small[key]
 
+    def _towards_base(self, weight: float):
+        """W − λE in the place of W."""
+        return moved_towards_base(find_peft_model(self.trainer.model), self.base, weight) if weight else nullcontext()
+
     def estimate_variate(self, tensors, round_number: int, seeds: list[int]):
         args = self.blueprint.args
         options = LocalOptions(rule=args.aggregation, proximal_mu=args.fedprox_mu)
         if self._base_trainer is None:
             self._base_trainer = self._make_trainer({"owner": self.blueprint.owner_dataset}, self.blueprint.base_dir)
+        goes_on = not args.broadcasts and args.num_rounds > 1  # as the clients do
+        memory_dir = Path(args.output_dir) / OWNER_DIR
+        self._base_trainer.guard.memory_dir, self.trainer.guard.memory_dir = memory_dir / "base", memory_dir / "full"
 
-        def train(trainer: Any, seed: int) -> dict[str, torch.Tensor]:
+        def train(trainer: Any, number: int, seed: int) -> dict[str, torch.Tensor]:
             # The order of rows and the masks of dropout follow from the task's seed.
-            fingerprint = trainer.guard.fingerprint
             task = ClientTask(
-                "owner", round_number, args.num_rounds, "owner", seed, fingerprint, proxy=tensors, options=options
+                "owner",
+                round_number,
+                args.num_rounds,
+                f"owner-{number}",
+                seed,
+                trainer.guard.fingerprint,
+                proxy=None if goes_on else tensors,
+                options=options,
             )
-            return restore_tensors(trainer.train_client(task).delta)
+            if goes_on:
+                trainer.guard.initial = tensors
+                if round_number > 1 and not ClientMemory(trainer.guard.memory_dir, task).read():
+                    raise RuntimeError(
+                        f"The owner's adapters of earlier rounds are gone from `{memory_dir}`; the control variate needs them. "
+                        "Put them back, or start another federation."
+                    )
+            rows = trainer.client_datasets["owner"]
+            return restore_tensors(trainer.train_client(task, rows).delta)
 
         estimates = []
-        for seed in seeds:
-            on_base, on_full = train(self._base_trainer, seed), train(self.trainer, seed)
+        for number, seed in enumerate(seeds):
+            on_base, on_full = train(self._base_trainer, number, seed), train(self.trainer, number, seed)
             estimates.append({key: on_base[key] - on_full[key] for key in on_base})
         variate, share = average_variates(estimates)
         return {"share": share}, variate
@@ -114,16 +149,27 @@ class OwnerHandler:
         blueprint, directory = self.blueprint, self.scratch / "untrained"
         write_adapter(directory, tensors, PeftConfig.from_peft_type(**peft_config))
         revision = blueprint.init_kwargs.get("revision")
-        check_merge(blueprint.full_model, directory, model_class=self.model_class, revision=revision)
+        base_dir = blueprint.base_dir if any(blueprint.args.base_weights) else None
+        check_merge(
+            blueprint.full_model, directory, base_dir=base_dir, model_class=self.model_class, revision=revision
+        )
         return {}, {}
 
-    def merge(self, tensors, adapter_dir: str, output_dir: str):
+    def merge(self, tensors, adapter_dir: str, output_dir: str, base_weight: float):
         # The model of an earlier run stays until there is another to take its place.
         fresh = Path(f"{output_dir}.new")
         shutil.rmtree(fresh, ignore_errors=True)
         blueprint = self.blueprint
         revision = blueprint.init_kwargs.get("revision")
-        merge_adapter(blueprint.full_model, adapter_dir, fresh, model_class=self.model_class, revision=revision)
+        merge_adapter(
+            blueprint.full_model,
+            adapter_dir,
+            fresh,
+            base_dir=blueprint.base_dir if base_weight else None,
+            base_weight=base_weight,
+            model_class=self.model_class,
+            revision=revision,
+        )
         change_config(fresh, blueprint.init_kwargs)
         shutil.rmtree(output_dir, ignore_errors=True)
         os.replace(fresh, output_dir)
@@ -152,14 +198,20 @@ class OwnerHandler:
     def model_class(self) -> Any:
         return self.blueprint.choose_class(self.config)
 
+    @cached_property
+    def base(self) -> BaseReader:
+        return open_base(find_peft_model(self.trainer.model), self.blueprint.base_dir)
+
     @property
     def trainer(self):
         if self._trainer is None:
-            rows = self.blueprint.owner_dataset
-            if rows is None:  # some trainers insist on training rows even to evaluate; these are never trained on
-                rows = self.blueprint.trainer_arguments.get("eval_dataset")
-                rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
-            self._trainer = self._make_trainer({} if rows is None else {"owner": rows})
+            rows = {"owner": self.blueprint.owner_dataset, "selection": self.blueprint.selection_dataset}
+            rows = {name: dataset for name, dataset in rows.items() if dataset is not None}
+            if not rows:  # some trainers insist on training rows even to evaluate; these are never trained on
+                evaluated = self.blueprint.trainer_arguments.get("eval_dataset")
+                evaluated = next(iter(evaluated.values())) if isinstance(evaluated, dict) else evaluated
+                rows = {} if evaluated is None else {"owner": evaluated}
+            self._trainer = self._make_trainer(rows)
         return self._trainer
 
     def _make_trainer(self, datasets: Mapping[str, Any], base_dir: str = "", reference: bool = False):

@@ -164,6 +164,8 @@ def describe_merge(report: "MergeReport", layers: bool = False) -> list[str]:
     ]
     if report.through_peft:
         lines.append(f"PEFT merged it in memory, because {report.through_peft}.")
+    if report.base_weight:
+        lines.append(f"Merged into W − {report.base_weight:g}·E, E = W − Q(W).")
     ratios = [layer.ratio for layer in report.layers if layer.ratio is not None]
     if ratios:
         lines.append(f"The base's error is {min(ratios):.2f} to {max(ratios):.2f} times the update, ‖W − Q(W)‖/‖ΔW‖.")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..config.metrics import MetricChoice, is_number
 from .metrics import Record
+from .text import AttackerRow
 
 
 def draw_rounds(
@@ -13,6 +14,7 @@ def draw_rounds(
     path: Path,
     references: Mapping[str, Mapping[str, float]] | None = None,
     choice: MetricChoice | None = None,
+    attackers: Sequence[AttackerRow] = (),
 ) -> bool:
     """Draw the main metric of proxy and server over the rounds; False if matplotlib is not installed.
 
@@ -21,6 +23,7 @@ def draw_rounds(
         path: Of the picture.
         references: Metrics of models that nobody holds, by label.
         choice: The metric that counts.
+        attackers: What the audit found that clients can make of what they hold.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -43,8 +46,13 @@ def draw_rounds(
         ]
         if len(points) > 1:
             axes.plot(*zip(*points, strict=True), marker="o", label=label, color=color)
-        elif points:
-            axes.axhline(points[0][1], linestyle=":", label=f"{label}, before", color=color)
+        elif points:  # nothing is broadcast
+            axes.axhline(
+                points[0][1], linestyle=":", label="base (clients)" if view == "proxy" else label, color=color
+            )
+    for style, row in zip(("-.", (0, (1, 3))), attackers, strict=False):
+        if is_number(row.metrics.get(name)):
+            axes.axhline(row.metrics[name], linestyle=style, color="#c8553d", label=row.label)
     for style, (label, reference) in zip(("--", ":"), (references or {}).items(), strict=False):
         if is_number(reference.get(name)):
             axes.axhline(reference[name], linestyle=style, color="#555555", label=label)

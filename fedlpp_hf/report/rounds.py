@@ -68,7 +68,7 @@ class RoundReporter:
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (self.output_dir / "metrics.jsonl").write_text(lines, encoding="utf-8")
         (self.output_dir / "report.md").write_text(self._text, encoding="utf-8")
-        self._drawn = draw_rounds(records, self.output_dir / "rounds.png", references, self.choice)
+        self._drawn = draw_rounds(records, self.output_dir / "rounds.png", references, self.choice, attackers)
 
     def show(self) -> None:
         """Print the report that was written last, unless progress bars are off."""

@@ -33,6 +33,10 @@ def describe_round(record: Record, num_rounds: int, choice: MetricChoice = _BY_N
         name = choice.main(metrics)
         if name:
             parts.append(f"{label} {name.removeprefix('eval_')} {metrics[name]:.4f}")
+    if "selection_loss" in record:
+        weights = {"λ": record.get("base_weight"), "variate": record.get("variate_weight")}
+        chosen = "".join(f", {name} {value:g}" for name, value in weights.items() if value is not None)
+        parts.append(f"selection loss {record['selection_loss']:.4f}{chosen}")
     if record["round"]:
         parts.append(f"down {format_bytes(record['bytes_down'])}, up {format_bytes(record['bytes_up'])}")
         parts.append(f"{record['seconds']:.1f} s")
@@ -46,7 +50,14 @@ def render_report(
     references: Mapping[str, Mapping[str, float]] | None = None,
     attackers: Sequence[AttackerRow] = (),
 ) -> str:
-    """The report of a whole federation as Markdown."""
+    """The report of a whole federation as Markdown.
+
+    Args:
+        records: Of all rounds, from round 0.
+        args: The federation's options.
+        references: Metrics of models that nobody holds, by label.
+        attackers: What the audit adds to the table.
+    """
     first, last = records[0]["metrics"], records[-1]["metrics"]
     choice, published = MetricChoice.of(args), find_published_round(args, records)
     after = "server's model after"
@@ -84,6 +95,7 @@ def render_report(
         f"{len(records) - 1} rounds, {clients} client runs ({rejected} rejected), {format_bytes(down)} to clients, "
         f"{format_bytes(up)} from clients, {sum(record['seconds'] for record in records):.0f} s.",
         *(["\nStolen value: a share of the server's gain over local training; audit.md has more."] * bool(attackers)),
+        *describe_choice(records[published]),
         *(
             [
                 f"\nRound {published} is published, the best by `{choice.key}`. The evaluation set chose it, so its metrics are "
@@ -94,6 +106,22 @@ def render_report(
         *(f"\n**Warning.** {warning}" for warning in find_warnings(first, last, choice)),
     ]
     return "\n".join(lines) + "\n"
+
+
+def describe_choice(record: Record) -> list[str]:
+    """What the owner's selection rows chose, if there were any, and what the server's model therefore is."""
+    lines, weight = [], record.get("base_weight", 0.0)
+    if "selection_loss" in record:
+        lines.append(
+            f"\nRound {record['round']} is published: of all rounds, it has the least loss on the owner's selection rows, "
+            f"{record['selection_loss']:.4f}. The table is measured on other rows."
+        )
+    if weight:
+        lines.append(
+            f"\nThe server's model is W − {weight:g}·E + θ, E being the base's error W − Q(W). The adapter on W alone is another "
+            "model: `fedlpp-hf merge` takes the same weight."
+        )
+    return lines
 
 
 def find_warnings(

@@ -1,16 +1,21 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""Which round is the best, and so the one that is published with `load_best_model_at_end`."""
+"""Which round is the best, and so the one that is published: by the owner's selection rows, or `load_best_model_at_end`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..config.federated import FederatedConfig
 from ..config.metrics import MetricChoice, is_number
+from .store import RoundStore
 
 
 def read_judged(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The metrics by which a round is judged: the server's, or the proxy's where nobody holds the full model."""
-    return record["metrics"].get("server") or record["metrics"].get("proxy") or {}
+    """The metrics by which a round is judged: the server's, or the proxy's where nobody holds the full model.
+
+    The loss on the owner's selection rows is `eval_selection_loss`.
+    """
+    metrics = record["metrics"].get("server") or record["metrics"].get("proxy") or {}
+    return metrics | ({"eval_selection_loss": record["selection_loss"]} if "selection_loss" in record else {})
 
 
 def check_chosen(args: FederatedConfig, record: Mapping[str, Any]) -> None:
@@ -30,9 +35,31 @@ def check_chosen(args: FederatedConfig, record: Mapping[str, Any]) -> None:
         )
 
 
+def find_selected_round(records: Sequence[Mapping[str, Any]]) -> int | None:
+    """The round with the least loss on the owner's selection rows; None if there were none."""
+    selected = [(record["selection_loss"], record["round"]) for record in records if "selection_loss" in record]
+    return min(selected)[1] if selected else None
+
+
+def read_base_weight(store: RoundStore) -> float:
+    """λ of the model W − λE + θ that a federation has published."""
+    records = store.records()
+    if not records:
+        return 0.0
+    selected = find_selected_round(records)
+    return float(records[-1 if selected is None else selected].get("base_weight", 0.0))
+
+
 def find_published_round(args: FederatedConfig, records: Sequence[Mapping[str, Any]]) -> int:
-    """The last round, or with `load_best_model_at_end` the best one from round 1 on; of equals, the first."""
+    """The last round, or the best one; of equals, the first.
+
+    By the owner's selection rows round 0 may be the best, so that the federation ends no worse on them than it began; with
+    `load_best_model_at_end` the best one is from round 1 on.
+    """
     last: int = records[-1]["round"]
+    selected = find_selected_round(records)
+    if selected is not None:
+        return selected
     choice = MetricChoice.of(args)
     best: tuple[int, float] | None = None
     if not args.load_best_model_at_end or choice.key is None:

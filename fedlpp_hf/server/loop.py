@@ -19,7 +19,7 @@ from ..aggregation.round import RoundUpdates
 from ..aggregation.rules import aggregate
 from ..config.federated import FederatedConfig
 from ..config.rules import check_products, trainable_keys
-from ..tensors.adapters import check_tensors, global_norm, scrub_config
+from ..tensors.adapters import check_tensors, scrub_config
 from ..tensors.codebooks import FULL_PRECISION
 from ..tensors.quantization import quantize_tensors
 from ..wire.encoding import Payload, restore_tensors
@@ -29,6 +29,7 @@ from .best import check_chosen, find_published_round
 from .owner import Owner
 from .resume import check_resumable
 from .state import ServerState
+from .step import MeanUpdate, check_owner, take_step
 from .store import RoundStore
 
 
@@ -46,7 +47,7 @@ class FederatedServer:
         peft_config: Of the adapter.
         num_examples: Rows of each client, or None where the server does not know them.
         base_fingerprint: Of the base that clients must hold.
-        owner: Asked for the metrics of W + θ, and for the control variate.
+        owner: Asked for the metrics of W − λE + θ, for the control variate, and to choose.
         evaluate_proxy: Takes an adapter as a client would hold it and returns metrics on the base.
         on_round: Called with the record of each committed round; where it returns True, that round is the run's last.
 
@@ -68,12 +69,9 @@ class FederatedServer:
     ):
         args.check_clients(len(num_examples))
         check_products(args.aggregation, peft_config)
-        if args.control_variate and owner is None:
-            raise ValueError(
-                f"control_variate={args.control_variate}: only the owner's process can estimate it; set `full_model`."
-            )
+        check_owner(args, owner)
         self.args = args
-        self.state = ServerState(dict(adapter))
+        self.state = self.untrained = ServerState(dict(adapter))
         self.peft_config = peft_config
         self.num_examples = dict(sorted(num_examples.items()))
         self.base_fingerprint = base_fingerprint
@@ -96,8 +94,8 @@ class FederatedServer:
     def run(self, train_clients: TrainClients, resume: bool = False) -> list[dict[str, Any]]:
         """Run all rounds, or those that are left; returns the record of every round, round 0 being the state before.
 
-        With `load_best_model_at_end` the server's state is then that of the best round; without, of the last one. That state
-        is published in `output_dir`.
+        The server's state is then that of the round with the least loss on the owner's selection rows, round 0 included; with
+        `load_best_model_at_end`, of the best round; else of the last one. That state is published in `output_dir`.
 
         Raises:
             ValueError: if there is a federation in the way, or nothing to resume, or the one to resume differs.
@@ -152,7 +150,16 @@ class FederatedServer:
             held = restore_tensors(self.make_proxy(self.adapter))
             frozen = {key: held[key] for key in held.keys() - trainable_keys("freeze_a", held)}
             self.state = ServerState(dict(self.adapter) | frozen)
-        nothing = {"clients": {}, "rejected": {}, "asked": [], "bytes_down": 0, "bytes_up": 0, "seconds": 0.0}
+        nothing: dict[str, Any] = {
+            "clients": {},
+            "rejected": {},
+            "asked": [],
+            "bytes_down": 0,
+            "bytes_up": 0,
+            "seconds": 0.0,
+        }
+        if self.owner is not None and self.owner.selects:
+            nothing["selection_loss"] = self.owner.measure_selection(self.adapter, {}, [0.0])[0]
         return 0, self._commit(0, nothing)
 
     def _resume(self) -> tuple[int, bool]:
@@ -165,6 +172,7 @@ class FederatedServer:
         state = ServerState.from_tensors(*self.store.load(done))
         check_tensors(state.adapter, self.adapter)
         self.state = self._committed = state
+        self.untrained = ServerState.from_tensors(*self.store.load(0))
         records = self.store.records()
         self._names = list(records[0]["metrics"].get("proxy", ()))
         check_chosen(self.args, records[-1])
@@ -182,8 +190,7 @@ class FederatedServer:
                 f"Round {number} has {len(updates)} acceptable updates; min_clients={self.args.min_clients}. {reasons}. "
                 f"Rounds up to {number - 1} are committed: correct the cause and resume."
             )
-        start = self.adapter if proxy is None else restore_tensors(proxy)
-        report = self._step(number, updates, start)
+        report = self._step(number, updates, None if proxy is None else restore_tensors(proxy))
         record = {
             "clients": {
                 client: update.metrics | {"num_examples": update.num_examples} for client, update in updates.items()
@@ -220,43 +227,49 @@ class FederatedServer:
         )
 
     def _step(
-        self, number: int, updates: Mapping[str, AcceptedUpdate], start: Mapping[str, torch.Tensor]
+        self, number: int, updates: Mapping[str, AcceptedUpdate], proxy: Mapping[str, torch.Tensor] | None
     ) -> dict[str, Any]:
-        """Aggregate a round's updates, taken at `start`, and move the server's adapter; returns what to record."""
-        args, by_examples = self.args, self.args.weighting == "examples"
+        """Aggregate a round's updates, taken at `proxy`, and move the server's adapter; returns what to record.
+
+        Without a proxy they are whole ways from the untrained adapter, and so the server's step starts there, too.
+        """
+        args, before = self.args, self.state if proxy is not None else self.untrained
+        start = before.adapter if proxy is None else proxy
+        counts = proxy is None and args.robust == "none"
+        rounds = self._count_rounds(updates) if counts else dict.fromkeys(updates, 1)
         result = aggregate(
             args.aggregation,
             RoundUpdates(
                 deltas=[update.delta for update in updates.values()],
-                weights=[update.num_examples if by_examples else 1.0 for update in updates.values()],
+                weights=[
+                    rounds[client] * (update.num_examples if args.weighting == "examples" else 1.0)
+                    for client, update in updates.items()
+                ],
                 start=start,
-                adapter=self.adapter,
+                adapter=before.adapter,
                 peft_config=self.peft_config,
-                residual=self.state.residual,
+                residual=before.residual,
                 num_attackers=args.num_attackers,
             ),
             args.robust,
         )
-        report, delta = dict(result.report), result.delta
-        if args.control_variate and self.owner is not None:
-            runs = range(args.control_variate_runs)
-            seeds = [make_seed(args.seed, number, f"owner {run}" if run else "owner") for run in runs]
-            variate, report["variate_share"] = self.owner.estimate_variate(start, number, seeds)
-            report |= {"update_norm": global_norm(delta), "variate_norm": global_norm(variate)}
-            delta = {
-                key: (value.double() - args.control_variate * variate.get(key, 0.0)).float()
-                for key, value in delta.items()
-            }
-        adapter, optimizer = self.optimizer.step(self.adapter, delta, self.state.optimizer)
-        self.state = ServerState(adapter, optimizer, result.residual)
-        return report
+        runs = range(args.control_variate_runs)
+        seeds = [make_seed(args.seed, number, f"owner {run}" if run else "owner") for run in runs]
+        update = MeanUpdate(number, result.delta, result.residual, start, seeds)
+        self.state, report = take_step(args, self.owner, self.optimizer, before, update)
+        return dict(result.report) | report
+
+    def _count_rounds(self, clients: Iterable[str]) -> dict[str, int]:
+        """How many rounds of each client's training its update holds, as far as the server saw them: its share of the mean."""
+        earlier = self.store.records()
+        return {client: 1 + sum(client in record["clients"] for record in earlier) for client in clients}
 
     def _commit(self, number: int, record: dict[str, Any]) -> bool:
         metrics: dict[str, dict[str, Any]] = {}
         if self.evaluate_proxy is not None and (number == 0 or self.args.broadcasts):
             metrics["proxy"] = self.evaluate_proxy(restore_tensors(self.make_proxy(self.adapter)))
         if self.owner is not None:
-            found = self.owner.evaluate(self.adapter, self.state.residual)
+            found = self.owner.evaluate(self.adapter, self.state.residual, self.state.base_weight)
             # In the order of the trainer's evaluation, which says what the headline is; a message has its keys sorted.
             self._names += [name for name in metrics.get("proxy", ()) if name not in self._names]
             metrics["server"] = {name: found[name] for name in [*self._names, *found] if name in found}

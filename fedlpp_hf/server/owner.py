@@ -13,8 +13,19 @@ Tensors = Mapping[str, torch.Tensor]
 class Owner(Protocol):
     """Whoever holds the full model W and answers for it; [`OwnerProcess`] does."""
 
-    def evaluate(self, adapter: Tensors, residual: Tensors | None = None) -> dict[str, float]:
-        """Metrics of W + θ; `residual` is what θ's rank could not hold."""
+    @property
+    def selects(self) -> bool:
+        """Whether the owner has rows to choose by."""
+        ...
+
+    def evaluate(
+        self, adapter: Tensors, residual: Tensors | None = None, base_weight: float = 0.0
+    ) -> dict[str, float]:
+        """Metrics of W − λE + θ, λ being `base_weight`; `residual` is what θ's rank could not hold."""
+        ...
+
+    def measure_selection(self, adapter: Tensors, residual: Tensors, base_weights: Sequence[float]) -> list[float]:
+        """The loss of W − λE + θ on the owner's selection rows, for each λ; infinite where it is no number."""
         ...
 
     def estimate_variate(

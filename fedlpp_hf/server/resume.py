@@ -64,7 +64,9 @@ def check_resumable(then: Mapping[str, Any], now: Mapping[str, Any], args: Feder
     """
     now = json.loads(json.dumps(now))
     free = free_options(type(args))
-    if args.learning_rate_horizon == "round":
+    # Of a single round without a broadcast, clients keep no adapter to go on from.
+    kept = args.broadcasts or then["config"].get("num_rounds") != 1
+    if args.learning_rate_horizon == "round" and kept:
         free = free | {"num_rounds"}
     for name, value in then["config"].items():
         if name not in free and now["config"].get(name) != value:

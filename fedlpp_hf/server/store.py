@@ -116,7 +116,15 @@ class RoundStore:
         server_state: Mapping[str, torch.Tensor],
         record: Mapping[str, Any],
     ) -> None:
-        """Write a round: an adapter as a PEFT repository, the server's state, and last its record, the commit mark."""
+        """Write a round: an adapter as a PEFT repository, the server's state, and last its record, the commit mark.
+
+        Args:
+            number: Of the round.
+            adapter: The server's adapter.
+            peft_config: Of the adapter.
+            server_state: What else the server carries on.
+            record: For `round.json`.
+        """
         directory = self.round_dir(number)
         shutil.rmtree(directory, ignore_errors=True)  # left by a run that died before its commit mark
         write_adapter(directory, adapter, peft_config)

@@ -1,8 +1,8 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Adapters as dictionaries of tensors: strict reading, writing, checking, and loading into a live model in place.
 
-The keys are those of a PEFT repository (`base_model.model.<module>.lora_A.weight`, no adapter name), so that every
-adapter that this library writes is a plain PEFT repository.
+The keys are those of a PEFT repository (`base_model.model.<module>.lora_A.weight`, no adapter name): every adapter
+this library writes is a plain PEFT repository.
 """
 
 import difflib
@@ -63,7 +63,7 @@ def split_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str,
 def load_adapter_(parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
     """Copy `tensors` into live parameters, all or none.
 
-    In place, because an optimizer that is already built would go on training parameters that were replaced.
+    In place, because an optimizer that is already built would go on training the replaced parameters.
 
     Raises:
         ValueError: for missing or unknown keys, other shapes, or values that are not finite.
@@ -76,7 +76,7 @@ def load_adapter_(parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, 
 def check_tensors(
     tensors: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor], what: str = "adapter"
 ) -> None:
-    """Refuse `tensors` that differ from `reference` in keys or shapes, or that are not finite floating point.
+    """Refuse `tensors` that differ from `reference` in keys or shapes, or are not finite floating point.
 
     Raises:
         ValueError: naming the first offending key.

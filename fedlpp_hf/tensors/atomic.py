@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""Files that are on disk whole or not at all, and digests that tell."""
+"""Files that are on disk whole or not at all, and their digests."""
 
 import hashlib
 import os

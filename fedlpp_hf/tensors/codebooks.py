@@ -58,7 +58,7 @@ def codebook(bits: int | str) -> torch.Tensor:
 
 
 def nf4_subset(bits: int | str) -> tuple[int, ...]:
-    """The NF4 codes that a base of `bits` (1 to 4) bits is restricted to, so that it runs on 4-bit kernels."""
+    """The NF4 codes that a base of `bits` (1 to 4) bits is restricted to, to run on 4-bit kernels."""
     bits = check_bits(bits)
     if bits not in _NF4_SUBSETS:
         raise ValueError(f"A {bits}-bit code is no subset of NF4; expected 1, 2, 3 or 4 bits.")

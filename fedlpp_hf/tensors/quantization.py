@@ -41,10 +41,19 @@ def round_to_levels(
     scale_dtype: torch.dtype = torch.float32,
     name: str = "tensor",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nearest level of every value of `tensor`, relative to the largest magnitude of its block.
+    """Nearest level of every value, relative to the largest magnitude of its block.
 
-    `levels` `(k,)` sorted, k <= 256. Returns indices `(numel,)` uint8 and scales `(blocks,)`. The arithmetic is that of
-    bitsandbytes' 4-bit kernels, bit for bit, so that with the NF4 levels the indices are theirs.
+    The arithmetic is bit-identical to bitsandbytes' 4-bit kernels: with the NF4 levels the indices are theirs.
+
+    Args:
+        tensor: Of any shape; blocks are of values in memory order.
+        levels: `(k,)`, sorted, k ≤ 256.
+        block_size: Values of a block; the last one may be shorter.
+        scale_dtype: Of the scales.
+        name: Of the tensor, in errors.
+
+    Returns:
+        Indices `(numel,)` uint8, and scales `(blocks,)`.
 
     Raises:
         ValueError: if a value is NaN or infinite or overflows `scale_dtype`, or `block_size` is not positive.
@@ -109,7 +118,7 @@ def find_between_levels(
 
 
 def _slices(flat: torch.Tensor, block_size: int) -> Iterator[tuple[int, int]]:
-    """Ranges of whole blocks that cover `flat`, and the short last block as a range of its own."""
+    """Ranges of whole blocks that cover `flat`, and the short last block as another range."""
     whole = flat.numel() - flat.numel() % block_size
     step = max(CACHED // block_size, 1) * block_size if flat.device.type == "cpu" else max(whole, 1)
     for start in range(0, whole, step):
@@ -155,8 +164,15 @@ def restore_from_levels(
     block_size: int,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """The inverse of [`round_to_levels`]: `levels[indices]` times each block's scale in float32, then as `dtype`,
-    `(numel,)`."""
+    """The inverse of [`round_to_levels`]: each level times its block's scale in float32, `(numel,)`.
+
+    Args:
+        indices: `(numel,)`, of levels.
+        scales: `(blocks,)`.
+        levels: `(k,)`.
+        block_size: Values of a block.
+        dtype: Of the result.
+    """
     levels, scales = levels.to(indices.device), scales.float()
     values = torch.empty(indices.shape, dtype=dtype, device=indices.device)
     for start, stop in _slices(indices, block_size):
@@ -174,7 +190,14 @@ def quantize(
     scale_dtype: torch.dtype = torch.float32,
     name: str = "tensor",
 ) -> QuantizedTensor:
-    """Quantize to `bits` bits in blocks of `block_size` values; `name` is the one that errors mention.
+    """Quantize in blocks.
+
+    Args:
+        tensor: Of any shape.
+        bits: Per value; one that has a codebook.
+        block_size: Values of a block.
+        scale_dtype: Of the scales.
+        name: Of the tensor, in errors.
 
     Raises:
         ValueError: for bits without a codebook, or values that are not finite.
@@ -211,5 +234,13 @@ def quantize_tensors(
     scale_dtype: torch.dtype = torch.float32,
     names: Sequence[str] | None = None,
 ) -> dict[str, QuantizedTensor]:
-    """[`quantize`] every tensor of an adapter (those in `names`, if given)."""
+    """[`quantize`] the tensors of an adapter.
+
+    Args:
+        tensors: By key.
+        bits: Per value.
+        block_size: Values of a block.
+        scale_dtype: Of the scales.
+        names: Keys of those to quantize; all by default.
+    """
     return {name: quantize(tensors[name], bits, block_size, scale_dtype, name) for name in names or tensors}

@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""The arguments of a Trainer's constructor: those that a federation can't have, and those that the parent must not see."""
+"""The arguments of a Trainer's constructor: those that a federation can't have, and those the parent must not see."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

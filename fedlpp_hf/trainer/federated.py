@@ -62,8 +62,10 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, WorkersMixin, Publish
             empty one where the clients are elsewhere (see [`train_remotely`]).
         peft_config: Of the adapter, unless `model` is a PeftModel already.
         owner_dataset: Rows of the owner, which never reach a client.
-        model_class: The class of the full model and the base. By default the one that the checkpoint names, with the head
-            that `peft_config.task_type` or the trainer needs.
+        selection_dataset: Rows of the owner, apart from all others, by which it chooses in each round what it keeps, and at the
+            end the round: [`AggregationOptions`] says what.
+        model_class: The class of the full model and the base. By default the one that the checkpoint names, with the
+            head for `peft_config.task_type` or the trainer.
         model_init_kwargs: For `from_pretrained` of both, such as `{"num_labels": 5}`. Where `args` has the field, too, as
             in TRL's configurations, these override it.
 
@@ -83,6 +85,7 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, WorkersMixin, Publish
         *,
         peft_config: PeftConfig | None = None,
         owner_dataset: Any = None,
+        selection_dataset: Any = None,
         model_class: type | None = None,
         model_init_kwargs: Mapping[str, Any] | None = None,
         callbacks: list | None = None,
@@ -108,6 +111,7 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, WorkersMixin, Publish
             peft_config=peft_config,
             model_init_kwargs={**(getattr(args, "model_init_kwargs", None) or {}), **(model_init_kwargs or {})},
             owner_dataset=owner_dataset,
+            selection_dataset=selection_dataset,
             client_datasets=self.raw_datasets if args.compare_full_precision else None,
             trainer_arguments={"data_collator": data_collator, "eval_dataset": eval_dataset, **kwargs},
         )

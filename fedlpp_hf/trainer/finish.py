@@ -31,7 +31,7 @@ def finish_federation(trainer: Any, records: Sequence[dict[str, Any]], reporter:
         Exception: what failed first, when the others have run.
         ValueError: if the audit's share is above `audit_threshold`.
     """
-    args, owner = trainer.args, trainer.owner
+    args, owner, state = trainer.args, trainer.owner, trainer.server.state
     audit: AuditReport | None = None
     references: dict[str, dict[str, Any]] = {}
     problems: list[Exception] = []
@@ -45,7 +45,12 @@ def finish_federation(trainer: Any, records: Sequence[dict[str, Any]], reporter:
     trainer.guard.prove_base_unmoved()
     with _collect(problems):
         if owner is not None and args.merge:
-            owner.merge(args.output_dir, Path(args.output_dir) / MERGED_DIR)
+            owner.merge(args.output_dir, Path(args.output_dir) / MERGED_DIR, state.base_weight)
+    with _collect(problems):
+        if state.base_weight:  # what the merged model lost of W's precision, and may be paid for elsewhere
+            label = f"server's model without its adapter (λ = {state.base_weight:g})"
+            references[label] = owner.evaluate(owner.initial_adapter(), None, state.base_weight)
+            write_report()
     with _collect(problems):
         if args.audit:
             audit = audit_federation(trainer)

@@ -35,7 +35,7 @@ class PublishingMixin(_Parent):
     guard: Any
 
     def evaluate_server(self) -> dict[str, Any]:
-        """Metrics of the server's model, W + θ, on `eval_dataset`: what the owner has. `evaluate` measures what a client has.
+        """Metrics of the server's model, W − λE + θ, on `eval_dataset`: what the owner has. `evaluate` measures what a client has.
 
         Raises:
             ValueError: if no owner's process holds the full model, or there is no evaluation dataset.
@@ -47,7 +47,8 @@ class PublishingMixin(_Parent):
             raise ValueError(f"Only the owner's process can evaluate the server's model, and `{missing}` is not set.")
         if self.server is None:
             return self.owner.evaluate(self.owner.initial_adapter())
-        return self.owner.evaluate(self.server.adapter, self.server.state.residual)
+        state = self.server.state
+        return self.owner.evaluate(state.adapter, state.residual, state.base_weight)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the server's adapter and the tokenizer: what the live model holds is a client's view of the adapter.
@@ -168,7 +169,7 @@ class PublishingMixin(_Parent):
             raise ValueError("No owner's process can merge here; set `full_model`, or use `fedlpp-hf merge --push`.")
         self.save_model(_internal_call=True)
         merged = Path(self.args.output_dir) / MERGED_DIR
-        self.owner.merge(self.args.output_dir, merged)
+        self.owner.merge(self.args.output_dir, merged, 0.0 if self.server is None else self.server.state.base_weight)
         return self.owner.push_merged(
             merged, repo_id, federation_dir=str(self.args.output_dir), **self._hub_options(kwargs)
         )

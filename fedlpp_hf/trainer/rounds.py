@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""A federation's rounds as a Trainer's steps: the `TrainerState` that users read, the events that callbacks hear."""
+"""A federation's rounds as a Trainer's steps: the `TrainerState` for users, the events for callbacks."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence

@@ -23,9 +23,9 @@ _CLIENT = "_client_number"  # a column that goes through a constructor beside th
 class RowsMixin(_Parent):
     """The part of [`FederatedMixin`] that prepares rows.
 
-    The parent's constructor prepares the rows of one client. The methods that it calls for that are noted with their
-    arguments, and called again for every other client. A constructor that prepares rows without such a method is given
-    the rows of all clients at once, with a column that says whose they are.
+    The parent's constructor prepares the rows of one client. The methods it calls for this are noted with their
+    arguments, and called again for every other client. A constructor that prepares rows without such a method is
+    given the rows of all clients at once, with a column for the client.
     """
 
     train_dataset: Any

@@ -18,7 +18,7 @@ _Parent: Any = Trainer if TYPE_CHECKING else object
 class WorkersMixin(_Parent):
     """The part of [`FederatedMixin`] that starts `client_workers`.
 
-    `users_callbacks` are those that the trainer was made with, `own_callbacks` all that it had then.
+    `users_callbacks` are those that the trainer was made with, `own_callbacks` all it had then.
     """
 
     blueprint: TrainerBlueprint
@@ -47,7 +47,11 @@ class WorkersMixin(_Parent):
         # What is the owner's stays out of it.
         arguments = blueprint.trainer_arguments | {"callbacks": self._callbacks_of_runs()}
         theirs = dataclasses.replace(
-            blueprint, owner_dataset=None, client_datasets=self.raw_datasets, trainer_arguments=arguments
+            blueprint,
+            owner_dataset=None,
+            selection_dataset=None,
+            client_datasets=self.raw_datasets,
+            trainer_arguments=arguments,
         )
         if blueprint.base_dir:
             theirs = dataclasses.replace(theirs, full_model="")

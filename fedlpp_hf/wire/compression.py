@@ -33,10 +33,13 @@ def compress_update(
 ) -> tuple[dict[str, torch.Tensor | QuantizedTensor], dict[str, torch.Tensor]]:
     """An update as it is sent, and the error to add to the next one.
 
-    `density` is the share of values that is kept of each tensor, those of largest magnitude (at least one); `bits` and
-    `block_size` are those of [`quantize`], 32 leaving float32. `error` is what earlier updates of this client left behind
-    (error feedback, arXiv 1901.09847): the client keeps it, and one that comes only once passes None and forgets what it
-    gets.
+    Args:
+        update: By key.
+        bits: As in [`quantize`]; 32 leaves float32.
+        block_size: As in [`quantize`].
+        density: Share of values that is kept of each tensor, those of largest magnitude; at least one is.
+        error: What earlier updates of this client left behind (error feedback, arXiv 1901.09847). The client keeps it from
+            round to round; None where there is no earlier one.
 
     Raises:
         ValueError: for a density outside (0, 1], bits without a codebook, or values that are not finite.
@@ -66,7 +69,7 @@ def decompress_update(payload: Payload, reference: Tensors) -> dict[str, torch.T
     """The update that a payload stands for, float32, in the shapes of `reference`.
 
     Raises:
-        ValueError: for missing or unknown keys, shapes that differ, positions out of range, or values that are not finite.
+        ValueError: for missing or unknown keys, other shapes, positions out of range, or values that are not finite.
     """
     update: dict[str, torch.Tensor] = {}
     for name, value in payload.items():

@@ -40,7 +40,7 @@ class ClientTask:
         seed: Of the local run: batches, dropout.
         base_fingerprint: Of the base that the client must hold.
         proxy: The quantized adapter by key (plain tensors where the federation runs unquantized), or None where nothing
-            is broadcast and the client starts from the untouched base.
+            is broadcast: then the client starts from the untouched base, and goes on from its own adapter.
         options: How to train and what to send.
     """
 
@@ -87,6 +87,11 @@ class ClientTask:
             options=LocalOptions(**_read_fields(options, _OPTION_TYPES, "task's options")),
         )
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether the client goes on from its own adapter: nothing is broadcast, in more than one round."""
+        return self.proxy is None and self.num_rounds > 1
+
     def proxy_tensors(self) -> dict[str, torch.Tensor] | None:
         """The proxy as float32 tensors."""
         return None if self.proxy is None else restore_tensors(self.proxy)
@@ -94,7 +99,7 @@ class ClientTask:
 
 @dataclass(frozen=True, slots=True)
 class ClientFailure:
-    """In place of an update: a client that failed, or gave an answer that can't be read, and why."""
+    """In place of an update: a client that failed, or gave an unreadable answer, and why."""
 
     client_id: str
     reason: str
@@ -102,7 +107,8 @@ class ClientFailure:
 
 @dataclass(frozen=True, slots=True)
 class ClientUpdate:
-    """Client → server: Δ = θ − (what the client started from), by key of the adapter, with the client's metrics.
+    """Client → server: Δ = θ − proxy, by key of the adapter, with the client's metrics. Where nothing is broadcast, Δ is the
+    client's whole way from the base's own adapter.
 
     A metric may be NaN or infinite (a run that logged no loss says so); a value of `delta` may not, and the server rejects
     an update that has one.

@@ -44,6 +44,9 @@ def test_full_precision_federation_gives_all_away(full_llama, lora, tmp_path):
         assert coalition.num_proxies == 8 and 0.8 < stolen.value < 1.3 and stolen.low < 1.2
         assert set(coalition.attacks) >= {"last proxy", "mean of proxies", "moving average of proxies"}
         assert any("last proxy + 2 steps" in name for name in coalition.attacks)
+        assert coalition.healed.attacker == pytest.approx(
+            min(found["loss"] for found in coalition.local_only.values())
+        )
     # The base is the full model; but that is untrained, and no better than guessing.
     assert report.exposure.attacker == pytest.approx(report.exposure.server)
     assert report.exposure.value is None and "the owner's model" in report.exposure.reason.lower()
@@ -89,6 +92,8 @@ def test_cold_coarse_base_is_reported_as_such(tmp_path):
     assert last["proxy"]["eval_loss"] < last["server"]["eval_loss"]
     assert "repair the quantized base" in (tmp_path / "report.md").read_text()
     assert "The attacker's model is better than the server's" in (tmp_path / "audit.md").read_text()
+    report = AuditReport.read(tmp_path)  # a base that looks worthless heals
+    assert report.coalitions[0].healed.attacker < report.exposure.attacker - 0.5
 
 
 @pytest.mark.slow
@@ -167,7 +172,11 @@ def test_classifiers_are_compared_by_accuracy_too(full_bert, tmp_path):
     report = AuditReport.read(tmp_path)
     assert set(report.coalitions[0].stolen) == set(report.server) == {"loss", "accuracy"}
     assert 24 * report.server["accuracy"] == pytest.approx(round(24 * report.server["accuracy"]))
-    assert report.exposure.local_only == pytest.approx(np.log(3))
+    assert report.exposure.local_only == report.coalitions[0].healed.local_only == pytest.approx(np.log(3))
+    assert (
+        "| untouched " in (tmp_path / "audit.md").read_text()
+        and "healed on one client's rows" in (tmp_path / "audit.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_marks_cost_nothing(wide_llama, copies, tmp_path):
 
 def test_copy_with_an_adapter_merged_in_is_traced(wide_llama, copies, tmp_path):
     adapter = make_llama_adapter(wide_llama, tmp_path / "adapter", seed=1)
-    merge_adapter(wide_llama, adapter, tmp_path / "view", base_dir=copies / "b", target="base")
+    merge_adapter(wide_llama, adapter, tmp_path / "view", base_dir=copies / "b", base_weight=1.0)
     assert accuse(tmp_path / "view", copies) == ["b"]
     halved = {name: t.to(torch.bfloat16) for name, t in load_file(tmp_path / "view" / "model.safetensors").items()}
     save_file(halved, tmp_path / "view" / "model.safetensors", metadata={"format": "pt"})

@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""A packed base: as small as its information, and the same to the bit when it is unpacked."""
+"""A packed base: as small as its information, and bit-identical when it is unpacked."""
 
 import pytest
 import torch

@@ -66,7 +66,8 @@ WRONG_ARGUMENTS = [
     (["merge", "full", "adapter"], "required: output_dir"),
     (["merge", "full", "adapter", "out", "--public"], "give --push REPO_ID"),
     (["merge", "full", "a", "b", "out", "--weights", "1"], "1 weights for 2 adapters"),
-    (["merge", "full", "a", "out", "--target", "base"], "give --base_dir"),
+    (["merge", "full", "a", "out", "--base_weight", "0.5"], "give --base_dir"),
+    (["merge", "full", "a", "out", "--base_weight", "2"], "expected a number from 0 to 1"),
     (["merge", "full", "a", "out", "--threads", "0"], "'0' is not a whole number of at least 1"),
 ]
 

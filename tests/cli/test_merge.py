@@ -3,6 +3,7 @@
 
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -36,6 +37,30 @@ def test_merge_takes_several_adapters_with_weights(run, full_llama, adapters, tm
     assert_fails_in_one_line(
         run("merge", full_llama, *adapters, tmp_path / "x", "--weights", 1), "1 weights for 2 adapters"
     )
+
+
+def test_merge_moves_towards_the_base_as_the_federation_chose(run, full_llama, adapters, llama_base, tmp_path):
+    store = make_federation(tmp_path / "out", adapters[0], base_weight=0.5)
+    shutil.copytree(adapters[0], tmp_path / "out", dirs_exist_ok=True)
+    for name, weight in (("half", 0.5), ("plain", 0.0)):
+        merge_adapter(full_llama, adapters[0], tmp_path / name, base_dir=llama_base, base_weight=weight)
+    half, plain = ((tmp_path / name / WEIGHTS).read_bytes() for name in ("half", "plain"))
+    assert half != plain
+
+    def merge(name, *options):
+        result = run("merge", full_llama, tmp_path / "out", tmp_path / name, *options)
+        assert result[0] == 0, result
+        return (tmp_path / name / WEIGHTS).read_bytes(), result[1]
+
+    assert_fails_in_one_line(
+        run("merge", full_llama, tmp_path / "out", tmp_path / "x"),
+        "W − 0.5·E, and its base is not beside it. Give --base_dir",
+    )
+    assert merge("given", "--base_dir", llama_base)[0] == half
+    shutil.copytree(llama_base, store.root / "base")
+    written, shown = merge("found")
+    assert written == half and "Merged into W − 0.5·E" in shown
+    assert merge("refused", "--base_weight", 0)[0] == plain
 
 
 def test_merge_in_json(run, full_llama, adapters, tmp_path):

@@ -27,7 +27,7 @@ def write_config(tmp_path):
 
 def test_file_fills_every_dataclass_and_flags_override_it(write_config):
     path = write_config(
-        "output_dir: out\nuse_cpu: true\nreport_to: none\nnum_rounds: 7\nlearning_rate: 1e-3\ndouble_quant: true\n"
+        "output_dir: out\nuse_cpu: true\nreport_to: none\nnum_rounds: 7\nlearning_rate: 1e-3\noverwrite: true\n"
         "merge: false\nclients_per_round: null\nbroadcast: never\nlr_scheduler_kwargs: {num_cycles: 2}\n"
         "dataset: rnnlg\nmax_rows: 5\n"
     )
@@ -35,7 +35,7 @@ def test_file_fills_every_dataclass_and_flags_override_it(write_config):
         [FederatedConfig, ScriptArguments], ["--config", path, "--num_rounds", "1", "--max-rows=6"]
     )
     assert (args.num_rounds, script.max_rows) == (1, 6)
-    assert (args.learning_rate, args.double_quant, args.merge, args.clients_per_round) == (1e-3, True, False, None)
+    assert (args.learning_rate, args.overwrite, args.merge, args.clients_per_round) == (1e-3, True, False, None)
     assert (args.broadcast, args.lr_scheduler_kwargs, script.dataset) == ("never", {"num_cycles": 2}, "rnnlg")
     assert args.adapter_bits == FederatedConfig.adapter_bits
 

@@ -47,7 +47,14 @@ def test_what_no_result_depends_on_is_free_on_resume():
 def test_trainers_in_other_processes_have_no_owner_no_audit_and_no_trackers():
     beside = options_beside(FederatedConfig)
     expected = {"full_model": None, "audit": False, "audit_threshold": None, "compare_full_precision": False}
-    expected |= {"client_workers": 1, "merge": False, "control_variate": 0.0, "report_to": [], "push_to_hub": False}
+    expected |= {
+        "client_workers": 1,
+        "merge": False,
+        "control_variate": 0.0,
+        "base_weights": [0.0],
+        "report_to": [],
+        "push_to_hub": False,
+    }
     assert expected.items() <= beside.items()
     FederatedConfig("out", use_cpu=True, **{key: value for key, value in beside.items() if key != "full_model"})
 

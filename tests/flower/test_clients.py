@@ -39,7 +39,7 @@ def identity():
 
 @pytest.fixture(autouse=True)
 def warm_trainers(monkeypatch):
-    """One trainer per client, as where it is a process of its own."""
+    """One trainer per client, as where it is a process."""
     trainers = {}
 
     def find_or_make(settings, base_dir):
@@ -139,8 +139,9 @@ def rejected(output_dir, number):
 
 
 class TestTransport:
-    def test_equals_in_process(self, tmp_path, write_config, rows, llama_base):
-        config = write_config()
+    @pytest.mark.parametrize("options", [{}, pytest.param({"broadcast": "never"}, marks=pytest.mark.slow)], ids=str)
+    def test_equals_in_process(self, tmp_path, write_config, rows, llama_base, options):
+        config = write_config(**options)
         network = Network(tmp_path, config, rows)
         over_flower = run_over(network, config, tmp_path / "flower", llama_base)
         assert_equal(over_flower, run_in_process(config, rows, tmp_path / "process"))

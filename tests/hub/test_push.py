@@ -265,7 +265,7 @@ def _merge_into_base(directory):
     full, adapter, base = (directory.with_name(name) for name in ("full", "adapter", "base"))
     export_base(full, base)
     shutil.rmtree(directory)
-    merge_adapter(full, adapter, directory, base_dir=base, target="base")
+    merge_adapter(full, adapter, directory, base_dir=base, base_weight=1.0)
     assert LlamaForCausalLM.from_pretrained(directory)
 
 

@@ -15,7 +15,7 @@ from tests.helpers import make_pair, save_adapter
 def test_an_untied_head_of_the_base_is_the_bases(tmp_path):
     full, adapter, model_class = make_pair(tmp_path, "gemma", target_modules=["lm_head", "q_proj"])
     export_base(full, tmp_path / "base", bits=4, embedding_bits=2, model_class=model_class)
-    merge_adapter(full, adapter, tmp_path / "seen", base_dir=tmp_path / "base", target="base", verify=True)
+    merge_adapter(full, adapter, tmp_path / "seen", base_dir=tmp_path / "base", base_weight=1.0, verify=True)
     client = PeftModel.from_pretrained(load_base(tmp_path / "base", model_class), adapter)
     ids = torch.arange(20)[None]
     merged = model_class.from_pretrained(tmp_path / "seen")
@@ -28,7 +28,7 @@ def test_merging_into_the_base_is_what_clients_see(tmp_path, architecture, bits,
     full, adapter, model_class = make_pair(tmp_path, architecture)
     export_base(full, tmp_path / "base", bits=bits, double_quant=double_quant, model_class=model_class)
     report = merge_adapter(full, adapter, tmp_path / "out", base_dir=tmp_path / "base", verify=True)
-    seen = merge_adapter(full, adapter, tmp_path / "seen", base_dir=tmp_path / "base", target="base", verify=True)
+    seen = merge_adapter(full, adapter, tmp_path / "seen", base_dir=tmp_path / "base", base_weight=1.0, verify=True)
     ours, before = (model_class.from_pretrained(tmp_path / d).state_dict() for d in ("seen", "full"))
     assert [layer.ratio for layer in report.layers] == [layer.ratio for layer in seen.layers]
     updated = model_class.from_pretrained(tmp_path / "out").state_dict()
@@ -43,6 +43,28 @@ def test_merging_into_the_base_is_what_clients_see(tmp_path, architecture, bits,
         ids = torch.arange(20)[None]
         merged = model_class.from_pretrained(tmp_path / "seen")
         torch.testing.assert_close(merged(ids).logits, client(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merging_between_the_two(tmp_path, dtype):
+    """W − λE + ΔW for every weight that the base has quantized, with an adapter on it or not."""
+    full, adapter, model_class = make_pair(tmp_path, "llama")
+    model_class.from_pretrained(full, dtype=getattr(torch, dtype)).save_pretrained(full)
+    export_base(full, tmp_path / "base", bits=3, model_class=model_class)
+    for weight in (0.0, 0.25, 1.0):
+        report = merge_adapter(
+            full, adapter, tmp_path / str(weight), base_dir=tmp_path / "base", base_weight=weight, verify=True
+        )
+        assert report.base_weight == weight
+    at_w, between, at_base = (
+        model_class.from_pretrained(tmp_path / str(weight)).state_dict() for weight in (0.0, 0.25, 1.0)
+    )
+    moved = [name for name in at_w if not torch.equal(at_w[name], at_base[name])]
+    assert "model.embed_tokens.weight" in moved and "model.norm.weight" not in moved
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == "float32" else {"rtol": 0.02, "atol": 1e-3}
+    for name, value in between.items():
+        expected = at_w[name].float() + 0.25 * (at_base[name].float() - at_w[name].float())
+        torch.testing.assert_close(value.float(), expected, **tolerance)
 
 
 def _bert(name, **sizes):
@@ -62,7 +84,7 @@ def test_base_of_the_backbone_or_with_another_head(tmp_path, name):
     arguments = (tmp_path / "full", tmp_path / "adapter")
     report = merge_adapter(*arguments, tmp_path / "out", base_dir=tmp_path / "base", verify=True)
     assert len(report.layers) == 4 and all(layer.ratio for layer in report.layers)
-    merge_adapter(*arguments, tmp_path / "seen", base_dir=tmp_path / "base", target="base", verify=True)
+    merge_adapter(*arguments, tmp_path / "seen", base_dir=tmp_path / "base", base_weight=1.0, verify=True)
     if name == "BertForMaskedLM":  # it has no pooler
         with pytest.raises(ValueError, match="pooler.*model_class=BertForSequenceClassification"):
             load_base(tmp_path / "base", transformers.BertForSequenceClassification, num_labels=3)

@@ -107,7 +107,7 @@ def test_floats_of_a_quantized_base_are_not_taken_for_the_full_models(tmp_path):
     trained.save_pretrained(tmp_path / "bare", save_embedding_layers=False)
     expected = merge_with_peft(full, tmp_path / "bare", transformers.LlamaForCausalLM)
     assert_equal_states(load_whole(transformers.LlamaForCausalLM, tmp_path / "out").state_dict(), expected)
-    merge_adapter(full, tmp_path / "theirs", tmp_path / "seen", base_dir=tmp_path / "base", target="base")
+    merge_adapter(full, tmp_path / "theirs", tmp_path / "seen", base_dir=tmp_path / "base", base_weight=1.0)
     ids = torch.arange(20)[None]
     seen = load_whole(transformers.LlamaForCausalLM, tmp_path / "seen")
     torch.testing.assert_close(seen(ids).logits, trained(ids).logits, rtol=1e-3, atol=1e-3)

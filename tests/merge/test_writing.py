@@ -52,7 +52,9 @@ def test_destinations_that_can_not_be(tmp_path):
         with pytest.raises(ValueError, match="is inside the other|not an empty directory"):
             merge_adapter(full, adapter, destination)
     with pytest.raises(ValueError, match="base_dir"):
-        merge_adapter(full, adapter, tmp_path / "out", target="base")
+        merge_adapter(full, adapter, tmp_path / "out", base_weight=0.5)
+    with pytest.raises(ValueError, match="from 0 .* to 1"):
+        merge_adapter(full, adapter, tmp_path / "out", base_weight=1.5)
     for device in ("cuda:99", "nonsense"):
         with pytest.raises(ValueError, match=f"device='{device}' can't be used"):
             merge_adapter(full, adapter, tmp_path / "out", device=device)

@@ -101,7 +101,9 @@ def test_metrics_of_the_server_are_in_the_order_of_the_trainers(tmp_path):
     names = ["eval_loss", "eval_f1", "eval_accuracy"]
 
     class Owner:
-        def evaluate(self, adapter, residual):
+        selects = False
+
+        def evaluate(self, adapter, residual, base_weight):
             return dict.fromkeys([*sorted(names), "eval_more"], 0.5)
 
     for resume, options in ((False, {"num_rounds": 1}), (True, {"num_rounds": 2})):

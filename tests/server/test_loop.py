@@ -62,6 +62,22 @@ def test_what_is_never_broadcast_is_averaged_in_one_round(tmp_path):
     torch.testing.assert_close(server.adapter[KEY_B], torch.full((4, 2), 2.0))
 
 
+def test_ways_without_a_broadcast_are_averaged_anew_by_the_rounds_in_them(tmp_path):
+    """Client c misses the second round, so its way is a round shorter than the others' in the third."""
+
+    def run(tasks):
+        number = tasks[0].round
+        assert all(task.proxy is None and task.goes_on for task in tasks)
+        ways = {"a": 1.0, "b": 2.0, "c": 3.0 if number == 1 else 2.0}
+        answers = [answer(task, number * ways[task.client_id]) for task in tasks]
+        return [update for update in answers if (number, update.client_id) != (2, "c")]
+
+    server = make_server(tmp_path, broadcast="never", num_rounds=3, weighting="uniform", clients_per_round=3)
+    server.run(run)
+    ends = [float(server.store.load(number)[0][KEY_B][0, 0]) for number in (1, 2, 3)]
+    assert ends == pytest.approx([2.0, (2 + 4) / 2, (3 * 3 + 3 * 6 + 2 * 6) / 8])
+
+
 def test_order_of_arrival_does_not_matter(tmp_path):
     generator = torch.Generator().manual_seed(0)
     values = {client: torch.randn(1, generator=generator).item() for client in CLIENTS}

@@ -17,7 +17,7 @@ from tests.helpers import make_args, make_rows, make_trainer
 class Owner:
     """Plays the owner's process: the parts that are named fail."""
 
-    has_rows = True
+    has_rows, selects = True, False
 
     def __init__(self, *fails):
         self.fails, self.calls = fails, []
@@ -30,10 +30,10 @@ class Owner:
     def initial_adapter(self):
         return {}
 
-    def evaluate(self, adapter, residual=None):
+    def evaluate(self, adapter, residual=None, base_weight=0.0):
         return {"eval_loss": 1.0}
 
-    def merge(self, adapter_dir, output_dir):
+    def merge(self, adapter_dir, output_dir, base_weight):
         self.do("merge")
 
     def run_reference(self, own_rows=False):

@@ -97,11 +97,12 @@ def test_equal_clients_are_any_one_of_them(llama_base, lora, tmp_path):
     [
         {"server_momentum": 0.9, "clients_per_round": 2},
         {"broadcast": "never", "num_rounds": 1},
+        {"broadcast": "never", "num_rounds": 3, "clients_per_round": 2, "update_bits": 4},
         {"learning_rate_horizon": "federation", "adapter_bits": 2},
         {"update_bits": 2, "update_density": 0.5, "server_optimizer": "yogi", "server_learning_rate": 0.05},
         {"aggregation": "exact"},
     ],
-    ids=["momentum", "never", "horizon", "compressed", "exact"],
+    ids=["momentum", "never", "never, in rounds", "horizon", "compressed", "exact"],
 )
 def test_resumed_is_uninterrupted(llama_base, lora, tmp_path, monkeypatch, options):
     monkeypatch.setattr("fedlpp_hf.aggregation.exact.RESIDUAL_RANK", 3)  # so that a part is dropped in each round

@@ -32,7 +32,7 @@ def test_freeze_a_trains_and_sends_b_alone(llama_base, lora, tmp_path):
         assert all("lora_B" in key for key in update.delta)
     for key, value in trainer.server.adapter.items():
         held = restore_tensors(trainer.sent[0][0].proxy)[key]
-        assert torch.equal(value, held) == ("lora_A" in key)  # the server's A is what clients have, to the bit
+        assert torch.equal(value, held) == ("lora_A" in key)  # the server's A is bit-identical to what clients have
 
 
 def test_exact_moves_the_product_by_the_clients_mean(llama_base, lora, tmp_path):

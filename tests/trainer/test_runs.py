@@ -61,7 +61,7 @@ def test_diverged_client_is_rejected_by_name(llama_base, lora, tmp_path):
 
 
 def test_arguments_of_the_caller_stay_as_they_were(full_llama, lora, tmp_path, monkeypatch):
-    owner = SimpleNamespace(initial_adapter=dict, evaluate=lambda adapter, residual: {})
+    owner = SimpleNamespace(initial_adapter=dict, selects=False, evaluate=lambda adapter, residual, weight: {})
     monkeypatch.setattr("fedlpp_hf.trainer.federated.OwnerProcess", lambda blueprint: owner)
     args = make_args(tmp_path, num_rounds=1, max_steps=1, merge=False, base_bits=32, report_to=["none"])
     before, values = dict(vars(args)), copy.deepcopy(args.to_dict())

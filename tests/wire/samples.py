@@ -29,7 +29,7 @@ def make_update(**changes) -> ClientUpdate:
 
 
 def same(one, other) -> bool:
-    """Equality of messages to the bit: dataclasses of tensors have none of their own."""
+    """Bitwise equality of messages: dataclasses of tensors have no equality."""
     if isinstance(one, torch.Tensor):
         return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
     if isinstance(one, dict):

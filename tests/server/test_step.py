@@ -1,0 +1,95 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""What the owner chooses in a round: the share of the variate and λ, and at the end the round that is published."""
+
+import pytest
+import torch
+
+from fedlpp_hf.aggregation.optimizers import ServerOptimizer
+from fedlpp_hf.server.state import ServerState
+from fedlpp_hf.server.step import MeanUpdate, check_owner, take_step
+from fedlpp_hf.tensors.adapters import read_adapter
+
+from .small_server import KEY_B, answer_all, make_server
+
+
+class Owner:
+    """Measures (θ_B − target)² + (λ − weight)², and knows a variate of ones."""
+
+    def __init__(self, target=0.0, weight=0.0, selects=True):
+        self.target, self.weight, self.selects = target, weight, selects
+
+    def evaluate(self, adapter, residual, base_weight):
+        return {"eval_loss": 0.5, "weight": base_weight}
+
+    def measure_selection(self, adapter, residual, base_weights):
+        distance = float((adapter[KEY_B].mean() - self.target) ** 2)
+        return [distance + (weight - self.weight) ** 2 for weight in base_weights]
+
+    def estimate_variate(self, start, number, seeds):
+        return {key: torch.ones_like(value) for key, value in start.items()}, 0.5
+
+
+def step(owner, tmp_path, **options):
+    args = make_server(tmp_path).args
+    for name, value in options.items():
+        setattr(args, name, value)
+    before = ServerState({KEY_B: torch.zeros(4, 2)})
+    update = MeanUpdate(1, {KEY_B: torch.full((4, 2), 2.0)}, {}, before.adapter, [0])
+    return take_step(args, owner, ServerOptimizer(), before, update)
+
+
+@pytest.mark.parametrize(("target", "kept"), [(2.0, 0.0), (1.6, 0.5), (1.5, 0.5), (1.0, 1.0), (0.0, 1.0)])
+@pytest.mark.parametrize("weight", [0.0, 0.25, 0.5])
+def test_the_pair_with_the_least_loss_is_chosen(tmp_path, target, kept, weight):
+    state, report = step(Owner(target, weight), tmp_path, control_variate=1.0, base_weights=[0.0, 0.25, 0.5, 0.75])
+    assert (report["variate_weight"], report["base_weight"], state.base_weight) == (kept, weight, weight)
+    assert torch.equal(state.adapter[KEY_B], torch.full((4, 2), 2.0 - kept))
+    assert report["selection_loss"] == pytest.approx((2.0 - kept - target) ** 2)
+
+
+def test_without_rows_to_choose_by_the_options_hold(tmp_path):
+    state, report = step(Owner(2.0, selects=False), tmp_path, control_variate=1.0, base_weights=[0.25])
+    assert torch.equal(state.adapter[KEY_B], torch.ones(4, 2)) and state.base_weight == 0.25
+    assert report["base_weight"] == 0.25 and "selection_loss" not in report
+    state, report = step(None, tmp_path)
+    assert torch.equal(state.adapter[KEY_B], torch.full((4, 2), 2.0)) and report == {}
+
+
+def test_a_loss_that_is_no_number_is_never_chosen(tmp_path):
+    owner = Owner()
+    owner.measure_selection = lambda adapter, residual, weights: [float("inf"), 3.0]
+    assert step(owner, tmp_path, base_weights=[0.0, 0.5])[0].base_weight == 0.5
+
+
+def test_choices_that_nobody_can_make_are_refused(tmp_path):
+    args = make_server(tmp_path).args
+    args.base_weights = [0.5]
+    with pytest.raises(ValueError, match=r"base_weights=\[0.5\]: only the owner's process .* set `full_model`"):
+        check_owner(args, None)
+    check_owner(args, Owner(selects=False))
+    args.base_weights = [0.0, 0.5]
+    with pytest.raises(ValueError, match="no rows to choose by. Pass `selection_dataset`"):
+        check_owner(args, Owner(selects=False))
+    check_owner(args, Owner())
+    args.load_best_model_at_end = True
+    with pytest.raises(ValueError, match="load_best_model_at_end=True with `selection_dataset`"):
+        check_owner(args, Owner())
+
+
+@pytest.mark.parametrize(("target", "best"), [(2.0, 2), (0.0, 0), (-5.0, 0), (9.0, 3)])
+def test_the_best_round_is_published_round_0_included(tmp_path, target, best):
+    """Each round moves the adapter by one."""
+    server = make_server(tmp_path, num_rounds=3)
+    server.owner, server.args.base_weights = Owner(target, 0.5), [0.0, 0.5]
+    records = server.run(answer_all)
+    assert [record.get("base_weight") for record in records] == [None, 0.5, 0.5, 0.5]
+    assert [record["metrics"]["server"]["weight"] for record in records] == [0.0, 0.5, 0.5, 0.5]
+    assert torch.equal(server.adapter[KEY_B], torch.full((4, 2), float(best)))
+    assert torch.equal(read_adapter(tmp_path)[0][KEY_B], server.adapter[KEY_B])
+    assert server.state.base_weight == (0.5 if best else 0.0)
+
+
+def test_the_state_keeps_the_weight(tmp_path):
+    state = ServerState({KEY_B: torch.zeros(4, 2)}, {"momentum.x": torch.ones(1)}, {}, 0.75)
+    again = ServerState.from_tensors(state.adapter, state.to_tensors())
+    assert again.base_weight == 0.75 and torch.equal(again.optimizer["momentum.x"], torch.ones(1))
