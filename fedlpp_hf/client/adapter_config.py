@@ -1,10 +1,15 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""Which adapters a federation can train, told from their configuration, before a model is loaded."""
+"""Which adapters a federation can train, told from their configuration, and whether a model has what they name."""
 
+import copy
 from dataclasses import MISSING, fields
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftType
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
+from transformers.pytorch_utils import Conv1D
+
+from ..config.spelling import suggest
 
 
 # Starts of A and B that leave the base's weights as they are, and need no data. False draws B at random, too.
@@ -28,6 +33,8 @@ _OPTIONS = {
     "modules_to_save", "bias", "lora_bias", "use_dora", "trainable_token_indices", "ensure_weight_tying", "runtime_config",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",  # of what is off
 }  # fmt: skip
+# What PEFT itself adds to `modules_to_save` for a classifier; a model has one of them.
+TRAINED_HEADS = ("classifier", "score")
 
 
 def check_adapter_config(config: PeftConfig) -> None:
@@ -36,7 +43,7 @@ def check_adapter_config(config: PeftConfig) -> None:
     Raises:
         ValueError: naming the option, its value, and what to use.
     """
-    if config.peft_type != PeftType.LORA or not isinstance(config, LoraConfig):
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         raise ValueError(
             f"peft_config has the type {type(config).__name__}; expected LoraConfig. Clients' updates are averaged as LoRA's "
             "factors and merged as s·B·A, which this adapter is not."
@@ -53,6 +60,34 @@ def check_adapter_config(config: PeftConfig) -> None:
                 f"LoraConfig({option.name}={getattr(config, option.name)!r}) does not go with a federation, which averages and "
                 "quantizes the factors A and B, and merges s·B·A. Leave the option out."
             )
+
+
+def make_peft_model(model: Any, config: PeftConfig, **options: Any) -> PeftModel:
+    """PEFT's `get_peft_model`, on a copy of the configuration.
+
+    Raises:
+        ValueError: where the model has no module of a name that the adapter gives; PEFT passes over those to save.
+    """
+    names = {name for name, _ in model.named_modules()}
+    for wanted in config.modules_to_save or ():
+        if wanted not in TRAINED_HEADS and not any(name.endswith(wanted) for name in names):
+            nearest = suggest(wanted, {name.rpartition(".")[2] for name in names})
+            raise ValueError(f"modules_to_save has {wanted!r}, and {type(model).__name__} has no such module{nearest}")
+    linears = {
+        name.rpartition(".")[2]: None
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+    }
+    try:
+        return get_peft_model(model, copy.deepcopy(config), **options)  # it writes the base's path into it
+    except ValueError as error:
+        if type(error).__name__ != "NoMatchingPeftModuleError":
+            raise
+        given = sorted(config.target_modules) if isinstance(config.target_modules, set) else config.target_modules
+        raise ValueError(
+            f"target_modules={given!r}: the adapter fits no module of {type(model).__name__}, whose linear layers are called "
+            f"{', '.join(linears)}. Name some of them, or set target_modules='all-linear'. ({error})"
+        ) from error
 
 
 def _is_default(config: PeftConfig, option: Any) -> bool:

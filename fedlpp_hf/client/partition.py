@@ -5,6 +5,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset, Subset
 
 from ..config.federated import FederatedConfig
@@ -12,6 +13,7 @@ from ..config.federated import FederatedConfig
 
 # What a dataset given as its columns has for keys, and no client is called.
 _COLUMNS = ("input_ids", "attention_mask", "labels", "pixel_values", "messages", "prompt")
+_SPLITS = {"train", "validation", "valid", "val", "dev", "eval", "evaluation", "test"}
 
 
 def group_rows(column: Iterable) -> dict[str, np.ndarray]:
@@ -192,17 +194,20 @@ def name_clients(datasets: Mapping[Hashable, Any]) -> dict[str, Any]:
 
 
 def check_splits(data: Any, what: str) -> None:
-    """Refuse a `DatasetDict`: its splits are no clients.
+    """Refuse a `DatasetDict`, or a dict of what it holds: its splits are no clients.
 
     Raises:
         ValueError: naming `what` and the splits.
     """
-    if any(kind.__name__ in ("DatasetDict", "IterableDatasetDict") for kind in type(data).__mro__):
+    names = [str(name).lower() for name in data] if isinstance(data, Mapping) else []
+    is_split = any(kind.__name__ in ("DatasetDict", "IterableDatasetDict") for kind in type(data).__mro__)
+    if is_split or ("train" in names and len(names) > 1 and _SPLITS.issuperset(names)):
         splits = [repr(split) for split in data]
-        best = "'train'" if "'train'" in splits else (splits or ["'train'"])[0]
+        best = splits[names.index("train")] if "train" in names else (splits or ["'train'"])[0]
         raise ValueError(
             f"{what}: a {type(data).__name__} with the splits {', '.join(splits)} was given, and a split is no client. "
-            f"Pass one split, such as data[{best}]; a mapping of client ids to datasets must be a plain dict."
+            f"Pass one split, such as data[{best}]; a mapping of client ids to datasets must be a plain dict whose ids are "
+            "not the names of splits."
         )
 
 
@@ -224,6 +229,11 @@ def check_rows(rows: Any, what: str, args: FederatedConfig) -> None:
         raise ValueError(
             f"{what}: of type {kind}; expected a Dataset, a list of rows, a torch dataset with a length, or an "
             "IterableDataset with max_steps."
+        )
+    if isinstance(rows, list | tuple) and rows and (_is_table(rows[0]) or isinstance(rows[0], TorchDataset)):
+        raise ValueError(
+            f"{what}: a {kind} of {len(rows)} datasets was given, and expected are rows. If each is a client, give a mapping, such "
+            "as {f'client-{n}': rows for n, rows in enumerate(datasets)}; else join them by concatenate_datasets(...)."
         )
 
 

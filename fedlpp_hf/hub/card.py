@@ -117,7 +117,9 @@ def _describe(is_adapter: bool, base_model: str | None) -> str:
 
 
 def _read_federation(federation: Path | None) -> Mapping[str, Any] | None:
-    return None if federation is None else RoundStore(federation).read()
+    """What the federation began with; None where there is none, such as before training."""
+    store = None if federation is None else RoundStore(federation)
+    return store.read() if store is not None and store.exists else None
 
 
 def _describe_federation(federation: Path | None) -> str:
@@ -132,7 +134,8 @@ def _describe_federation(federation: Path | None) -> str:
     ]
     done = RoundStore(federation).latest()
     rows += [f"| rounds done | {done} |", f"| clients | {len(clients)} |"]
-    rows += [f"| examples of all clients | {sum(clients.values())} |"] if clients else []
+    if clients and None not in clients.values():  # a stream has no known number of rows
+        rows.append(f"| examples of all clients | {sum(clients.values())} |")
     rows += [f"| {name} | {version} |" for name, version in state.get("packages", {}).items()]
     return "| setting | value |\n|---|---|\n" + "\n".join(rows)
 

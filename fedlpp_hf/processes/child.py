@@ -84,6 +84,8 @@ def answer_request(pipe: Connection, handler: Any) -> bool:
         answer, tensors = getattr(handler, request["command"])(payload, **request["arguments"])
     except Exception as exception:
         sys.excepthook(type(exception), exception, exception.__traceback__)
-        error = [type(exception).__name__, f"{type(exception).__name__}: {exception}"]
+        # Its kind alone crosses over, and a library's own kind of ValueError is one.
+        kind = "ValueError" if isinstance(exception, ValueError) else type(exception).__name__
+        error = [kind, f"{type(exception).__name__}: {exception}"]
     pipe.send_bytes(encode_message("answer", {"answer": answer, "error": error}, tensors))
     return True

@@ -1,14 +1,14 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Whether a checkpoint and an adapter go together, told from the checkpoint's headers before anything is written."""
 
-import copy
 from typing import Any
 
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig
 
 from ..base.full_model import FullModel
 from ..base.modules import build_meta_model
 from ..base.tensor_plan import plan_tensors
+from ..client.adapter_config import make_peft_model
 from ..client.checks import check_new_parameters
 
 
@@ -22,7 +22,7 @@ def check_adapter_fits(source: FullModel, config: Any, model_class: Any, peft_co
         peft_config: Of the adapter.
 
     Raises:
-        ValueError: naming the parameters, with the line to write, or as PEFT for targets that do not exist.
+        ValueError: naming the parameters, with the line to write; or for modules that do not exist.
     """
     model = build_meta_model(config, model_class)
     missing = set(plan_tensors(model, source.shapes).missing)
@@ -30,7 +30,7 @@ def check_adapter_fits(source: FullModel, config: Any, model_class: Any, peft_co
         if name not in missing:
             parameter._is_hf_initialized = True  # as `from_pretrained` marks what it has found
     try:
-        peft_model = get_peft_model(model, copy.deepcopy(peft_config), low_cpu_mem_usage=True)
+        peft_model = make_peft_model(model, peft_config, low_cpu_mem_usage=True)
     except NotImplementedError:
         return  # an adapter that needs the weights; it is checked when they are loaded
     check_new_parameters(peft_model)

@@ -5,6 +5,7 @@ import gc
 import math
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..client.guard import BaseMovedError
 from ..client.partition import count_rows
 from ..wire.messages import ClientFailure, ClientTask, ClientUpdate
 from .blueprint import TrainerBlueprint
@@ -93,10 +95,15 @@ class ClientWorkers:
         ready = wait([worker.pipe for worker in self._busy], None if math.isinf(left) else left)
         for worker, client in [(worker, self._busy[worker]) for worker in self._busy if worker.pipe in ready]:
             try:
-                _, payload = worker.receive()
-            except (ValueError, RuntimeError) as error:
+                answer, payload = worker.receive()
+                reason = answer.get("reason")
+            except (ValueError, RuntimeError) as error:  # the process died, or its answer can't be read
+                answer, reason = {}, str(error)
+            if answer.get("base_moved"):
+                raise BaseMovedError(reason)
+            if reason is not None:
                 self._replace(worker)
-                yield ClientFailure(client, str(error))
+                yield ClientFailure(client, reason)
                 continue
             del self._busy[worker]
             self._idle.append(worker)
@@ -131,7 +138,12 @@ class WorkerHandler:
         return {}, {}
 
     def train(self, tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        update = self.trainer.train_client(ClientTask.from_bytes(as_bytes(tensors["task"])))
+        try:
+            update = self.trainer.train_client(ClientTask.from_bytes(as_bytes(tensors["task"])))
+        except Exception as error:
+            traceback.print_exc()
+            moved = isinstance(error, BaseMovedError)
+            return {"reason": str(error) if moved else failure_reason(error), "base_moved": moved}, {}
         return {}, {"update": as_tensor(update.to_bytes())}
 
 
@@ -150,6 +162,11 @@ def share_gpus(count: int) -> list[dict[str, str]]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(gpu) for gpu in range(gpus)]
     return [{"CUDA_VISIBLE_DEVICES": names[index % gpus].strip()} for index in range(count)]
+
+
+def failure_reason(error: Exception) -> str:
+    """Why a client whose run raised has no part in a round."""
+    return f"its run failed: {type(error).__name__}: {error}"
 
 
 def late_reason(round_timeout: float) -> str:

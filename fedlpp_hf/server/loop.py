@@ -19,7 +19,7 @@ from ..aggregation.round import RoundUpdates
 from ..aggregation.rules import aggregate
 from ..config.federated import FederatedConfig
 from ..config.rules import check_products, trainable_keys
-from ..tensors.adapters import check_tensors
+from ..tensors.adapters import check_tensors, scrub_config
 from ..tensors.codebooks import FULL_PRECISION
 from ..tensors.quantization import quantize_tensors
 from ..wire.encoding import Payload, restore_tensors
@@ -286,6 +286,7 @@ class FederatedServer:
         return {
             "federation_id": self.federation_id,
             "base_fingerprint": self.base_fingerprint,
+            "peft_config": scrub_config(self.peft_config),
             "clients": self.num_examples,
             "packages": {name: version(name) for name in packages},
             "config": config,

@@ -13,6 +13,7 @@ from .store import RoundStore
 
 
 _YES, _NO = ("true", "yes", "1"), ("false", "no", "0", "none", "")
+_OF_NO_ADAPTER = {"peft_version", "auto_mapping", "runtime_config"}  # what a LoraConfig says of how it is loaded
 _ANOTHER = "or start another federation in another output_dir"
 
 
@@ -51,7 +52,7 @@ def read_resume(value: bool | str | os.PathLike | None, store: RoundStore) -> bo
 
 
 def check_resumable(then: Mapping[str, Any], now: Mapping[str, Any], args: FederatedConfig) -> None:
-    """Refuse to go on with a federation that was begun with another configuration, another base or other clients.
+    """Refuse to go on with a federation that was begun with another configuration, adapter, base or other clients.
 
     Args:
         then: What `federation.json` says.
@@ -73,12 +74,27 @@ def check_resumable(then: Mapping[str, Any], now: Mapping[str, Any], args: Feder
                 f"This federation was begun with {name}={value!r}, now it is {now['config'].get(name)!r}. Resume with the "
                 f"same configuration, {_ANOTHER}."
             )
+    _check_adapter(then.get("peft_config", {}), now["peft_config"])
     if then["base_fingerprint"] != now["base_fingerprint"]:
         raise ValueError(
             f"This federation was begun with the base {then['base_fingerprint'][:12]}…, now it is "
             f"{now['base_fingerprint'][:12]}…. Give it the same base, {_ANOTHER}."
         )
     _check_clients(then["clients"], now["clients"])
+
+
+def _check_adapter(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """The factors on disk mean what their configuration says: with another `lora_alpha` they are another adapter."""
+    for name in sorted(then.keys() & now.keys() - _OF_NO_ADAPTER):
+        one, other = (
+            sorted(value) if isinstance(value, list) and all(isinstance(part, str) for part in value) else value
+            for value in (then[name], now[name])
+        )
+        if one != other:
+            raise ValueError(
+                f"This federation's adapter was begun with {name}={one!r}, now it is {other!r}. Resume with the same LoraConfig, "
+                f"{_ANOTHER}."
+            )
 
 
 def _check_clients(then: Mapping[str, int | None], now: Mapping[str, int | None]) -> None:

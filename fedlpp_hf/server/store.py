@@ -81,7 +81,7 @@ class RoundStore:
         if self.exists:
             if not overwrite and self.latest() is not None:
                 raise ValueError(
-                    f"`{self.output_dir}` already holds a federation. Resume it with `resume_from_checkpoint=True` "
+                    f"`{self.output_dir}` already holds a federation. Resume it with `train(resume_from_checkpoint=True)` "
                     "(--resume_from_checkpoint), delete it with `overwrite=True` (--overwrite), or choose another "
                     "output_dir."
                 )

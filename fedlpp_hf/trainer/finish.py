@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""What comes after the last round: the report, the merge, the audit, the references."""
+"""What comes after the last round: the report, callbacks, the merge, the audit, the references."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ logger = logging.get_logger(__name__)
 
 
 def finish_federation(trainer: Any, records: Sequence[dict[str, Any]], reporter: RoundReporter) -> None:
-    """Write the report, then merge, audit and run the references, and write the report again with what these add.
+    """Write the report, tell callbacks, merge, audit and run the references, and write the report again with what these add.
 
     Whatever fails, the rounds are committed and the report is there; each part runs though another one failed.
 
@@ -40,6 +40,8 @@ def finish_federation(trainer: Any, records: Sequence[dict[str, Any]], reporter:
         reporter.write(records, references, audit.summarize() if audit else [])
 
     write_report()
+    with _collect(problems):
+        trainer.rounds.end()  # callbacks are the user's, and may fail like all that comes here
     trainer.guard.prove_base_unmoved()
     with _collect(problems):
         if owner is not None and args.merge:

@@ -14,7 +14,7 @@ from transformers.integrations.neftune import deactivate_neftune
 from transformers.utils import logging
 
 from ..client.guard import BaseMovedError, QuantizedBaseCallback
-from ..processes.workers import late_reason
+from ..processes.workers import failure_reason, late_reason
 from ..report.metrics import keep_values
 from ..tensors.adapters import load_adapter_
 from ..wire.messages import ClientFailure, ClientTask, ClientUpdate
@@ -125,7 +125,7 @@ class LocalRunMixin(_Parent):
         except Exception as error:
             if self.args.world_size > 1:
                 raise  # the other ranks are in the middle of the run, and would wait for this one for ever
-            reason = f"its run failed: {type(error).__name__}: {error}"
+            reason = failure_reason(error)
             logger.warning(f"Client {task.client_id!r}: {reason}\n{traceback.format_exc()}")
         # After the exception is gone, and with it what its frames hold.
         self.is_in_train = False

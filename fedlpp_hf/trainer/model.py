@@ -1,17 +1,18 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """From what a user passes as `model` to what clients train on: a base with an adapter."""
 
-import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from transformers import set_seed
 
 from ..base.heads import list_new_parameters
 from ..base.manifest import BASE_MANIFEST
+from ..client.adapter_config import TRAINED_HEADS, make_peft_model
 from ..client.checks import ADAPTER, find_peft_model, find_transformer, is_quantized
 from ..config.federated import FederatedConfig
 from ..config.rules import trainable_keys
@@ -35,7 +36,8 @@ def resolve_model(
         blueprint: Of the trainer.
 
     Raises:
-        ValueError: if `model` and `full_model` name different full models.
+        ValueError: if `model` and `full_model` name different full models, or another process runs a federation where the
+            base would be written.
     """
     args = blueprint.args
     if not isinstance(model, str | Path):
@@ -55,10 +57,14 @@ def resolve_model(
     blueprint.base_dir = str(base_dir)
     owner = None
     if args.process_index == 0:
-        owner = OwnerProcess(blueprint)
+        store = RoundStore(args.output_dir)
         # Only a federation that can be resumed keeps its base; another one may want other bits.
-        if args.overwrite or not (RoundStore(args.output_dir).exists and (base_dir / BASE_MANIFEST).is_file()):
-            owner.export_base(base_dir)
+        exports = args.overwrite or not (store.exists and (base_dir / BASE_MANIFEST).is_file())
+        # The base of a federation that another process runs stays: whoever resumes it needs that one.
+        with store.lock() if exports and store.root.exists() else nullcontext():
+            owner = OwnerProcess(blueprint)
+            if exports:
+                owner.export_base(base_dir)
     PartialState().wait_for_everyone()
     return blueprint.load_base(), owner
 
@@ -80,9 +86,9 @@ def add_adapter(model: torch.nn.Module, peft_config: PeftConfig | None, seed: in
         raise ValueError("`peft_config` is missing: say which adapter to train, e.g. LoraConfig(r=8).")
     place = find_transformer(model)
     transformer = model.get_submodule(place)
-    _check_modules_to_save(transformer, peft_config.modules_to_save or ())
+    _check_modules_to_save(transformer, peft_config)
     set_seed(seed)  # every client's untouched adapter must start at the same A
-    peft_model = get_peft_model(transformer, copy.deepcopy(peft_config))  # PEFT writes the base's path into it
+    peft_model = make_peft_model(transformer, peft_config)
     if not place:
         return peft_model
     model.set_submodule(place, peft_model)
@@ -136,7 +142,9 @@ def start_adapter(
     return start
 
 
-def _check_modules_to_save(model: torch.nn.Module, names: Collection[str]) -> None:
+def _check_modules_to_save(model: torch.nn.Module, config: PeftConfig) -> None:
+    heads = TRAINED_HEADS if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else ()
+    names = {*(config.modules_to_save or ()), *heads}
     for place, module in model.named_modules():
         packed = [name for name, part in module.named_modules() if is_quantized(part)]
         if names and place.endswith(tuple(names)) and packed:

@@ -102,7 +102,7 @@ class Rounds:
         return self.control.should_training_stop
 
     def finish(self, records: Sequence[dict[str, Any]]) -> TrainOutput:
-        """Tell callbacks that the rounds are over; what `train()` returns, as a Trainer's."""
+        """The rounds are over: what `train()` returns, as a Trainer's."""
         if self._first is None:  # a resumed federation that had no round left
             self._recall(records)
             self._first = len(records)
@@ -114,8 +114,11 @@ class Rounds:
         loss = mean_client_loss(records[-1]) if records[-1]["clients"] else float("nan")
         metrics |= {"total_flos": 0.0, "train_loss": loss, "epoch": self.state.epoch}
         self.state.log_history.append({**metrics, "step": self.state.global_step})
-        self._call("on_federation_end")
         return TrainOutput(self.state.global_step, loss, metrics)
+
+    def end(self) -> None:
+        """Tell callbacks that the rounds are over."""
+        self._call("on_federation_end")
 
     def _recall(self, records: Sequence[dict[str, Any]]) -> None:
         """Take in the rounds before this run: the state and early stopping are as if it had not been interrupted."""

@@ -195,6 +195,19 @@ def test_splits_are_no_clients(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "names", [("train", "test"), ("train", "validation", "test"), ("TRAIN", "dev"), ("train", "eval")]
+)
+def test_a_plain_dict_of_splits_is_none_of_clients(names, tmp_path):
+    """What `{name: split.map(...) for name, split in data.items()}` makes of a DatasetDict."""
+    with pytest.raises(ValueError, match=rf"`train_dataset`: a dict with the splits .*\['{names[0]}'\]"):
+        clients_of(dict.fromkeys(names, ROWS), tmp_path)
+    # Clients may be called anything else.
+    assert list(clients_of({"train": ROWS}, tmp_path)) == ["train"]
+    assert list(clients_of({"train": ROWS, "tram": ROWS}, tmp_path)) == ["train", "tram"]
+    assert list(clients_of({"test": ROWS, "dev": ROWS}, tmp_path)) == ["dev", "test"]
+
+
+@pytest.mark.parametrize(
     "data, message",
     [
         ({"a": None}, "client 'a': of type NoneType; expected a Dataset, a list"),
@@ -205,6 +218,9 @@ def test_splits_are_no_clients(kind, tmp_path):
         ({"input_ids": [[1]], "labels": [0]}, "the key 'input_ids', which is a column and no client"),
         (pd.DataFrame({"x": [1]}), "a pandas DataFrame was given.*Dataset.from_pandas"),
         ({"a": pd.DataFrame({"x": [1]})}, "client 'a': a pandas DataFrame"),
+        ([Dataset.from_list(ROWS)] * 2, "`train_dataset`: a list of 2 datasets .*give a mapping"),
+        ((Rows(), Rows()), "`train_dataset`: a tuple of 2 datasets"),
+        ({"a": [Dataset.from_list(ROWS)]}, "client 'a': a list of 1 datasets .*concatenate_datasets"),
         (None, "`train_dataset` is missing"),
         ([], "8 clients for 0 rows"),
     ],

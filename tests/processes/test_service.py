@@ -41,6 +41,9 @@ class FailingHandler:
     def break_down(self, tensors):
         raise KeyError("internal")
 
+    def refuse_as_a_library(self, tensors):
+        raise UnicodeError("not mine")
+
     def die(self, tensors):
         os._exit(3)
 
@@ -53,6 +56,8 @@ def test_failures_come_back_as_what_they_are(capfd):
     service = Service("test", make_failing_handler, None)
     with pytest.raises(ValueError, match="The test's process: ValueError: no such thing"):
         service.ask("refuse")
+    with pytest.raises(ValueError, match="The test's process: UnicodeError: not mine"):  # of a kind of its own
+        service.ask("refuse_as_a_library")
     with pytest.raises(RuntimeError, match="The test's process: KeyError: 'internal'"):
         service.ask("break_down")
     with pytest.raises(RuntimeError, match=r"The test's process died during `die` \(exit code 3\)"):

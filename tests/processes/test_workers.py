@@ -11,7 +11,8 @@ import torch
 from transformers import EarlyStoppingCallback
 
 from fedlpp_hf import FederatedCallback, FederatedTrainer, load_base
-from fedlpp_hf.processes.workers import ClientWorkers, as_bytes, as_tensor, share_gpus
+from fedlpp_hf.client.guard import BaseMovedError
+from fedlpp_hf.processes.workers import ClientWorkers, WorkerHandler, as_bytes, as_tensor, share_gpus
 from fedlpp_hf.wire.messages import ClientFailure, ClientTask, ClientUpdate
 from tests.helpers import assert_equal, make_args, make_rows, make_trainer
 
@@ -32,6 +33,18 @@ class HangingTrainer(FederatedTrainer):
         if task.client_id == "site-1":
             time.sleep(600)
         return super().train_client(task, rows)
+
+
+class FailingTrainer(FederatedTrainer):
+    """Its run of one client raises, and that of another changes the base, where it is said to."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if self.guard.task.client_id == "site-1":
+            raise KeyError("no such row")
+        if self.guard.task.client_id == "site-2" and self.args.run_name == "spoils":
+            with torch.no_grad():
+                next(p for _, p in self.guard.frozen if p.is_floating_point()).add_(1)
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 class Pushes(FederatedCallback):
@@ -81,6 +94,42 @@ def test_a_worker_that_dies_costs_its_client_alone(llama_base, lora, tmp_path):
     assert set(record["clients"]) == {"site-1", "site-2"}
     assert set(record["rejected"]) == {"site-0"}
     assert "died during `train` (exit code 3)" in record["rejected"]["site-0"]
+
+
+@pytest.mark.parametrize(
+    ("error", "answer"),
+    [
+        (KeyError("no such row"), {"reason": "its run failed: KeyError: 'no such row'", "base_moved": False}),
+        (BaseMovedError("it moved"), {"reason": "it moved", "base_moved": True}),
+    ],
+    ids=["a run that raises", "a base that moved"],
+)
+def test_a_worker_answers_why_there_is_no_update(monkeypatch, error, answer):
+    def fail(task):
+        raise error
+
+    monkeypatch.setattr(ClientTask, "from_bytes", lambda data: None)
+    handler = object.__new__(WorkerHandler)
+    handler.trainer = SimpleNamespace(train_client=fail)
+    assert handler.train({"task": as_tensor(b"task")}) == (answer, {})
+
+
+@pytest.mark.slow
+def test_a_run_that_raises_is_the_same_in_a_worker(llama_base, lora, tmp_path):
+    """As with one client after the other: the client alone, with the same words, or the federation, for a base that moved."""
+    trainer = make_trainer(llama_base, tmp_path / "a", lora, FailingTrainer, client_workers=2, num_rounds=1)
+    trainer.train()
+    (record,) = trainer.server.store.records()[1:]
+    assert set(record["clients"]) == {"site-0", "site-2"}
+    assert record["rejected"] == {"site-1": "its run failed: KeyError: 'no such row'"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_base_that_moved_ends_the_federation(llama_base, lora, tmp_path, workers):
+    trainer = make_trainer(llama_base, tmp_path, lora, FailingTrainer, client_workers=workers, run_name="spoils")
+    with pytest.raises(RuntimeError, match="^`.*` of the base was written to during training"):
+        trainer.train()
 
 
 @pytest.mark.slow

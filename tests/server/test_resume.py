@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from fedlpp_hf.server.resume import read_resume
 from fedlpp_hf.server.store import FEDERATION_FILE, RoundStore
@@ -40,6 +41,34 @@ def test_other_clients_are_refused(output_dir, clients, message):
     with pytest.raises(ValueError, match=message):
         resume(output_dir, clients, num_rounds=2)
     assert RoundStore(output_dir).latest() == 1
+
+
+@pytest.mark.parametrize(
+    "lora, message",
+    [
+        ({"lora_alpha": 99}, "lora_alpha=8, now it is 99. Resume with the same LoraConfig"),
+        ({"use_rslora": True}, "use_rslora=False, now it is True"),
+        ({"lora_dropout": 0.5}, "lora_dropout=0.0, now it is 0.5"),
+        ({"target_modules": ["q", "v"]}, r"target_modules=\['q'\], now it is \['q', 'v'\]"),
+        ({"alpha_pattern": {"q": 3}}, "alpha_pattern={}, now it is {'q': 3}"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_another_adapter_is_refused(output_dir, lora, message):
+    """With another alpha the same factors are another adapter: nothing in their shapes would show it."""
+    server = make_server(output_dir, num_rounds=2)
+    server.peft_config = LoraConfig(**{"r": 2, "target_modules": ["q"], **lora})
+    with pytest.raises(ValueError, match=f"This federation's adapter was begun with {message}"):
+        server.run(answer_all, resume=True)
+
+
+def test_an_adapter_that_is_written_otherwise_is_the_same(output_dir):
+    """As PEFT makes it and as it reads it back: sets, lists, and what says how it is loaded."""
+    server = make_server(output_dir, num_rounds=2)
+    server.peft_config = LoraConfig(r=2, target_modules={"q"}, base_model_name_or_path="x", inference_mode=True)
+    server.peft_config.auto_mapping = {"base_model_class": "LlamaForCausalLM"}
+    server.run(answer_all, resume=True)
+    assert RoundStore(output_dir).latest() == 2
 
 
 def test_another_base_is_refused(output_dir):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import transformers
 from peft import (
     AdaLoraConfig,
     IA3Config,
@@ -16,12 +17,14 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from fedlpp_hf import FederatedTrainer, load_base
+from fedlpp_hf import FederatedTrainer, export_base, load_base
+from fedlpp_hf.base.full_model import FullModel
 from fedlpp_hf.client.adapter_config import check_adapter_config
 from fedlpp_hf.merge.merge import merge_adapter
 from fedlpp_hf.processes.blueprint import TrainerBlueprint
+from fedlpp_hf.processes.model_check import check_adapter_fits
 from fedlpp_hf.processes.owner import OwnerProcess
 from fedlpp_hf.processes.owner_handler import OwnerHandler
 from fedlpp_hf.tensors.adapters import adapter_parameters, copy_adapter, scrub_config
@@ -112,6 +115,53 @@ def test_options_with_which_it_is_more_than_lora(full_llama, tmp_path, option):
         make_trainer(str(full_llama), tmp_path, LoraConfig(r=4, **TARGETS, **option))
 
 
+def test_a_configuration_that_is_none(llama_base, tmp_path):
+    with pytest.raises(ValueError, match="peft_config has the type dict; expected LoraConfig"):
+        make_trainer(str(llama_base), tmp_path, {"r": 4})
+
+
+@pytest.mark.parametrize(
+    ("task", "lora", "message"),
+    [
+        (
+            "CAUSAL_LM",
+            {"target_modules": ["query"]},
+            r"\['query'\]: the adapter fits no module of Llama.*q_proj, k_proj",
+        ),
+        (
+            "CAUSAL_LM",
+            {"target_modules": "q"},
+            "target_modules='q': the adapter fits no .* set target_modules='all-linear'",
+        ),
+        (
+            "SEQ_CLS",
+            {"target_modules": ["q_proj"]},
+            r"\['q_proj'\]: the adapter fits no module of Bert.*query, key, value",
+        ),
+        (
+            "SEQ_CLS",
+            {"target_modules": ["query"], "modules_to_save": ["clasifier"]},
+            "'clasifier', and Bert.*`classifier`",
+        ),
+        (
+            None,
+            {"target_modules": ["query"], "modules_to_save": ["pooller"]},
+            "'pooller', and Bert.*did you mean `pooler`",
+        ),
+    ],
+)
+def test_modules_that_the_model_does_not_have(full_llama, full_bert, tmp_path, task, lora, message):
+    """PEFT passes over what it would save, so that a typing error leaves a head untrained without a word."""
+    full = full_llama if task == "CAUSAL_LM" else full_bert
+    source, config = FullModel(full), AutoConfig.from_pretrained(full)
+    model_class = getattr(transformers, config.architectures[0])
+    lora = LoraConfig(r=4, task_type=task, **lora)
+    with pytest.raises(ValueError, match=message):  # the owner, before it exports
+        check_adapter_fits(source, config, model_class, lora)
+    with pytest.raises(ValueError, match=message):  # and where there is none
+        make_trainer(model_class.from_pretrained(full), tmp_path, lora, base_bits=32)
+
+
 def test_an_option_that_a_later_peft_brings():
     @dataclass
     class LaterConfig(LoraConfig):
@@ -162,6 +212,14 @@ def test_modules_that_the_base_has_quantized(llama_base, tmp_path):
         ValueError, match=r"modules_to_save=\['o_proj'\]: `model.layers.0.self_attn.o_proj` is quantized"
     ):
         make_trainer(str(llama_base), tmp_path, LoraConfig(r=4, modules_to_save=["o_proj"], **TARGETS))
+
+
+def test_a_head_that_the_base_has_quantized(full_bert, tmp_path):
+    """PEFT trains the head of a classifier though nobody wrote it into `modules_to_save`."""
+    export_base(full_bert, tmp_path / "base", skip_modules=[])
+    lora = LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS")
+    with pytest.raises(ValueError, match="`classifier` is quantized in this base.*`classifier` in `skip_modules`"):
+        make_trainer(str(tmp_path / "base"), tmp_path / "out", lora, train_dataset=make_labelled_rows())
 
 
 def test_an_adapter_that_could_not_be_merged_is_refused_before_any_round(full_llama, tmp_path, lora, monkeypatch):

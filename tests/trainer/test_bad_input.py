@@ -1,11 +1,15 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """What a trainer refuses, before any client has trained."""
 
+import shutil
+
 import pytest
 from peft import LoraConfig
 from transformers import TrainingArguments
 
-from fedlpp_hf import FederatedTrainer, load_base
+from fedlpp_hf import FederatedTrainer, RoundStore, load_base
+from fedlpp_hf.base.manifest import base_fingerprint
+from fedlpp_hf.server.store import FEDERATION_DIR
 from tests.helpers import make_args, make_rows, make_trainer, task_of
 
 
@@ -22,6 +26,15 @@ def test_existing_output_dir(llama_base, lora, tmp_path):
     with pytest.raises(ValueError, match="--resume_from_checkpoint.*--overwrite"):
         make_trainer(load_base(llama_base), tmp_path, lora, num_rounds=1).train()
     make_trainer(load_base(llama_base), tmp_path, lora, num_rounds=1, overwrite=True).train()
+
+
+def test_base_of_a_federation_that_another_process_runs(full_llama, llama_base, lora, tmp_path):
+    """The second one is refused when it is made: it would put its own base in the place of the first one's."""
+    base = tmp_path / FEDERATION_DIR / "base"
+    shutil.copytree(llama_base, base)
+    with RoundStore(tmp_path).lock(), pytest.raises(ValueError, match="Another process is running a federation in"):
+        make_trainer(str(full_llama), tmp_path, lora, base_bits=2, overwrite=True)
+    assert base_fingerprint(base) == base_fingerprint(llama_base)
 
 
 def test_resuming_with_other_arguments(llama_base, lora, tmp_path):

@@ -4,6 +4,7 @@
 import pytest
 import torch
 from torch.utils.data import IterableDataset, Subset
+from transformers import TrainerCallback
 
 from fedlpp_hf import FederatedTrainer, load_base
 from fedlpp_hf.trainer.ranks import check_launch
@@ -50,6 +51,26 @@ def test_a_run_that_raises_costs_its_client_alone(llama_base, lora, tmp_path, ca
     assert_equal(dict(failed.server.adapter), dict(skipped.server.adapter))
     metrics = [trainer.server.store.records()[-1]["metrics"] for trainer in (failed, skipped)]
     assert metrics[0] == metrics[1]
+
+
+class RaisesAtTheEnd(TrainerCallback):
+    """A user's callback that fails when a local run is over: each run has one `on_train_end`, in order of the clients."""
+
+    def __init__(self):
+        self.ends = 0
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.ends += 1
+        if self.ends == 2:
+            raise OSError("disk full")
+
+
+def test_a_callback_that_raises_costs_its_client_alone(llama_base, lora, tmp_path):
+    trainer = make_trainer(load_base(llama_base), tmp_path, lora)
+    trainer.add_callback(RaisesAtTheEnd())
+    trainer.train()
+    first, second = trainer.server.store.records()[1:]
+    assert first["rejected"] == {"site-1": "its run failed: OSError: disk full"} and not second["rejected"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
@@ -118,6 +139,8 @@ def test_clients_train_on_what_trainers_take(llama_base, lora, tmp_path, wrap):
         "b": (8, 2),
     }
     assert trainer.server.num_examples["b"] == 8
+    trainer.create_model_card()  # which does not count what streams
+    assert ("examples of all clients" in (tmp_path / "README.md").read_text()) == hasattr(wrap(rows), "__len__")
     # Two steps of four rows each are all of a stream of eight; and what is a list has the order of a Dataset.
     if isinstance(wrap(rows), (list, Subset)):
         plain = make_trainer(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedlpp_hf import FederatedTrainer, RoundStore, load_base
+from fedlpp_hf import FederatedCallback, FederatedTrainer, RoundStore, load_base
 from fedlpp_hf.report.metrics import keep_values
 from tests.helpers import make_args, make_rows, make_trainer
 
@@ -71,6 +71,23 @@ def test_report_is_written_whatever_fails(llama_base, lora, tmp_path, monkeypatc
     assert "server's model after" in report
     assert ("federation in full precision" in report) == ("reference" not in fails)
     assert trainer.state.global_step == 1 and RoundStore(tmp_path).latest() == 1
+
+
+class Raises(FederatedCallback):
+    """A user's callback that fails when the rounds are over."""
+
+    def on_federation_end(self, args, state, control, **kwargs):
+        raise RuntimeError("their tracker failed")
+
+
+def test_a_callback_that_fails_after_the_rounds_costs_neither_report_nor_merge(llama_base, lora, tmp_path):
+    trainer = make_trainer(load_base(llama_base), tmp_path, lora, num_rounds=1, max_steps=1, merge=True)
+    trainer.owner = Owner()
+    trainer.add_callback(Raises())
+    with pytest.raises(RuntimeError, match="their tracker failed"):
+        trainer.train()
+    assert "# Federation report" in (tmp_path / "report.md").read_text() and trainer.owner.calls == ["merge"]
+    assert trainer.state.global_step == 1
 
 
 def test_report_is_there_though_the_merge_is_killed(llama_base, lora, tmp_path):

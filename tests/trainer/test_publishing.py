@@ -138,6 +138,13 @@ def test_model_card(llama_base, lora, tmp_path):
         trainer.create_model_card(licence="mit")
 
 
+def test_model_card_before_anything_was_trained(llama_base, lora, tmp_path):
+    trainer = make_trainer(load_base(llama_base), tmp_path, lora)
+    trainer.save_model()
+    trainer.create_model_card()
+    assert "records were not available when this card was written" in (tmp_path / "README.md").read_text()
+
+
 def test_what_scripts_do_after_training(llama_base, lora, tmp_path):
     """The last lines of Transformers' example scripts."""
     rows = make_rows()
