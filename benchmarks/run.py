@@ -97,11 +97,25 @@ BENCHMARKS = (
     Benchmark(
         "peers",
         "Simulators side by side",
-        "Federations of clients that do nothing. Peers need environments of their own, which `FLOWER_PYTHON` and `NVFLARE_PYTHON` name "
-        "(an interpreter each).",
+        "Federations of clients that do nothing. Peers need separate environments: set `FLOWER_PYTHON` and "
+        "`NVFLARE_PYTHON` to their interpreters.",
         ("--clients", "10", "--rounds", "3", "--limit", "120"),
         ("--clients", "100", "--rounds", "4", "--limit", "900"),
     ),
+)
+
+
+CHOICES = (
+    "## What to choose",
+    "",
+    "| to save | set | see |",
+    "|---|---|---|",
+    "| time, with several cores or GPUs | `client_workers` | Clients side by side |",
+    "| bytes up | `update_bits: 4`, and `update_density` | Bytes on the wire |",
+    "| bytes down | fewer `adapter_bits`; `broadcast: never` sends no adapter | Bytes on the wire |",
+    "| bytes of the base, sent once | fewer `base_bits`, `fedlpp-hf quantize --double_quant` | Bytes on the wire |",
+    "| disk while merging a model from the Hub | `fedlpp-hf merge --delete_source_shards` | The merge |",
+    "| time per round over a network | nothing: Flower's polling is fixed; take fewer, longer rounds | Over Flower |",
 )
 
 
@@ -151,7 +165,9 @@ def write_document(path: Path, results: dict) -> None:
     lines = [
         "# Performance",
         "",
-        "Made by `make bench`; do not edit. Ratios are of medians within one run, against the reference that is named.",
+        "Made by `make bench`; do not edit. Ratios are of medians within one run, against the named reference.",
+        "",
+        *CHOICES,
         "",
         *(f"- {name}: {value}" for name, value in machine.items()),
     ]

@@ -47,9 +47,8 @@ class ServerOptimizer:
             if key not in adapter or adapter[key].shape != change.shape:
                 expected = tuple(adapter[key].shape) if key in adapter else "no such tensor"
                 raise ValueError(
-                    f"The mean update has `{key}` of shape {tuple(change.shape)}; the adapter has {expected}. "
-                    "Use the same "
-                    "LoraConfig on all clients."
+                    f"The mean update has `{key}` of shape {tuple(change.shape)}; the adapter has {expected}. Use the "
+                    "same LoraConfig on all clients."
                 )
             if self.name == "yogi":
                 change = _yogi(key, change, new_state)

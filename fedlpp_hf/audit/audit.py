@@ -38,8 +38,7 @@ def check_auditable(trainer: Any) -> None:
     if not trainer.client_datasets:
         raise ValueError(
             "audit=True needs the clients' rows in this process, but they are elsewhere: clients run on other "
-            "machines. Set "
-            "audit=False, and audit a simulation: pass rows as `train_dataset`, and call train()."
+            "machines. Set audit=False, and audit a simulation: pass rows as `train_dataset`, and call train()."
         )
     if trainer.args.world_size > 1:
         raise ValueError(

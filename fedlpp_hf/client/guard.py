@@ -139,9 +139,9 @@ class QuantizedBaseCallback(TrainerCallback):
         for (name, parameter), version in zip(self.frozen, self._versions, strict=True):
             if parameter._version != version:
                 raise BaseMovedError(
-                    f"`{name}` of the base was written to during training, but the base must stay frozen. Look "
-                    "for code that "
-                    "changes the model: a callback, an optimizer with other parameters, a custom training_step."
+                    f"`{name}` of the base was written to during training, but the base must stay frozen. Look for "
+                    "code that changes the model: a callback, an optimizer with other parameters, a custom "
+                    "training_step."
                 )
         options, end = self.current_task.options, copy_adapter(self.parameters)
         if self.current_task.goes_on and state.is_world_process_zero:
@@ -221,8 +221,7 @@ class QuantizedBaseCallback(TrainerCallback):
         if self.digest_base() != self._digest:
             raise BaseMovedError(
                 "The base differs from what it was before training, but it must stay frozen. Look for code that "
-                "changes the "
-                "model: a callback, an optimizer with other parameters, a custom training_step."
+                "changes the model: a callback, an optimizer with other parameters, a custom training_step."
             )
 
 

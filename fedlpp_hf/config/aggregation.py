@@ -75,9 +75,8 @@ class AggregationOptions:
         default=0.0,
         metadata={
             "help": "How much of the quantizer's effect to subtract from the mean update: 1 all, 0 none. In each "
-            "round the "
-            "owner measures it on its own rows (`owner_dataset`), training once on the base and once on the full "
-            "model."
+            "round the owner measures it on its own rows (`owner_dataset`), training once on the base and once on the "
+            "full model."
         },
     )
     control_variate_runs: int = field(
@@ -90,9 +89,8 @@ class AggregationOptions:
     base_weights: list[float] = field(
         default_factory=lambda: [0.0],
         metadata={
-            "help": "Values of λ, from 0 to below 1, for the server's model W − λE + θ, E = W − Q(W). Of "
-            "several, the owner "
-            "chooses in each round the one with the least loss on its `selection_dataset`."
+            "help": "Values of λ, from 0 to below 1, for the server's model W − λE + θ, E = W − Q(W). Of several, the "
+            "owner chooses in each round the one with the least loss on its `selection_dataset`."
         },
     )
 

@@ -33,9 +33,8 @@ class AuditOptions:
     audit: bool = field(
         default=False,
         metadata={
-            "help": "At the end, attack with what clients hold, and report how much of the owner's gain they "
-            "get. Needs "
-            "the clients' data in this process: for simulations only. docs/threat-model.md explains the result."
+            "help": "At the end, attack with what clients hold, and report how much of the owner's gain they get. "
+            "Needs the clients' data in this process: for simulations only. docs/threat-model.md explains the result."
         },
     )
     audit_threshold: float | None = field(

@@ -77,9 +77,8 @@ class RoundOptions:
     broadcast: str = field(
         default="every_round",
         metadata={
-            "help": "every_round: send clients the proxy in each round. never: send none; each client continues "
-            "from its own "
-            "adapter, so what the others taught can't be stolen."
+            "help": "every_round: send clients the proxy in each round. never: send none; each client continues from "
+            "its own adapter, so what the others taught can't be stolen."
         },
     )
     learning_rate_horizon: str = field(

@@ -38,9 +38,8 @@ class RunOptions:
     client_workers: int = field(
         default=1,
         metadata={
-            "help": "Number of processes that train a round's clients in parallel on this machine, each with its "
-            "own base. "
-            "1: this process trains them one after the other."
+            "help": "Number of processes that train a round's clients in parallel on this machine, each with its own "
+            "base. 1: this process trains them one after the other."
         },
     )
     merge: bool = field(

@@ -41,9 +41,8 @@ class OwnerProcess:
         for name, value in needs_base.items():
             if value and not blueprint.base_dir:
                 raise ValueError(
-                    f"{name}={value}: the owner needs the base, too, as a directory. Pass `model` as the path of "
-                    "the full model or of "
-                    "a base written by `fedlpp-hf quantize`, and set base_bits below 32."
+                    f"{name}={value}: the owner needs the base, too, as a directory. Pass `model` as the path of the "
+                    "full model or of a base written by `fedlpp-hf quantize`, and set base_bits below 32."
                 )
         self.has_rows = blueprint.owner_dataset is not None
         self.selects = blueprint.selection_dataset is not None

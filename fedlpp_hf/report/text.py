@@ -99,7 +99,7 @@ def render_report(
         *(
             [
                 f"\nRound {published} is published, the best by `{choice.key}`. The evaluation set chose it, so its metrics are "
-                "better than on rows that it has not seen."
+                "better than on other rows."
             ]
             * args.load_best_model_at_end
         ),
@@ -139,16 +139,18 @@ def find_warnings(
     proxy = last.get("proxy", {})
     if is_number(proxy.get(name)) and choice.is_better(name, proxy[name], server[name]):
         warnings.append(
-            f"The clients' proxy ({label} {proxy[name]:.4f}) is better than the server's model ({server[name]:.4f}): the "
-            "adapter has learned to repair the quantized base, which the full model does not need, and what the clients "
-            "hold is worth more than what the owner gained. Try fewer local steps or a lower learning rate, more bits in "
-            "the base (`base_bits`), a full model that knows the task better before it starts, or `broadcast=never`."
+            f"The clients' proxy ({label} {proxy[name]:.4f}) is better than the server's model ({server[name]:.4f}): "
+            "the adapter has learned to repair the quantized base, which the full model does not need, and what the "
+            "clients hold is worth more than what the owner gained. Try `broadcast=never`, `control_variate=1`, "
+            "`base_weights` with a `selection_dataset`, more `base_bits`, fewer local steps, or a full model that "
+            "already knows the task better."
         )
     if is_number(first.get("server", {}).get(name)) and choice.is_better(name, first["server"][name], server[name]):
         warnings.append(
             f"The server's model is worse than the owner's was at the start ({label} {first['server'][name]:.4f} → "
-            f"{server[name]:.4f}). The update repairs the base rather than learning the task, the learning rate is too "
-            "high, or the clients' data are of another kind than the evaluation's. Try more bits in the base "
-            "(`base_bits`), a smaller `server_learning_rate`, or fewer local steps."
+            f"{server[name]:.4f}). The update repairs the base rather than learning the task, the learning rate is "
+            "too high, or the clients' data differ from the evaluation's. Try a `selection_dataset`, which keeps the "
+            "best round, `control_variate=1`, more `base_bits`, a smaller `server_learning_rate`, or fewer local "
+            "steps."
         )
     return warnings

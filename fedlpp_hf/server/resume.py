@@ -40,8 +40,8 @@ def read_resume(value: bool | str | os.PathLike | None, store: RoundStore) -> bo
     rounds = store.root.resolve() / "rounds"
     if path.parent != rounds:
         raise ValueError(
-            f"{given} is not in output_dir=`{store.output_dir}`, and a federation goes on where it began. Set output_dir to "
-            "the federation's directory, and resume_from_checkpoint to True."
+            f"{given} is not in output_dir=`{store.output_dir}`, and a federation continues where it began. Set "
+            "output_dir to the federation's directory, and resume_from_checkpoint to True."
         )
     if latest is None or path != store.round_dir(latest).resolve():
         raise ValueError(

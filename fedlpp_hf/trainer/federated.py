@@ -158,7 +158,7 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, WorkersMixin, Publish
         """Run the federation's rounds, and leave the live model as what a client holds after the last one.
 
         Args:
-            resume_from_checkpoint: True goes on after the last committed round; so does the path of `output_dir`.
+            resume_from_checkpoint: True continues after the last committed round; so does the path of `output_dir`.
 
         Raises:
             ValueError: if `output_dir` holds a federation and neither resuming nor overwriting was asked for, or if the one to
@@ -201,9 +201,8 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, WorkersMixin, Publish
             check_auditable(self)
             if None in num_examples.values():
                 raise ValueError(
-                    "audit=True needs rows that can be read again, but some clients have streams. Give them "
-                    "datasets with a "
-                    "length, or set audit=False."
+                    "audit=True needs rows that can be read again, but some clients have streams. Give them datasets "
+                    "with a length, or set audit=False."
                 )
         reporter = RoundReporter(self.args, self._make_trackers())
         rounds = self.rounds = Rounds(self.args, self.callback_handler, self.evaluates)

@@ -66,8 +66,8 @@ class LocalRunMixin(_Parent):
         if rows is None and task.client_id not in self.client_datasets:
             raise ValueError(
                 f"The task is for client {task.client_id!r}, but this process has rows of "
-                f"{list(self.client_datasets)!r:.200} "
-                "only. Send the task to its client, or add that client to `train_dataset`."
+                f"{list(self.client_datasets)!r:.200} only. Send the task to its client, or add that client to "
+                "`train_dataset`."
             )
         self.train_dataset = self.client_datasets[task.client_id] if rows is None else rows
         # A fresh sampler seeds itself from both: with one alone every client would see the order of the first.
@@ -209,9 +209,8 @@ def start_schedule_at_(scheduler: LRScheduler, step: int) -> None:
     """
     if not isinstance(scheduler, LambdaLR):
         raise ValueError(
-            f"learning_rate_horizon='federation' with a {type(scheduler).__name__}; expected a schedule that is "
-            "a function of the "
-            "step alone. Set lr_scheduler_type='linear' or 'cosine', or learning_rate_horizon='round'."
+            f"learning_rate_horizon='federation' with a {type(scheduler).__name__}; expected a schedule that is a "
+            "function of the step alone. Set lr_scheduler_type='linear' or 'cosine', or learning_rate_horizon='round'."
         )
     scheduler.last_epoch = step
     for group, rate, factor in zip(

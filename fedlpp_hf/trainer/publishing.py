@@ -45,9 +45,8 @@ class PublishingMixin(_Parent):
         if self.owner is None or not self.evaluates:
             missing = "full_model" if self.owner is None else "eval_dataset"
             raise ValueError(
-                f"Only the owner's process can evaluate the server's model, and `{missing}` is not set. Pass it "
-                "when the "
-                "trainer is made."
+                f"Only the owner's process can evaluate the server's model, and `{missing}` is not set. Pass it when "
+                "the trainer is made."
             )
         if self.server is None:
             return self.owner.evaluate(self.owner.initial_adapter())

@@ -42,9 +42,8 @@ class WorkersMixin(_Parent):
             )
         if not blueprint.base_dir and not (args.base_bits == FULL_PRECISION and blueprint.full_model):
             raise ValueError(
-                f"client_workers={args.client_workers}: each loads the base; give `model` as the path of a base "
-                "or of the full model, "
-                "not as a model in memory."
+                f"client_workers={args.client_workers}: each loads the base; give `model` as the path of a base or of "
+                "the full model, not as a model in memory."
             )
         # What is the owner's stays out of it.
         arguments = blueprint.trainer_arguments | {"callbacks": self._callbacks_of_runs()}

@@ -40,7 +40,7 @@ class ClientTask:
         seed: Of the local run: batches, dropout.
         base_fingerprint: Of the base that the client must hold.
         proxy: The quantized adapter by key (plain tensors where the federation runs unquantized), or None where nothing
-            is broadcast: then the client starts from the untouched base, and goes on from its own adapter.
+            is broadcast: then the client starts from the untouched base, and continues from its own adapter.
         options: How to train and what to send.
     """
 
@@ -82,8 +82,7 @@ class ClientTask:
         if not isinstance(broadcast, bool) or (payload and not broadcast):
             raise ValueError(
                 f"The task's `broadcast` is {broadcast!r:.100}, with {len(payload)} tensors of a proxy; expected "
-                "true, or false and "
-                "no tensors."
+                "true, or false and no tensors."
             )
         return cls(
             **values,
