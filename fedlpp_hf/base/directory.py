@@ -40,7 +40,10 @@ def new_base_directory(output_dir: Path, overwrite: bool) -> Iterator[Path]:
     if output_dir.exists() and not overwrite:
         raise ValueError(f"`{output_dir}` exists; pass overwrite=True to replace the base in it.")
     if output_dir.exists() and not (output_dir / BASE_MANIFEST).is_file():
-        raise ValueError(f"`{output_dir}` has no `{BASE_MANIFEST}`, so it is not a base; it is not overwritten.")
+        raise ValueError(
+            f"`{output_dir}` has no `{BASE_MANIFEST}`, so it is not a base and is not overwritten. Choose "
+            "another directory."
+        )
     partial = output_dir.parent / f".{output_dir.name}.{os.getpid()}.partial"
     partial.mkdir(parents=True)
     try:

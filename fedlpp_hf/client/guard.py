@@ -199,7 +199,8 @@ class QuantizedBaseCallback(TrainerCallback):
     def _open_memory(self) -> ClientMemory:
         if self.memory_dir is None:
             raise ValueError(
-                "The task's options need a place where the client keeps something for its next round; pass `memory_dir`."
+                "In this federation a client keeps its own adapter, or the error of its last update, for its next "
+                "round. Pass `memory_dir=` to QuantizedBaseCallback: a directory that stays between rounds."
             )
         return ClientMemory(self.memory_dir, self.current_task)
 

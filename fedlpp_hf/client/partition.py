@@ -57,7 +57,9 @@ def partition_rows(
     if partition not in ("iid", "dirichlet"):
         return group_rows(column)
     if num_clients > num_rows:
-        raise ValueError(f"{num_clients} clients for {num_rows} rows; every client needs at least one row.")
+        raise ValueError(
+            f"{num_clients} clients for {num_rows} rows; every client needs at least one row. Lower num_clients."
+        )
     names = [f"client-{number:0{len(str(num_clients - 1))}d}" for number in range(num_clients)]
     generator = np.random.default_rng(seed)
     if partition == "iid":

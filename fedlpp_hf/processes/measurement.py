@@ -76,7 +76,10 @@ def measure_rows(trainer: Any, rows: Any) -> RowMeasures:
     for inputs in trainer.get_eval_dataloader(rows):
         loss, logits, labels = trainer.prediction_step(model, inputs, prediction_loss_only=False)
         if loss is None or labels is None:
-            raise ValueError("The evaluation rows have no labels; the audit needs a loss on each of them.")
+            raise ValueError(
+                "The evaluation rows have no labels; the audit needs a loss on each of them. Add labels to "
+                "eval_dataset, or set audit=False."
+            )
         logits = logits[0] if isinstance(logits, tuple | list) else logits
         outputs = logits.shape[-1]
         parts = _split_loss(loss, logits, labels)

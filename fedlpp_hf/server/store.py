@@ -200,4 +200,4 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"`{path}` can't be read ({error}).") from error
+        raise ValueError(f"`{path}` can't be read ({error}). Restore it, or start another federation.") from error

@@ -135,12 +135,12 @@ def lora_factors(keys: Iterable[str], peft_config: PeftConfig | Mapping[str, Any
     for key in sorted(keys):
         for name_a, name_b in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
             if f".{name_b}" in key and key.replace(f".{name_b}", f".{name_a}") not in keys:
-                raise ValueError(f"The adapter has `{key}` but not its partner `{name_a}`.")
+                raise ValueError(f"The adapter has `{key}` but not its partner `{name_a}`. Save it again.")
             if f".{name_a}" not in key:
                 continue
             key_b = key.replace(f".{name_a}", f".{name_b}")
             if key_b not in keys:
-                raise ValueError(f"The adapter has `{key}` but not its partner `{name_b}`.")
+                raise ValueError(f"The adapter has `{key}` but not its partner `{name_b}`. Save it again.")
             module = key.split(f".{name_a}")[0].removeprefix(PREFIX)
             targets[module] = LoraFactors(module, key, key_b, lora_scale(peft_config, module))
     return targets
