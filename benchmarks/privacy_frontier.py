@@ -313,6 +313,8 @@ def draw(lines: list[dict[str, str]], path: Path) -> None:
         alone = losses_by_seed(mine, "owner alone")
         for name in SETTINGS:
             group = [line for line in mine if line["setting"] == name and line["seed"] in full]
+            if not group:
+                continue
             stolen = [100 * number(line, "half: stolen") for line in group]
             bits, fill = re.search(r"\d(?= bits)|full", name).group(), "none"
             if "variate" in name:
