@@ -38,7 +38,6 @@ class AggregationOptions:
             "clip_update_norm": "updates clipped to the norm",
             "server_optimizer": "server optimizer",
             "control_variate": "control variate",
-            "base_weights": "weights of the base that the merge chose from",
         },
         beside={"control_variate": 0.0, "base_weights": [0.0]},
         reference={"robust": "none", "num_attackers": 0},
