@@ -89,6 +89,10 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         )
     if arguments.weights is not None and not any(arguments.weights):
         raise ValueError("--weights are all zero; expected at least one number above zero.")
+    if (arguments.base_weight or 0) > 1:
+        raise ValueError(f"--base_weight {arguments.base_weight:g}: expected a number from 0 to 1.")
+    if arguments.base_weight and arguments.base_dir is None:
+        raise ValueError("--base_weight moves towards the base; give --base_dir, the directory of the base.")
     for path in (arguments.full_model, *arguments.adapter):
         check_full_model(path)
     if arguments.base_dir is not None:
@@ -101,10 +105,6 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"`{arguments.output_dir}` exists and is not an empty directory; choose another, or remove it."
         )
-    if (arguments.base_weight or 0) > 1:
-        raise ValueError(f"--base_weight {arguments.base_weight:g}: expected a number from 0 to 1.")
-    if arguments.base_weight and arguments.base_dir is None:
-        raise ValueError("--base_weight moves towards the base; give --base_dir, the directory of the base.")
 
 
 def _find_base(arguments: argparse.Namespace) -> tuple[str | None, float]:

@@ -146,8 +146,8 @@ def test_port_of_another_process_is_refused(tmp_path):
     [
         ({"listen": "0.0.0.0"}, "Give --hosts"),
         ({"listen": "192.0.2.254", "hosts": ["a.org"]}, "expected an address of this machine"),
-        ({"listen": "127.0.0.1:9000"}, "set --port 9000"),
-        ({"hosts": ["a.org:9000"]}, "set --port 9000"),
+        ({"listen": "127.0.0.1:9000"}, "[Ss]et --port 9000"),
+        ({"hosts": ["a.org:9000"]}, "[Ss]et --port 9000"),
         ({"hosts": ["fl.example.org"], "insecure": True}, "only loopback"),
         ({"client_keys": "absent"}, "is not a directory"),
     ],
