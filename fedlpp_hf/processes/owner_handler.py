@@ -32,6 +32,7 @@ from .model_check import check_adapter_fits
 from .sentence_models import copy_configs, is_sentence_trainer, list_module_configs
 
 
+_COMPUTED_IN_EVALUATE = ("ref_chosen_logps", "ref_rejected_logps")
 OWNER_DIR = "_owner"  # beside the federation: what the owner's runs keep from round to round, as clients do
 
 
@@ -73,7 +74,7 @@ class OwnerHandler:
         with self._holding(tensors):
             for weight in base_weights:
                 with self._towards_base(weight):
-                    losses.append(read_loss(self.trainer.evaluate_metrics(self.trainer.client_datasets["selection"])))
+                    losses.append(read_loss(self.trainer.evaluate_metrics(self.selection_rows)))
         return {"losses": losses}, {}
 
     def measure_rows(self, tensors, base_weight: float):
@@ -197,6 +198,14 @@ class OwnerHandler:
     @property
     def model_class(self) -> Any:
         return self.blueprint.choose_class(self.config)
+
+    @cached_property
+    def selection_rows(self) -> Any:
+        """The selection rows, prepared as a client's are."""
+        rows = self.trainer.client_datasets["selection"]
+        # DPO's `evaluate` computes the reference's part anew, and a table can't have it twice.
+        computed = [name for name in getattr(rows, "column_names", None) or () if name in _COMPUTED_IN_EVALUATE]
+        return rows.remove_columns(computed) if computed else rows
 
     @cached_property
     def base(self) -> BaseReader:

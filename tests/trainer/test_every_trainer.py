@@ -37,7 +37,7 @@ def checkpoints(tmp_path_factory):
     return find
 
 
-def make_case_trainer(case, model, output_dir, **options):
+def make_case_trainer(case, model, output_dir, selection_dataset=None, **options):
     """The trainer of a case, of two clients and two rounds."""
     config_class, trainer_class = find_trainer(case.trainer)
     options = {"num_clients": 2, "partition": "iid", "max_steps": 4, "bf16": False, **case.options, **options}
@@ -47,6 +47,7 @@ def make_case_trainer(case, model, output_dir, **options):
         train_dataset=make_rows(case.rows, 0),
         eval_dataset=make_rows(case.rows, 1),
         peft_config=case.peft_config,
+        selection_dataset=selection_dataset,
         **case.make_arguments(),
     )
 
@@ -102,6 +103,31 @@ def test_with_the_full_model(name, checkpoints, tmp_path):
     config = AutoConfig.from_pretrained(merged)
     for option, value in case.make_arguments().get("model_init_kwargs", {}).items():
         assert getattr(config, option) == value
+    trainer.owner.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DPOTrainer-LlamaForCausalLM-reference_computed_before",
+        "SentenceTransformerTrainer-BertModel",
+        "Seq2SeqTrainer-T5ForConditionalGeneration",
+        "ViTForImageClassification",
+    ],
+)
+def test_the_owner_chooses_by_its_selection_rows(name, checkpoints, tmp_path):
+    """On the trainer's own loss, with the full model moved towards the base."""
+    case = next(case for label, case in CASES.items() if label.endswith(name))
+    full, _ = checkpoints(case)
+    options = {"num_rounds": 1, "max_steps": 2, "broadcast": "never", "base_bits": 3, "base_weights": [0.25, 0.75]}
+    trainer = make_case_trainer(case, full, tmp_path, selection_dataset=make_rows(case.rows, 2), **options)
+    trainer.train()
+    first, last = trainer.server.store.records()
+    assert math.isfinite(first["selection_loss"]) and math.isfinite(last["selection_loss"])
+    assert last["base_weight"] in (0.25, 0.75)
+    losses = trainer.owner.measure_selection(trainer.server.store.load(1)[0], {}, [0.25, 0.75])
+    assert last["selection_loss"] == pytest.approx(min(losses), rel=1e-4) and losses[0] != losses[1]
     trainer.owner.close()
 
 
