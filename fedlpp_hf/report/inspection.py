@@ -4,14 +4,16 @@
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ..base.manifest import BASE_MANIFEST
 from ..config.federated import FederatedConfig
 from ..config.metrics import MetricChoice, is_number
 from ..config.options import card_labels
 from ..server.store import FEDERATION_DIR, FEDERATION_FILE, RoundStore
-from ..tensors.adapters import ADAPTER_CONFIG, lora_factors, read_adapter
+from ..tensors.adapters import ADAPTER_CONFIG, LoraFactors, lora_factors, read_adapter
 from ..tensors.codebooks import BITS
 from ..tensors.packing import packed_size
 from .base_inspection import describe_base, format_shape, shorten
@@ -37,25 +39,54 @@ def describe_directory(directory: str | os.PathLike, tensors: bool = False, veri
     Raises:
         ValueError: if the directory is something else, or damaged.
     """
+    kind, path = find_kind(directory, verify)
+    if kind == "base":
+        return describe_base(path, tensors, verify)
+    if kind == "adapter":
+        return describe_adapter(path, tensors)
+    lines = describe_federation(path)
+    published = (path / ADAPTER_CONFIG).is_file()
+    return [*lines, "", *describe_adapter(path, tensors)] if published else lines
+
+
+def find_kind(directory: str | os.PathLike, verify: bool = False) -> tuple[str, Path]:
+    """Whether a directory is a `base`, a `federation` or an `adapter`, and where that is: `_federation` is its parent's.
+
+    Raises:
+        ValueError: if the directory is something else, or `verify` is asked of what is no base.
+    """
     path = Path(directory)
     if (path / BASE_MANIFEST).is_file():
-        return describe_base(path, tensors, verify)
+        return "base", path
     if verify:
         raise ValueError(f"`{directory}` is not a base; --verify compares a base with its manifest. Leave it out.")
     if path.name == FEDERATION_DIR:
         path = path.parent
     if (path / FEDERATION_DIR / FEDERATION_FILE).is_file():
-        lines = describe_federation(path)
-        published = (path / ADAPTER_CONFIG).is_file()
-        return [*lines, "", *describe_adapter(path, tensors)] if published else lines
+        return "federation", path
     if (path / ADAPTER_CONFIG).is_file():
-        return describe_adapter(path, tensors)
+        return "adapter", path
     if not path.is_dir():
         raise ValueError(f"`{directory}` is not a directory.")
     raise ValueError(
         f"`{directory}` is not a base (no {BASE_MANIFEST}), adapter (no {ADAPTER_CONFIG}) or federation (no "
         f"{FEDERATION_DIR}/{FEDERATION_FILE})."
     )
+
+
+def read_lora(
+    directory: str | os.PathLike,
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, LoraFactors]]:
+    """Read an adapter: its tensors, its configuration, and the factors by target.
+
+    Raises:
+        ValueError: if it can't be read, or is no LoRA.
+    """
+    adapter, config = read_adapter(directory)
+    try:
+        return adapter, config, lora_factors(adapter, config)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"`{directory}/{ADAPTER_CONFIG}` is not a configuration of LoRA ({error!r}).") from error
 
 
 def describe_adapter(directory: str | os.PathLike, tensors: bool = False) -> list[str]:
@@ -68,11 +99,7 @@ def describe_adapter(directory: str | os.PathLike, tensors: bool = False) -> lis
     Raises:
         ValueError: if it can't be read.
     """
-    adapter, config = read_adapter(directory)
-    try:
-        factors = lora_factors(adapter, config)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"`{directory}/{ADAPTER_CONFIG}` is not a configuration of LoRA ({error!r}).") from error
+    adapter, config, factors = read_lora(directory)
     others = sorted(set(adapter) - {key for f in factors.values() for key in (f.key_a, f.key_b)})
     values = sum(tensor.numel() for tensor in adapter.values())
     stored = sum(tensor.nbytes for tensor in adapter.values())

@@ -6,14 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..base.manifest import BASE_MANIFEST
 from ..config.federated import FederatedConfig
-from ..server.store import FEDERATION_DIR, FEDERATION_FILE, RoundStore
-from ..tensors.adapters import ADAPTER_CONFIG, lora_factors, read_adapter
+from ..server.store import RoundStore
+from ..tensors.adapters import ADAPTER_CONFIG
 from ..tensors.codebooks import BITS
 from ..tensors.packing import packed_size
 from .base_inspection import summarize_base
-from .inspection import SCALE_BYTES, describe_directory
+from .inspection import SCALE_BYTES, find_kind, read_lora
 
 
 def summarize_directory(directory: str | os.PathLike, tensors: bool = False, verify: bool = False) -> dict[str, Any]:
@@ -27,20 +26,16 @@ def summarize_directory(directory: str | os.PathLike, tensors: bool = False, ver
     Raises:
         ValueError: if the directory is something else, or damaged.
     """
-    path = Path(directory)
-    if (path / BASE_MANIFEST).is_file():
+    kind, path = find_kind(directory, verify)
+    if kind == "base":
         return summarize_base(path, tensors, verify)
-    describe_directory(directory, tensors, verify)  # refuses what is damaged or none of the three
-    if path.name == FEDERATION_DIR:
-        path = path.parent
-    if (path / FEDERATION_DIR / FEDERATION_FILE).is_file():
+    if kind == "federation":
         return _summarize_federation(path, tensors)
     return {"kind": "adapter", **_summarize_adapter(path, tensors)}
 
 
 def _summarize_adapter(directory: Path, tensors: bool) -> dict[str, Any]:
-    adapter, config = read_adapter(directory)
-    factors = lora_factors(adapter, config)
+    adapter, config, factors = read_lora(directory)
     counts = [tensor.numel() for tensor in adapter.values()]
     block_size = FederatedConfig.adapter_block_size
     broadcast = {
