@@ -65,6 +65,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "nothing in 12 rounds, 4 bits, chosen": {**ROUND_BY_ROUND, **FOUR, **CHOSEN, "base_bits": 4},
     "nothing in 12 rounds, 3 bits, chosen": {**ROUND_BY_ROUND, **FOUR, **CHOSEN, "base_bits": 3},
     "nothing in 12 rounds, 4 bits, λ alone": {**ROUND_BY_ROUND, **CHOSEN, "base_bits": 4},
+    "nothing in 12 rounds, 4 bits, λ alone, adjusted logits": {
+        **ROUND_BY_ROUND, **CHOSEN, "base_bits": 4, "logit_adjustment": 1.0,
+    },
+    "every round of 12, full precision": {
+        **EVERY, "num_rounds": 3 * ROUNDS, "base_bits": FULL_PRECISION, "adapter_bits": FULL_PRECISION,
+    },
+    "every round of 12, full precision, adjusted logits": {
+        **EVERY, "num_rounds": 3 * ROUNDS, "base_bits": FULL_PRECISION, "adapter_bits": FULL_PRECISION, "logit_adjustment": 1.0,
+    },
 }  # fmt: skip
 QUICK = (
     "every round, 4 bits",
@@ -158,7 +167,7 @@ def warm_up(data: dict[str, Any], directory: Path) -> None:
 
 
 def run_setting(
-    task: str, name: str, seed: int, data: dict[str, Any], references: bool, scratch: Path
+    task: str, name: str, seed: int, data: dict[str, Any], references: bool, scratch: Path, audit: bool = True
 ) -> dict[str, Any]:
     """One federation with its audit, as a line of the table."""
     began = time.perf_counter()
@@ -176,7 +185,7 @@ def run_setting(
         lr_scheduler_type="constant",
         adapter_block_size=64,
         compare_full_precision=references,
-        audit=True,
+        audit=audit,
         audit_rows=256,
         audit_steps=setting["num_rounds"] * setting["max_steps"],
         merge=False,
@@ -195,6 +204,10 @@ def run_setting(
     if "base_weights" in setting:
         line |= {"round": published, "λ": records[published].get("base_weight", 0.0)}
         line["share of the variate"] = records[published].get("variate_weight", 0.0)
+        line["chosen"] = " ".join(
+            f"{record['selection_loss']:.4f}/{record.get('base_weight', 0):g}/{record.get('variate_weight', 0):g}"
+            for record in records
+        )
     found = {"owner before": first["server"], "base": first["proxy"], "server": last["server"]}
     if references:
         found["full precision"] = trainer.owner.run_reference()
@@ -202,6 +215,8 @@ def run_setting(
     trainer.owner.close()
     for label, metrics in found.items():
         line |= {f"{label}: {key.removeprefix('eval_')}": round(value, 4) for key, value in metrics.items()}
+    if not audit:
+        return line | {"s": round(time.perf_counter() - began)}
     report = AuditReport.read(args.output_dir)
     for label, coalition in (("client", report.worst_single), ("half", report.worst_half)):
         if coalition is not None:
@@ -356,6 +371,7 @@ def main() -> None:
         "--settings", nargs="+", metavar="SETTING", choices=[*SETTINGS, "quick"], default=list(SETTINGS)
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--without_audit", action="store_true", help="only the server, as where nothing is sent")
     parser.add_argument("--csv", type=Path, default=Path("out/privacy_frontier/frontier.csv"))
     parser.add_argument("--scratch", type=Path, default=Path("out/privacy_frontier"))
     arguments = parser.parse_args()
@@ -377,7 +393,11 @@ def main() -> None:
         warm_up(data, arguments.scratch / task)
         for seed, name in wanted:
             references = name == next(iter(SETTINGS))
-            lines.append(run_setting(task, name, seed, data, references, arguments.scratch / "runs"))
+            lines.append(
+                run_setting(
+                    task, name, seed, data, references, arguments.scratch / "runs", not arguments.without_audit
+                )
+            )
             print(
                 ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in lines[-1].items()),
                 flush=True,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast
 from peft import PeftConfig
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from ..base.kernels import keep_layout_
@@ -24,6 +25,7 @@ from ..wire.encoding import Payload
 from ..wire.messages import ClientTask, ClientUpdate
 from .checks import ADAPTER, check_model, find_manifest, find_peft_model
 from .fedprox import add_proximal_gradient_
+from .logit_adjustment import adjust_logits
 from .memory import ClientMemory
 from .partition import is_stream
 
@@ -76,6 +78,7 @@ class QuantizedBaseCallback(TrainerCallback):
         self._versions: list[int] = []
         self._digest = ""
         self._start: dict[str, torch.Tensor] = {}
+        self._hook: RemovableHandle | None = None  # that adjusts logits
 
     def on_init_end(self, args, state, control, *, model: Any, **kwargs):
         if args.push_to_hub and self.task_dir is not None:
@@ -119,7 +122,7 @@ class QuantizedBaseCallback(TrainerCallback):
             parameter.requires_grad_(key in trained)
 
     @torch.no_grad()
-    def on_train_begin(self, args, state, control, *, model: torch.nn.Module, **kwargs):
+    def on_train_begin(self, args, state, control, *, model: torch.nn.Module, train_dataloader: Any, **kwargs):
         if self.task_dir is not None:
             self.accept(_read_task(self.task_dir / TASK_FILE))
         load_adapter_(self.parameters, self.current_task.proxy_tensors() or self.initial)
@@ -130,12 +133,16 @@ class QuantizedBaseCallback(TrainerCallback):
             if args.world_size > 1:  # only the first rank wrote it, perhaps on another machine
                 broadcast([parameter.data for parameter in self.parameters.values()])
         self._versions = [parameter._version for _, parameter in self.frozen]
+        self._remove_hook()  # of a run that raised
+        if strength := self.current_task.options.logit_adjustment:
+            self._hook = adjust_logits(find_peft_model(model), train_dataloader.dataset, strength)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if mu := self.current_task.options.proximal_mu:
             add_proximal_gradient_(self.parameters, self._start, mu)
 
     def on_train_end(self, args, state, control, *, model: torch.nn.Module, train_dataloader: Any, **kwargs):
+        self._remove_hook()
         for (name, parameter), version in zip(self.frozen, self._versions, strict=True):
             if parameter._version != version:
                 raise BaseMovedError(
@@ -195,6 +202,11 @@ class QuantizedBaseCallback(TrainerCallback):
         if keep and memory is not None:
             memory.write(error)
         return payload
+
+    def _remove_hook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def _open_memory(self) -> ClientMemory:
         if self.memory_dir is None:

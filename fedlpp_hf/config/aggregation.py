@@ -20,6 +20,8 @@ class AggregationOptions:
         max_update_norm: Norm above which the server rejects an update.
         clip_update_norm: Clients scale an update with a larger norm down to this one.
         fedprox_mu: Weight of FedProx's pull towards the proxy (arXiv 1812.06127).
+        logit_adjustment: τ of the log-priors of a client's own labels, added to its classifier's logits while it trains
+            (arXiv 2007.07314). 1 where clients' labels differ, 0 for none.
         server_optimizer: `sgd` or `yogi` (FedOpt, arXiv 2003.00295).
         server_learning_rate: Step of the server along the mean update. 1 with momentum 0 is the paper's rule; Yogi's
             is a step per coordinate, 0.01 rather than 1.
@@ -64,6 +66,13 @@ class AggregationOptions:
         default=None, metadata={"help": "Clients scale an update with a larger norm down to this one."}
     )
     fedprox_mu: float = field(default=0.0, metadata={"help": "Weight of FedProx's pull towards the proxy."})
+    logit_adjustment: float = field(
+        default=0.0,
+        metadata={
+            "help": "Train each client's classifier as if its labels were balanced: adds this many times the log-priors of "
+            "its own labels to the logits. 1 where clients' labels differ, 0 for none."
+        },
+    )
     server_optimizer: str = field(default="sgd", metadata={"help": "sgd, or yogi (FedOpt)."})
     server_learning_rate: float = field(
         default=1.0,
@@ -106,6 +115,8 @@ class AggregationOptions:
         check_positive(self, "max_update_norm", "clip_update_norm", optional=True)
         if not self.fedprox_mu >= 0:
             raise ValueError(f"fedprox_mu={self.fedprox_mu}; expected 0 or more.")
+        if not 0 <= self.logit_adjustment <= 10:
+            raise ValueError(f"logit_adjustment={self.logit_adjustment}; expected a number from 0 to 10.")
         if not 0 <= self.server_momentum < 1:
             raise ValueError(f"server_momentum={self.server_momentum}; expected a number in [0, 1).")
         if not self.base_weights or not all(0 <= weight < 1 for weight in self.base_weights):

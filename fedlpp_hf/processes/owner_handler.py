@@ -110,7 +110,7 @@ class OwnerHandler:
 
     def estimate_variate(self, tensors, round_number: int, seeds: list[int]):
         args = self.blueprint.args
-        options = LocalOptions(rule=args.aggregation, proximal_mu=args.fedprox_mu)
+        options = LocalOptions(args.aggregation, args.fedprox_mu, args.logit_adjustment)
         if self._base_trainer is None:
             self._base_trainer = self._make_trainer({"owner": self.blueprint.owner_dataset}, self.blueprint.base_dir)
         goes_on = not args.broadcasts and args.num_rounds > 1  # as the clients do

@@ -29,7 +29,7 @@ from .best import check_chosen, find_published_round
 from .owner import Owner
 from .resume import check_resumable
 from .state import ServerState
-from .step import MeanUpdate, check_owner, take_step
+from .step import MeanUpdate, check_owner, is_variate_used, take_step
 from .store import RoundStore
 
 
@@ -219,6 +219,7 @@ class FederatedServer:
             options=LocalOptions(
                 rule=args.aggregation,
                 proximal_mu=args.fedprox_mu,
+                logit_adjustment=args.logit_adjustment,
                 clip_norm=args.clip_update_norm or 0.0,
                 update_bits=args.update_bits,
                 update_block_size=args.adapter_block_size,
@@ -253,7 +254,7 @@ class FederatedServer:
             ),
             args.robust,
         )
-        runs = range(args.control_variate_runs)
+        runs = range(args.control_variate_runs if is_variate_used(self.store.records()) else 0)
         seeds = [make_seed(args.seed, number, f"owner {run}" if run else "owner") for run in runs]
         update = MeanUpdate(number, result.delta, result.residual, start, seeds)
         self.state, report = take_step(args, self.owner, self.optimizer, before, update)

@@ -1,8 +1,9 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """From a round's mean update to the server's next state: the control variate, the optimizer, and what the owner chooses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class MeanUpdate:
         delta: The mean update, by the adapter's keys.
         residual: What the adapter's rank can't hold of it.
         start: What clients started from.
-        seeds: Of the owner's pairs of runs.
+        seeds: Of the owner's pairs of runs; none where it shall not estimate the variate.
     """
 
     round: int
@@ -83,7 +84,7 @@ def take_step(
     report: dict[str, Any] = {}
     variate: Mapping[str, torch.Tensor] = {}
     shares = [0.0]
-    if args.control_variate and owner is not None:
+    if args.control_variate and owner is not None and update.seeds:
         variate, report["variate_share"] = owner.estimate_variate(update.start, update.round, update.seeds)
         report |= {"update_norm": global_norm(update.delta), "variate_norm": global_norm(variate)}
         shares = [args.control_variate * share for share in (_SHARES if owner.selects else (1.0,))]
@@ -104,7 +105,16 @@ def take_step(
     loss, place, number = min(losses)
     chosen = replace(candidates[place], base_weight=args.base_weights[number])
     report |= {"selection_loss": loss, "base_weight": chosen.base_weight}
-    return chosen, report | ({"variate_weight": shares[place]} if args.control_variate else {})
+    return chosen, report | ({"variate_weight": shares[place]} if variate else {})
+
+
+def is_variate_used(records: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether the owner should go on estimating the variate: not after it chose none of it in two rounds in a row.
+
+    An estimate takes the owner two local runs for each of `control_variate_runs`, often more than all else in a round.
+    """
+    shares = [record.get("variate_weight") for record in records]
+    return not any(one == other == 0.0 for one, other in pairwise(shares))
 
 
 def _subtract(delta: torch.Tensor, share: float, variate: torch.Tensor | None) -> torch.Tensor:

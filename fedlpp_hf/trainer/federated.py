@@ -18,6 +18,7 @@ from ..audit.audit import check_auditable
 from ..client.adapter_config import check_adapter_config
 from ..client.checks import check_loss_weights, check_model, find_peft_model
 from ..client.guard import QuantizedBaseCallback
+from ..client.logit_adjustment import check_labels
 from ..client.partition import check_client_sizes, count_rows, partition_clients
 from ..config.federated import FederatedConfig
 from ..config.rules import check_products
@@ -145,6 +146,7 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, WorkersMixin, Publish
         check_loss_weights(self)
         check_adapter_switching(self.model, args)
         self.client_datasets = self.prepare_clients(self.raw_datasets)
+        check_labels(find_peft_model(self.model), self.client_datasets, args.logit_adjustment)
         check_client_sizes(
             self.client_datasets, args.train_batch_size * args.world_size if args.dataloader_drop_last else 1
         )

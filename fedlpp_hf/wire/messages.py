@@ -16,12 +16,14 @@ class LocalOptions:
     Args:
         rule: Aggregation rule, which says what factors are trained (see [`trainable_keys`]).
         proximal_mu: Weight of FedProx's term.
+        logit_adjustment: τ of [`adjust_logits`].
         clip_norm: Norm to which a longer update is scaled down.
         update_bits, update_block_size, update_density: As in [`compress_update`].
     """
 
     rule: str = "fedavg"
     proximal_mu: float = 0.0
+    logit_adjustment: float = 0.0
     clip_norm: float = 0.0
     update_bits: int = 32
     update_block_size: int = 256
