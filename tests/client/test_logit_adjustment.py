@@ -92,7 +92,9 @@ def test_distance_of_labels():
 
 def test_clients_that_differ_are_pointed_out(caplog):
     model = make_classifier()
-    check_labels(model, {"a": Dataset.from_dict({"label": [0, 1, 2]}), "b": Dataset.from_dict({"label": [2, 1, 0]})}, 0.0)
+    check_labels(
+        model, {"a": Dataset.from_dict({"label": [0, 1, 2]}), "b": Dataset.from_dict({"label": [2, 1, 0]})}, 0.0
+    )
     assert not caplog.messages
     skewed = {"a": Dataset.from_dict({"label": [0, 0]}), "b": Dataset.from_dict({"label": [1, 2]})}
     check_labels(model, skewed, 0.0)

@@ -6,7 +6,7 @@ import torch
 
 from fedlpp_hf.aggregation.optimizers import ServerOptimizer
 from fedlpp_hf.server.state import ServerState
-from fedlpp_hf.server.step import MeanUpdate, check_owner, take_step
+from fedlpp_hf.server.step import MeanUpdate, check_owner, is_variate_used, take_step
 from fedlpp_hf.tensors.adapters import read_adapter
 
 from .small_server import KEY_B, answer_all, make_server
@@ -93,3 +93,37 @@ def test_the_state_keeps_the_weight(tmp_path):
     state = ServerState({KEY_B: torch.zeros(4, 2)}, {"momentum.x": torch.ones(1)}, {}, 0.75)
     again = ServerState.from_tensors(state.adapter, state.to_tensors())
     assert again.base_weight == 0.75 and torch.equal(again.optimizer["momentum.x"], torch.ones(1))
+
+
+class CountingOwner(Owner):
+    """Notes for which rounds it was asked for the variate."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.asked = []
+
+    def estimate_variate(self, start, number, seeds):
+        self.asked.append(number)
+        return super().estimate_variate(start, number, seeds)
+
+
+@pytest.mark.parametrize(("target", "asked"), [(99.0, [1, 2]), (0.0, [1, 2, 3, 4])])
+def test_a_variate_that_is_never_chosen_is_no_longer_estimated(tmp_path, target, asked):
+    """Far away, the whole way of the clients is best; at 0, the way less the variate is."""
+    server = make_server(tmp_path, num_rounds=4)
+    server.owner, server.args.control_variate = CountingOwner(target), 1.0
+    records = server.run(answer_all)
+    assert server.owner.asked == asked
+    assert ["variate_weight" in record for record in records[1:]] == [number in asked for number in range(1, 5)]
+    again = make_server(tmp_path, num_rounds=6)
+    again.owner, again.args.control_variate = CountingOwner(target), 1.0
+    again.run(answer_all, resume=True)
+    assert again.owner.asked == ([] if len(asked) == 2 else [5, 6])
+
+
+def test_one_round_without_it_is_not_enough():
+    def used(*shares):
+        return is_variate_used([{} if share is None else {"variate_weight": share} for share in shares])
+
+    assert used() and used(None) and used(None, 0.0) and used(None, 0.0, 1.0, 0.0) and used(0.5, 0.5)
+    assert not used(None, 0.0, 0.0) and not used(1.0, 0.0, 0.0, None, None)

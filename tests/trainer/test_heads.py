@@ -27,6 +27,8 @@ from tests.helpers import (
     make_rows,
     make_sft_classes,
     make_tokenizer,
+    make_trainer,
+    task_of,
 )
 
 
@@ -250,3 +252,34 @@ def test_trls_rounding_of_the_start_is_undone(llama_base, lora, tmp_path):
     )
     assert_equal(trainer.guard.initial, plain.guard.initial)
     assert_equal({key: value.detach() for key, value in trainer.guard.parameters.items()}, plain.guard.initial)
+
+
+class AdjustedByHand(FederatedTrainer):
+    """What `logit_adjustment=1` does, in the trainer's own loss."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        logits = model(**{key: value for key, value in inputs.items() if key != "labels"}).logits
+        if model.training:
+            counts = torch.bincount(torch.tensor(self.train_dataset["labels"]), minlength=3) + 1.0
+            logits = logits + (counts / counts.sum()).double().log()
+        loss = torch.nn.functional.cross_entropy(logits.float(), inputs["labels"])
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+
+def test_clients_train_with_adjusted_logits(encoder, tmp_path):
+    options = {"num_rounds": 1, "learning_rate": 1e-3}
+    plain, adjusted, by_hand = (
+        make_classifier(encoder / "base", tmp_path / name, **options) for name in ("plain", "adjusted", "by-hand")
+    )
+    adjusted.args.logit_adjustment = 1.0
+    by_hand.__class__ = AdjustedByHand
+    updates = [trainer.train_client(task_of(trainer)).delta for trainer in (plain, adjusted, by_hand)]
+    for key, value in updates[1].items():
+        torch.testing.assert_close(value, updates[2][key], rtol=1e-3, atol=1e-6)
+    assert not all(torch.equal(updates[0][key], value) for key, value in updates[1].items())
+    assert not adjusted.model.base_model.model.classifier.modules_to_save["default"]._forward_hooks
+
+
+def test_adjustment_is_refused_before_anything_trains(llama_base, lora, tmp_path):
+    with pytest.raises(ValueError, match="logit_adjustment needs a classifier"):
+        make_trainer(load_base(llama_base), tmp_path, lora, logit_adjustment=1.0)
