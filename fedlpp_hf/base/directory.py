@@ -18,15 +18,6 @@ from .manifest import BASE_MANIFEST, write_json
 from .shards import WEIGHTS, WEIGHTS_INDEX
 
 
-# Copied next to the weights where the full model has them. A README names its owner; it stays.
-TOKENIZER_FILES = [
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
-    "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "chat_template.jinja", "chat_template.json",
-]  # fmt: skip
-COMPANIONS = [
-    "generation_config.json", *TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json", "modules.json",
-    "sentence_bert_config.json", "config_sentence_transformers.json",
-]  # fmt: skip
 _OWNERS_KEYS = ("name_or_path", "_commit_hash", "auto_map", "_file", "_path", "_dir")
 
 

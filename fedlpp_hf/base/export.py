@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from ..privacy.marks import Mark
 from ..tensors.codebooks import FULL_PRECISION, check_bits
 from ..tensors.threads import map_in_order, tensor_threads
-from .directory import COMPANIONS, ShardWriter, new_base_directory, write_companions
+from .contents import COMPANIONS
+from .directory import ShardWriter, new_base_directory, write_companions
 from .full_model import FullModel
 from .manifest import FORMAT_VERSION, write_manifest
 from .modules import (

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..tensors.adapters import ADAPTER_CONFIG
 from ..tensors.files import DTYPES, read_tensor
+from .contents import check_link
 from .hub_repository import HubRepository, HubUnreachable, find_in_cache, find_missing
 from .manifest import BASE_MANIFEST
 from .quantized_weights import check_configuration, check_scales
@@ -121,6 +122,7 @@ class FullModel:
         Raises:
             ValueError: if it can't be read, or the model is quantized.
         """
+        check_link(self.directory, self.directory / "config.json")
         try:
             config = AutoConfig.from_pretrained(self.directory)
         except (OSError, ValueError, KeyError) as error:
@@ -172,12 +174,17 @@ class FullModel:
         """List the other files of the model, after fetching them: configuration, tokenizer, custom code.
 
         With `names`, only these, at the top. Never weights in other formats, adapters or federations.
+
+        Raises:
+            ValueError: if one is a link out of the model's directory.
         """
         if self._repository is not None:
             self._repository.download_files(names, _LEFT_BEHIND)
         if names is not None:
-            return [self.directory / name for name in names if (self.directory / name).is_file()]
-        return sorted(path for path in self.directory.rglob("*") if path.is_file() and self._is_companion(path))
+            found = [self.directory / name for name in names if (self.directory / name).is_file()]
+        else:
+            found = sorted(path for path in self.directory.rglob("*") if path.is_file() and self._is_companion(path))
+        return [check_link(self.directory, path) for path in found]
 
     def copy_companions(self, destination: Path) -> None:
         """Copy what [`list_companions`] lists; links, as in the Hub's cache, become files."""

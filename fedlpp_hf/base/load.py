@@ -3,16 +3,19 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
+from .contents import check_configurations
 from .heads import DEFAULT_SEED, initialize_new_parameters_
 from .kernels import keep_layout_
 from .manifest import check_base, read_manifest
 from .modules import build_meta_model, check_missing, default_skip_modules
+from .shards import read_shards
 from .tensor_plan import plan_tensors
 
 
@@ -47,14 +50,18 @@ def load_base(
         ValueError: if the directory is not a base, differs from its manifest, or does not fit `model_class`.
     """
     manifest = check_base(base_dir) if verify else read_manifest(base_dir)
+    check_configurations(Path(base_dir), manifest)
+    _check_shards(Path(base_dir), manifest)
     dtype = kwargs.pop("dtype", None)
     config, kwargs = AutoConfig.from_pretrained(base_dir, return_unused_kwargs=True, **kwargs)
     if _is_cpu(device_map):
         compute_dtype, dtype = compute_dtype or torch.float32, dtype or torch.float32
     if compute_dtype is not None:
         config.quantization_config["bnb_4bit_compute_dtype"] = str(compute_dtype).removeprefix("torch.")
-    model_class = model_class or getattr(transformers, manifest["architecture"])
+    model_class = model_class or _find_class(manifest["architecture"])
     meta = build_meta_model(config, model_class)
+    if not kwargs.get("ignore_mismatched_sizes"):
+        _check_shapes(meta, manifest)
     new = _find_new_modules(meta, manifest, new_modules)
     if type(meta).__name__ != manifest["architecture"]:  # its heads are not on the skip list of the export
         skip = config.quantization_config["llm_int8_skip_modules"]
@@ -72,6 +79,35 @@ def load_base(
     keep_layout_(model)
     model.base_fingerprint = manifest["fingerprint"]
     return model
+
+
+def _find_class(name: str) -> Any:
+    found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise ValueError(
+            f"The base is of the class {name!r:.80}, which is no model of transformers {transformers.__version__}. Pass "
+            "`model_class`, or install the version that the owner has."
+        )
+    return found
+
+
+def _check_shards(base_dir: Path, manifest: dict[str, Any]) -> None:
+    """Refuse weights that the manifest does not cover, such as those of an index that leads elsewhere."""
+    stray = sorted(read_shards(base_dir).keys() - manifest["files"].keys())
+    if stray:
+        raise ValueError(f"`{base_dir}` has weights in `{stray[0]}`, which its manifest does not list. Copy it again.")
+
+
+def _check_shapes(meta: PreTrainedModel, manifest: dict[str, Any]) -> None:
+    """Refuse a configuration that asks for other sizes than the base has, before anything is allocated."""
+    shapes = {entry["name"]: entry["shape"] for entry in manifest["tensors"]}
+    for name, parameter in meta.named_parameters():
+        shape = shapes.get(name)
+        if shape is not None and list(parameter.shape) != shape:
+            raise ValueError(
+                f"By the base's configuration `{name}` has the shape {list(parameter.shape)}, by its manifest {shape}. Copy "
+                "the base again."
+            )
 
 
 def _find_new_modules(meta: PreTrainedModel, manifest: dict[str, Any], endings: Sequence[str]) -> list[str]:

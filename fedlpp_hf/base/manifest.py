@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ..tensors.atomic import hash_file
+from .contents import check_link, check_types, list_base_files, read_json
 
 
 BASE_MANIFEST = "base_manifest.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _WEIGHT_FILES = (".safetensors", ".safetensors.index.json")
-_SETTINGS = ("format_version", "bits", "block_size", "double_quant", "embedding_bits", "skip_modules", "architecture")
+_OF_A_COPY = ("fingerprint", "copy", "files")  # the rest of a manifest is the same in every copy
 
 
 def read_manifest(base_dir: str | os.PathLike) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def read_manifest(base_dir: str | os.PathLike) -> dict[str, Any]:
             "nothing else. The owner makes one with `export_base(full_model, output_dir)`."
         )
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         version, fingerprint = manifest["format_version"], manifest["fingerprint"]
         computed = _compute_fingerprint(manifest), _compute_copy(manifest)
         intact = version != FORMAT_VERSION or (fingerprint, manifest["copy"]) == computed
@@ -40,6 +41,7 @@ def read_manifest(base_dir: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"`{path}` can't be read ({error!r}); copy the base again.") from error
     if version != FORMAT_VERSION:
         raise ValueError(f"`{path}` has format {version}; this version of fedlpp_hf reads {FORMAT_VERSION}.")
+    check_types(manifest)
     if not intact:
         raise ValueError(f"`{path}` does not match its own fingerprint; copy the base again.")
     return manifest
@@ -52,16 +54,14 @@ def check_base(base_dir: str | os.PathLike) -> dict[str, Any]:
         ValueError: naming the file that differs from the manifest.
     """
     base_dir, manifest = Path(base_dir), read_manifest(base_dir)
-    present = {
-        path.name for path in _list_files(base_dir) if path.name != "README.md" and not path.name.startswith(".")
-    }
+    present = {place.as_posix() for place in list_base_files(base_dir)}
     extra = sorted(present - set(manifest["files"]))
     if extra:
         raise ValueError(f"`{base_dir}` has `{extra[0]}`, which its manifest does not list. Remove it.")
     for name, file in manifest["files"].items():
         if name not in present:
             raise ValueError(f"`{base_dir}` has no `{name}`; copy the base again.")
-        if hash_file(base_dir / name) != file["sha256"]:
+        if hash_file(check_link(base_dir, base_dir / name)) != file["sha256"]:
             raise ValueError(
                 f"`{base_dir / name}` is not the exported file (its sha256 differs); copy the base again."
             )
@@ -99,8 +99,11 @@ def base_fingerprint(base: Any) -> str:
 def write_manifest(directory: Path, manifest: dict[str, Any], digests: dict[str, str]) -> None:
     """Add the files and the fingerprint to `manifest`, and write it. `digests` are the sha256 known already, by file."""
     manifest["files"] = {
-        path.name: {"bytes": path.stat().st_size, "sha256": digests.get(path.name) or hash_file(path)}
-        for path in _list_files(directory)
+        place.as_posix(): {
+            "bytes": (directory / place).stat().st_size,
+            "sha256": digests.get(place.as_posix()) or hash_file(directory / place),
+        }
+        for place in list_base_files(directory)
     }
     manifest["fingerprint"], manifest["copy"] = _compute_fingerprint(manifest), _compute_copy(manifest)
     write_json(directory / BASE_MANIFEST, manifest)
@@ -113,8 +116,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def _compute_fingerprint(manifest: dict[str, Any]) -> str:
     """The sha256 of what all copies of a base have in common: a task names it, whatever the marks of a client's copy."""
-    content = {key: manifest[key] for key in _SETTINGS}
-    content["tensors"] = {entry["name"]: entry["digest"] for entry in manifest["tensors"]}
+    content = {key: value for key, value in manifest.items() if key not in _OF_A_COPY}
     content["files"] = {
         name: file["sha256"] for name, file in manifest["files"].items() if not name.endswith(_WEIGHT_FILES)
     }
@@ -128,7 +130,3 @@ def _compute_copy(manifest: dict[str, Any]) -> str:
 
 def _hash(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _list_files(directory: Path) -> list[Path]:
-    return [path for path in sorted(directory.iterdir()) if path.is_file() and path.name != BASE_MANIFEST]

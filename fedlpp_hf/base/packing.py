@@ -18,6 +18,7 @@ from ..tensors.files import read_tensor
 from ..tensors.packing import look_up
 from ..tensors.quantization import restore_from_levels, round_to_levels
 from ..tensors.threads import map_in_order, tensor_threads
+from .contents import check_file_name
 from .directory import new_base_directory
 from .huffman import restore_codes, shrink_codes
 from .manifest import BASE_MANIFEST, check_base, write_json
@@ -76,7 +77,9 @@ def unpack_base(file: str | os.PathLike, base_dir: str | os.PathLike, *, overwri
             manifest = json.loads((packed.metadata() or {})["base_manifest"])
             entries = {entry["name"]: entry for entry in manifest["tensors"]}
             for name in manifest["files"]:
-                with (directory / Path(name).name).open("wb") as stream:
+                check_file_name(name)
+                (directory / name).parent.mkdir(exist_ok=True)
+                with (directory / name).open("wb") as stream:
                     if not name.endswith(".safetensors"):
                         stream.write(_to_bytes(packed.get_tensor(f"file:{name}")))
                         continue
@@ -88,7 +91,7 @@ def unpack_base(file: str | os.PathLike, base_dir: str | os.PathLike, *, overwri
                         stream.write(data)
             write_json(directory / BASE_MANIFEST, manifest)
             return check_base(directory)
-    except (SafetensorError, KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+    except (SafetensorError, KeyError, TypeError, IndexError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"`{file}` is not a packed base, or it is damaged ({error!r}). Send it again.") from error
 
 

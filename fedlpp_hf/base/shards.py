@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from ..tensors.files import TensorRange, parse_header, read_header
+from .contents import check_link
 
 
 WEIGHTS = "model.safetensors"
@@ -28,7 +29,7 @@ class Shard:
 def read_shards(directory: Path, place: str = "") -> dict[str, Shard]:
     """Read the headers of all shards in a directory, by file name. The rest is [`collect_shards`]'s."""
     sizes = {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
-    return collect_shards(directory, sizes, lambda file: read_shard(directory / file), place)
+    return collect_shards(directory, sizes, lambda file: read_shard(check_link(directory, directory / file)), place)
 
 
 def collect_shards(
@@ -57,7 +58,7 @@ def collect_shards(
             f"`{place}` has neither `{WEIGHTS}` nor `{WEIGHTS_INDEX}`. {hint}Load the model with transformers and "
             "`save_pretrained` it: that writes safetensors."
         )
-    weight_map = read_index((directory / WEIGHTS_INDEX).read_text(encoding="utf-8"))
+    weight_map = read_index(check_link(directory, directory / WEIGHTS_INDEX).read_text(encoding="utf-8"))
     shards = {}
     for file in sorted(set(weight_map.values())):
         if file not in sizes:
@@ -100,7 +101,7 @@ def read_index(text: str) -> dict[str, str]:
     try:
         weight_map = json.loads(text)["weight_map"]
         files = set(weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"`{WEIGHTS_INDEX}` can't be read ({error}). Download it again.") from error
     for file in files:
         if not isinstance(file, str) or os.path.basename(file) != file or not file.endswith(".safetensors"):

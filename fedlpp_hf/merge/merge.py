@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ..base.directory import TOKENIZER_FILES
+from ..base.contents import TOKENIZER_FILES
 from ..base.full_model import FullModel
 from ..base.reader import BaseReader
 from ..base.shards import WEIGHTS, WEIGHTS_INDEX, Shard

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..base.full_model import FullModel
+from ..base.manifest import read_manifest, write_manifest
 from ..client.checks import find_transformer
 
 
@@ -43,7 +44,7 @@ def load_sentence_model(
         for folder in _list_folders(described) if described.is_file() else ():
             if folder.endswith("Pooling") and not (Path(directory) / folder / "config.json").is_file():
                 raise ValueError(
-                    f"The base in `{directory}` has no `{folder}/config.json`: `fedlpp-hf quantize` and bases that are sent hold "
+                    f"The base in `{directory}` has no `{folder}/config.json`: `fedlpp-hf quantize` writes "
                     "the transformer alone. Name the full model instead of the base, or copy that file into it."
                 )
         # The heads that the base does not have are floats.
@@ -76,10 +77,14 @@ def list_module_configs(source: FullModel) -> dict[str, Path]:
 
 
 def copy_configs(configs: Mapping[str, Path], base_dir: Path) -> None:
-    """Copy what [`list_module_configs`] found into the directory of the transformer's base."""
+    """Copy what [`list_module_configs`] found into the directory of the transformer's base, whose manifest then lists it."""
+    if not configs:
+        return
+    manifest = read_manifest(base_dir)
     for name, path in configs.items():
         (base_dir / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, base_dir / name)
+    write_manifest(base_dir, manifest, {name: file["sha256"] for name, file in manifest["files"].items()})
 
 
 def _list_folders(described: Path) -> list[str]:

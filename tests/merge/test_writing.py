@@ -216,10 +216,12 @@ def test_a_killed_merge_leaves_nothing_or_everything(tmp_path):
 def test_links_in_the_full_model_become_files_in_the_result(tmp_path, link):
     """As in the Hub's cache: nothing is written through them."""
     full, adapter, _ = make_pair(tmp_path)
-    before = read_files(full)
-    (tmp_path / "snapshot").mkdir()
-    for path in full.iterdir():
-        link(path, tmp_path / "snapshot" / path.name)
-    merge_adapter(tmp_path / "snapshot", adapter, tmp_path / "out")
+    blobs, snapshot = tmp_path / "models--x" / "blobs", tmp_path / "models--x" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    full.rename(blobs)
+    before = read_files(blobs)
+    for path in blobs.iterdir():
+        link(path, snapshot / path.name)
+    merge_adapter(snapshot, adapter, tmp_path / "out")
     assert not any(path.is_symlink() or path.stat().st_nlink > 1 for path in (tmp_path / "out").iterdir())
-    assert read_files(full) == before
+    assert read_files(blobs) == before
