@@ -53,7 +53,12 @@ def load_base(
     check_configurations(Path(base_dir), manifest)
     _check_shards(Path(base_dir), manifest)
     dtype = kwargs.pop("dtype", None)
-    config, kwargs = AutoConfig.from_pretrained(base_dir, return_unused_kwargs=True, **kwargs)
+    try:
+        config, kwargs = AutoConfig.from_pretrained(base_dir, return_unused_kwargs=True, **kwargs)
+    except Exception as error:  # every architecture checks its configuration in its own way
+        raise ValueError(
+            f"The configuration in `{base_dir}` can't be used ({type(error).__name__}: {error})."
+        ) from error
     if _is_cpu(device_map):
         compute_dtype, dtype = compute_dtype or torch.float32, dtype or torch.float32
     if compute_dtype is not None:

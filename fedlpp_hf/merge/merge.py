@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ..base.contents import TOKENIZER_FILES
+from ..base.contents import TOKENIZER_FILES, check_link
 from ..base.full_model import FullModel
 from ..base.reader import BaseReader
 from ..base.shards import WEIGHTS, WEIGHTS_INDEX, Shard
@@ -213,7 +213,7 @@ def _take_tokenizer(adapter: Path, work: Path, tokens: int) -> None:
     for name in TOKENIZER_FILES:
         (work / name).unlink(missing_ok=True)
         if (adapter / name).is_file():
-            shutil.copyfile(adapter / name, work / name)
+            shutil.copyfile(check_link(adapter, adapter / name), work / name)
 
 
 def _write_companions(source: FullModel, plan: MergePlan, layouts: Mapping[str, Shard], work: Path) -> bool:

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from ..base.modules import build_meta_model
 from ..tensors.adapters import PREFIX, adapter_parameters
 from .adapter_reader import AdapterReader
+from .foreign_config import check_foreign_config
 from .sizes import (
     RESIZE,
     AdaptedSizes,
@@ -134,7 +135,9 @@ def build_models(config: Any, adapters: Sequence[AdapterReader], model_class: An
 def _build_class(config: Any, adapters: Sequence[AdapterReader], model_class: Any) -> AdaptedModel:
     model = build_meta_model(config, model_class)
     before = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    modules = [name for name, _ in model.named_modules()]
     for reader in adapters:
+        check_foreign_config(reader.config, modules)
         reader.use_keys_of(model)
         if reader.keys != adapters[0].keys:
             other = sorted(set(reader.keys) ^ set(adapters[0].keys))

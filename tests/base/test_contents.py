@@ -122,6 +122,10 @@ def claim_layers(base, manifest):
     change_config(base, num_hidden_layers=10**7)
 
 
+def claim_no_size(base, manifest):
+    change_config(base, hidden_size=-5)
+
+
 def claim_words(base, manifest):
     change_config(base, vocab_size=10**9)
 
@@ -179,6 +183,7 @@ CHANGES = {
     generate_by_code: "`custom_generate`: it asks for code",
     generate_compiled: "compile_config=.* expected numbers and names",
     claim_layers: "num_hidden_layers=10000000, and the base has",
+    claim_no_size: "The configuration in .* can't be used",
     claim_words: "has the shape \\[1000000000, 40\\], by its manifest \\[101, 40\\]",
     leave_quantization_out: "quant_method=None; a base is quantized with bitsandbytes",
     name_another_quantizer: "quant_method='torchao'",

@@ -1,0 +1,118 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""The configuration of an adapter from elsewhere, checked before PEFT builds what it says and matches what it matches."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+
+
+_LARGEST_RANK = 1 << 16
+_LARGEST_ALPHA = 1e9
+_MOST_LAYERS = 10_000
+_SECONDS = 5.0
+# Without a repetition a pattern takes no longer than its text; with nested ones it may never end.
+_REPEATS = re.compile(r"[*+{]")
+# `re` itself, since another engine may be quick where it is not; apart, since nothing else stops it in time.
+_MATCHER = """\
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for pattern in patterns:
+    for name in names:
+        re.fullmatch(pattern, name)
+        re.match("(.*\\\\.)?(" + pattern + ")$", name)
+        re.match("(?:^|.*?\\\\.)" + pattern + "($|\\\\..*)", name)
+"""
+
+
+def check_foreign_config(config: PeftConfig, modules: Sequence[str]) -> None:
+    """Refuse an adapter's configuration with values that no training writes, or patterns that never end.
+
+    Args:
+        config: Of the adapter.
+        modules: Names of the model's modules, which PEFT matches patterns with.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    if isinstance(config, LoraConfig):
+        for name, value, expected, right in _judge_fields(config):
+            if not right:
+                raise ValueError(f"adapter_config.json has {name}={value!r:.80}; expected {expected}.")
+    _check_patterns(config, modules)
+
+
+def _judge_fields(config: LoraConfig) -> Iterator[tuple[str, Any, str, bool]]:
+    """Each field with its value, what is expected, and whether that is so."""
+    rank, alpha = f"a whole number from 1 to {_LARGEST_RANK}", "a finite number"
+    yield "r", config.r, rank, _is_rank(config.r)
+    yield "lora_alpha", config.lora_alpha, alpha, _is_alpha(config.lora_alpha)
+    for name, check, expected in (("rank_pattern", _is_rank, rank), ("alpha_pattern", _is_alpha, alpha)):
+        pattern = getattr(config, name)
+        right = isinstance(pattern, dict) and all(isinstance(k, str) and check(v) for k, v in pattern.items())
+        yield name, pattern, f"names, each with {expected}", right
+    replicated = config.layer_replication or []
+    right = isinstance(replicated, list) and all(_is_range(part) for part in replicated)
+    right = right and sum(end - start for start, end in replicated) <= _MOST_LAYERS
+    yield "layer_replication", config.layer_replication, f"ranges of at most {_MOST_LAYERS} layers in all", right
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= _LARGEST_RANK
+
+
+def _is_alpha(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= _LARGEST_ALPHA  # which NaN is not
+
+
+def _is_range(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and [type(place) for place in value] == [int, int]
+        and 0 <= value[0] <= value[1] <= _MOST_LAYERS
+    )
+
+
+def _check_patterns(config: PeftConfig, modules: Sequence[str]) -> None:
+    """Match what repeats in a process that is ended when it takes too long.
+
+    Raises:
+        ValueError: for a pattern that is no regular expression, or takes too long.
+    """
+    found = [(name, pattern) for name, pattern in _list_patterns(config) if _REPEATS.search(pattern)]
+    if not found:
+        return
+    for name, pattern in found:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(
+                f"adapter_config.json has {name}={pattern!r:.80}, no regular expression ({error})."
+            ) from None
+    question = json.dumps([[pattern for _, pattern in found], list(modules)])
+    try:
+        subprocess.run([sys.executable, "-I", "-c", _MATCHER], input=question.encode(), timeout=_SECONDS, check=True)
+    except subprocess.TimeoutExpired:
+        names = ", ".join(sorted({name for name, _ in found}))
+        raise ValueError(
+            f"adapter_config.json has a regular expression in {names} that took more than {_SECONDS:.0f} s on this model's "
+            f"{len(modules)} modules, and may never end ({found[0][1]!r:.80}). Name the modules in a list."
+        ) from None
+    except subprocess.CalledProcessError as error:
+        raise ValueError(f"The patterns of adapter_config.json can't be matched ({error}).") from error
+
+
+def _list_patterns(config: PeftConfig) -> Iterator[tuple[str, str]]:
+    """What PEFT takes for regular expressions: a string for all modules, and the keys and names of patterns."""
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name, None)
+        if isinstance(value, str):
+            yield name, value
+    for name in ("rank_pattern", "alpha_pattern", "layers_pattern", "modules_to_save"):
+        value = getattr(config, name, None) or ()
+        for pattern in [value] if isinstance(value, str) else value:
+            yield name, str(pattern)
