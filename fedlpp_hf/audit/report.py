@@ -90,11 +90,7 @@ class AuditReport:
             ("best attacker (one client)", self.worst_single),
             (f"best coalition of half ({len(half.clients) if half else 0} clients)", half),
         ]
-        stolen = [
-            [_name_clients(c.clients), measure, format_stolen(found), found.best_attack, found.reason]
-            for c in self.coalitions
-            for measure, found in c.stolen.items()
-        ]
+        found = [(_name_clients(c.clients), measure, s) for c in self.coalitions for measure, s in c.stolen.items()]
         return AuditSummary(
             attackers=[
                 AttackerRow(label, found.metrics, format_stolen(found.stolen["loss"]))
@@ -102,9 +98,12 @@ class AuditReport:
                 if found
             ],
             parties=self.list_parties(),
-            stolen=[["who", "in", "stolen value", "best attacker", "remark"], *stolen],
+            stolen=[
+                ["who", "in", "stolen value", "best attacker"],
+                *([who, measure, format_stolen(s), s.best_attack] for who, measure, s in found),
+            ],
             exposures=_list_exposures(self),
-            notes=self.notes,
+            notes=[*(f"{who}, {measure}: {s.reason}" for who, measure, s in found if s.reason), *self.notes],
             rows=f"{self.num_rows} of {self.num_rows_available} evaluation rows (seed {self.seed})",
         )
 

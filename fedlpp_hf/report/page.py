@@ -205,7 +205,7 @@ def _draw_rounds(content: PageContent) -> list[str]:
 
 
 def _draw_audit(audit: AuditSummary | None) -> str | None:
-    figure = None if audit is None else draw_parties(audit.parties, width=4.8)
+    figure = None if audit is None else draw_parties(audit.parties, width=4.0)
     label = "What each party holds, on an axis from guessing to the server's model; the table below has the numbers"
     return None if figure is None else draw_svg(figure, label, "parties")
 

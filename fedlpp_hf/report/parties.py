@@ -110,7 +110,7 @@ def draw_parties(parties: Sequence[Party], width: float = 6.4, title: str = "") 
     if title:
         axes.set_title(title, loc="left", fontsize=11, color=INK, parse_math=False, x=0)
     figure.legend(
-        handles=handles, loc="outside lower left", frameon=False, ncols=2, fontsize=8, labelcolor=INK, columnspacing=1.5
+        handles=handles, loc="outside lower left", frameon=False, ncols=2 if width > 5 else 1, fontsize=8, labelcolor=INK, columnspacing=1.5
     )  # fmt: skip
     if broken:
         for shift in (-0.006, 0.006):

@@ -57,7 +57,7 @@ def plot_rounds(
         (record["metrics"][view] for record in records for view in record["metrics"]), {}
     )
     name = (choice or MetricChoice()).main(metrics) or ""
-    figure = Figure(figsize=(4.8, 4.0) if narrow else (7, 4.2), layout="constrained")
+    figure = Figure(figsize=(4.2, 3.7) if narrow else (7, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for view, label, marker in (
         ("server", "server's model (owner)", "s"),

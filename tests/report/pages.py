@@ -64,8 +64,8 @@ def make_audit(**changes) -> AuditSummary:
         attackers=[AttackerRow("best attacker (one client)", {"eval_accuracy": 0.78}, "40% (20% to 60%)")],
         parties=parties,
         stolen=[
-            ["who", "in", "stolen value", "best attacker", "remark"],
-            ["a", "loss", "40% (20% to 60%)", "mean of proxies", ""],
+            ["who", "in", "stolen value", "best attacker"],
+            ["a", "loss", "40% (20% to 60%)", "mean of proxies"],
         ],
         exposures=[["base", "loss", "exposure"], ["untouched", "1.3000", "90% (80% to 99%)"]],
         notes=["A note."],

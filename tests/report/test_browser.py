@@ -85,7 +85,7 @@ def page(args) -> str:
                     traffic=dict.fromkeys(names, cost), rejected={"late": "it did not answer within 60 s " + "x" * 60})
         for n in range(4)
     ]  # fmt: skip
-    stolen = [*make_audit().stolen, ["a", "loss", "undetermined", "x" * 40, "The owner's model can't be told. " * 9]]
+    stolen = [*make_audit().stolen, ["a", "loss", "undetermined", "last proxy + 1234 steps at 0.0009"]]
     return render_page(
         make_content(args, records=records, audit=make_audit(stolen=stolen), base_fingerprint="ab" * 32)
     )

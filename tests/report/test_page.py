@@ -93,7 +93,7 @@ def test_nothing_from_elsewhere_becomes_markup(args):
         make_record(n, metrics, metrics, clients=clients, rejected={HOSTILE + "2": HOSTILE, "b": "said " + HOSTILE})
         for n in range(3)
     ]
-    audit = make_audit(notes=[HOSTILE], rows=HOSTILE, stolen=[[HOSTILE] * 5, [HOSTILE] * 5])
+    audit = make_audit(notes=[HOSTILE], rows=HOSTILE, stolen=[[HOSTILE] * 4, [HOSTILE] * 4])
     audit = replace(audit, parties=[replace(party, label=HOSTILE, model=HOSTILE) for party in audit.parties])
     content = make_content(args, records=records, audit=audit, references={HOSTILE: metrics}, federation_id=HOSTILE)
     args.metric_for_best_model = HOSTILE
