@@ -118,8 +118,7 @@ def _load_template() -> Template:
 def _write_verdict(content: PageContent, base_bytes: int) -> list[str]:
     """A few sentences: what the owner gained, what clients hold and can make, what was sent."""
     first, last, _ = read_ends(content.records, content.args)
-    choice = MetricChoice.of(content.args)
-    server, name = last.get("server", {}), choice.main(last.get("server") or first.get("proxy") or {})
+    choice, server, name = MetricChoice.of(content.args), last.get("server", {}), _find_metric(content)
     sentences: list[str] = []
     if name is None:
         sentences.append(NOT_MEASURED.replace("`", ""))
@@ -135,7 +134,9 @@ def _write_verdict(content: PageContent, base_bytes: int) -> list[str]:
             sentences.append("Nobody here holds the full model, so the server's model was not measured.")
         held, what = _find_held(first, last)
         if is_number(held.get(name)):
-            sentences.append(f"Clients hold {label} {held[name]:.4f} ({what}).")
+            base = first.get("proxy", {}).get(name)
+            alone = f"; the base alone had {base:.4f}" if "proxy" in last and is_number(base) else ""
+            sentences.append(f"Clients hold {label} {held[name]:.4f} ({what}{alone}).")
         if best := _find_best_attacker(content, name):
             sentences.append(
                 f"The best attacker reaches {label} {best.metrics[name]:.4f}; stolen value {best.stolen}."
@@ -143,8 +144,14 @@ def _write_verdict(content: PageContent, base_bytes: int) -> list[str]:
         elif content.audit is None:
             sentences.append("No audit was run: what clients can make of what they hold was not measured.")
     down, up = (sum(record[way] for record in content.records) for way in ("bytes_down", "bytes_up"))
-    base = f", beside the base of {format_bytes(base_bytes)} for each" if base_bytes else ""
-    return [*sentences, f"{format_bytes(down)} went to clients{base}; {format_bytes(up)} came back."]
+    beside = f", beside the base of {format_bytes(base_bytes)} for each" if base_bytes else ""
+    return [*sentences, f"{format_bytes(down)} went to clients{beside}; {format_bytes(up)} came back."]
+
+
+def _find_metric(content: PageContent) -> str | None:
+    """The metric of the headline: of the server's model, or where there is none of what clients hold."""
+    first, last, _ = read_ends(content.records, content.args)
+    return MetricChoice.of(content.args).main(last.get("server") or first.get("proxy") or {})
 
 
 def _find_held(first: Mapping[str, Any], last: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
@@ -167,7 +174,7 @@ def _find_best_attacker(content: PageContent, name: str) -> AttackerRow | None:
 def _list_facts(content: PageContent, base_bytes: int) -> list[tuple[str, str]]:
     """The numbers in large type, by what they are."""
     first, last, _ = read_ends(content.records, content.args)
-    name = MetricChoice.of(content.args).main(last.get("server") or first.get("proxy") or {})
+    name = _find_metric(content)
     facts: list[tuple[str, str]] = []
     if name is not None:
         label = name.removeprefix("eval_")

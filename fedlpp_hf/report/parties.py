@@ -97,9 +97,8 @@ def draw_parties(parties: Sequence[Party], width: float = 6.4, title: str = "") 
     for row, party in enumerate(parties):
         _draw_party(axes, row, party, parties, place)
     handles: list[Any] = [
-        Line2D([], [], marker=_MARKERS[holder], color=color, linestyle="", label=label)
+        Line2D([], [], marker=_MARKERS[holder], color=COLORS[holder], linestyle="", label=label)
         for holder, label in (("owner", "the owner has it"), ("clients", "clients have it, or can make it"))
-        for color in (COLORS[holder],)
     ]
     if before < server:
         handles.append(Patch(color=GAIN, label="what the federation added"))

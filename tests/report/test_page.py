@@ -44,7 +44,7 @@ def test_page_has_all_parts(args):
     reader = check_page(render_page(make_content(args)))
     for words in (
         "The server's model is better than the owner's was: accuracy 0.6000 before, 0.9000 after.",
-        "Clients hold accuracy 0.7500 (base + last proxy).",
+        "Clients hold accuracy 0.7500 (base + last proxy; the base alone had 0.5000).",
         "The best attacker reaches accuracy 0.7800; stolen value 40% (20% to 60%).",
         "4.5 kB went to clients, beside the base of 603 B for each; 7.5 kB came back.",
         "nobody (reference)", "linear4bit", "Proxies carry what was learned", "1.0000 to 1.2000", "A note.", "Federation f0",
