@@ -22,7 +22,7 @@ from .attacks import (
 )
 from .exposed import list_sent
 from .report import AuditReport, CoalitionAudit
-from .stolen_value import estimate_exposure, estimate_stolen_value
+from .stolen_value import estimate_exposure, estimate_interval, estimate_stolen_value
 
 
 def check_auditable(trainer: Any) -> None:
@@ -108,6 +108,10 @@ def audit_federation(trainer: Any, coalitions: Sequence[Sequence[str]] | None = 
         sent=list_sent(trainer),
         notes=notes,
         seconds=time.perf_counter() - began,
+        intervals=_keep_known(
+            base=estimate_interval({"base": base}, after, args.seed),
+            before=estimate_interval({"before": before}, after, args.seed),
+        ),
     )
 
 
@@ -181,7 +185,15 @@ def _audit_coalition(
         healed=estimate_exposure(references, before, trainer.args.seed),
         metrics=trainer.evaluate_proxy((attacks or local_only)[best]),
         diverged=diverged,
+        intervals=_keep_known(
+            attacker=estimate_interval(measured or references, server, trainer.args.seed),
+            local_only=estimate_interval(references, server, trainer.args.seed),
+        ),
     )
+
+
+def _keep_known(**intervals: tuple[float, float] | None) -> dict[str, list[float]]:
+    return {name: list(interval) for name, interval in intervals.items() if interval is not None}
 
 
 def _search(trainer: Any, rows: Any, name: str, start: Adapter) -> dict[str, Adapter]:

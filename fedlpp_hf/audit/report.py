@@ -3,20 +3,20 @@
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
+from ..report.parties import Party, draw_parties, tabulate_parties
+from ..report.sent import SentTensor, summarize_sent
 from ..report.tables import format_table
-from ..report.text import AttackerRow
+from ..report.text import AttackerRow, AuditSummary
 from ..server.store import RoundStore
 from ..tensors.atomic import write_atomically
-from .exposed import SentTensor, summarize_sent
-from .stolen_value import StolenValue
+from .stolen_value import StolenValue, format_stolen, read_stolen
 
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+_READABLE = (3, SCHEMA_VERSION)  # 3 has no intervals
 AUDIT_JSON, AUDIT_TABLE, AUDIT_PICTURE = "audit.json", "audit.md", "audit.png"
 
 
@@ -27,7 +27,8 @@ class CoalitionAudit:
     `attacks` and `local_only` map each attacker to its means by measure, `stolen` each measure to its stolen value. `healed`
     is the exposure of the best of `local_only`: what the base is worth once it is trained on their rows.
     `metrics` are those of the attacker with the least loss, on the whole evaluation dataset. `diverged` names attacks
-    whose training did not end in finite numbers; a lower learning rate might have.
+    whose training did not end in finite numbers; a lower learning rate might have. `intervals` are 95 % intervals of the
+    loss of the best `attacker` and the best of `local_only`, as [`estimate_interval`] says.
     """
 
     clients: list[str]
@@ -38,6 +39,7 @@ class CoalitionAudit:
     healed: StolenValue
     metrics: dict[str, float]
     diverged: list[str]
+    intervals: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ class AuditReport:
     `num_rows` of `num_rows_available` evaluation rows were drawn by `seed`; an attacker trained for `steps` steps.
     `exposure` is the stolen value of the untouched base, in loss, against guessing. `before` and `server` are means of
     the owner's model at the start and at the end. `sent` is what left the owner: each tensor of the base and of a proxy.
+    `intervals` are those of the untouched `base` and of the owner's model `before`.
     """
 
     federation_id: str
@@ -64,6 +67,7 @@ class AuditReport:
     sent: list[SentTensor]
     notes: list[str]
     seconds: float
+    intervals: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def worst_single(self) -> CoalitionAudit | None:
@@ -79,16 +83,53 @@ class AuditReport:
         found = [c for c in self.coalitions if fewest <= len(c.clients) <= most]
         return min(found, key=lambda c: c.stolen["loss"].attacker, default=None)
 
-    def summarize(self) -> list[AttackerRow]:
-        """The best attackers, for the table of the federation's report."""
+    def summarize(self) -> AuditSummary:
+        """What the federation's report shows of it."""
         half = self.worst_half
         rows = [
             ("best attacker (one client)", self.worst_single),
             (f"best coalition of half ({len(half.clients) if half else 0} clients)", half),
         ]
-        return [
-            AttackerRow(label, found.metrics, format_stolen(found.stolen["loss"])) for label, found in rows if found
+        found = [(_name_clients(c.clients), measure, s) for c in self.coalitions for measure, s in c.stolen.items()]
+        return AuditSummary(
+            attackers=[
+                AttackerRow(label, found.metrics, format_stolen(found.stolen["loss"]))
+                for label, found in rows
+                if found
+            ],
+            parties=self.list_parties(),
+            stolen=[
+                ["who", "in", "stolen value", "best attacker"],
+                *([who, measure, format_stolen(s), s.best_attack] for who, measure, s in found),
+            ],
+            exposures=_list_exposures(self),
+            notes=[*(f"{who}, {measure}: {s.reason}" for who, measure, s in found if s.reason), *self.notes],
+            rows=f"{self.num_rows} of {self.num_rows_available} evaluation rows (seed {self.seed})",
+        )
+
+    def list_parties(self) -> list[Party]:
+        """What each party holds or can make, from guessing to the server's model: at most eight rows."""
+        exposure, intervals = self.exposure, self.intervals
+        parties = [
+            Party("guessing", "nobody", exposure.local_only),
+            Party(
+                "the base, as every client has it", "clients", exposure.attacker, *_read_bounds(intervals.get("base"))
+            ),
         ]
+        for found in (self.worst_single, self.worst_half):
+            if found is None:
+                continue
+            count, stolen = len(found.clients), found.stolen["loss"]
+            who, rows = ("one client", "its rows") if count == 1 else (f"{count} clients together", "their rows")
+            alone, best = (_read_bounds(found.intervals.get(name)) for name in ("local_only", "attacker"))
+            label = f"{who}: base and {rows} alone"
+            parties.append(Party(label, "clients", stolen.local_only, *alone, stolen.best_local))
+            if found.attacks:
+                label = f"{who}: with what was sent"
+                parties.append(Party(label, "clients", stolen.attacker, *best, stolen.best_attack))
+        owner, server = self.before["loss"], self.server["loss"]
+        parties.append(Party("the owner's model before", "owner", owner, *_read_bounds(intervals.get("before"))))
+        return [*parties, Party("the server's model after", "owner", server)]
 
     def check_threshold(self) -> None:
         """
@@ -111,12 +152,17 @@ class AuditReport:
                 )
 
     def write(self, output_dir: str | os.PathLike) -> bool:
-        """Write `audit.json`, `audit.md` and `audit.png`; False if matplotlib is missing and there is no picture."""
+        """Write `audit.json`, `audit.md` and `audit.png`; False if there is no picture: [`draw_parties`] says why."""
         directory = Path(output_dir)
         text = json.dumps({"schema": SCHEMA_VERSION, **asdict(self)}, indent=2) + "\n"
         write_atomically(directory / AUDIT_JSON, text.encode())
         write_atomically(directory / AUDIT_TABLE, render_audit(self).encode())
-        return draw_audit(self, directory / AUDIT_PICTURE)
+        figure = draw_parties(self.list_parties(), title="What each party holds, or can make")
+        if figure is None:
+            (directory / AUDIT_PICTURE).unlink(missing_ok=True)  # not the one of another run
+            return False
+        figure.savefig(directory / AUDIT_PICTURE, dpi=150)
+        return True
 
     @classmethod
     def read(cls, output_dir: str | os.PathLike) -> "AuditReport":
@@ -133,15 +179,15 @@ class AuditReport:
             )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            if values.pop("schema", None) != SCHEMA_VERSION:
+            if values.pop("schema", None) not in _READABLE:
                 raise ValueError(f"expected schema {SCHEMA_VERSION}")
-            values["exposure"] = _read_stolen(values["exposure"])
+            values["exposure"] = read_stolen(values["exposure"])
             values["coalitions"] = [
                 CoalitionAudit(
                     **{
                         **entry,
-                        "stolen": {name: _read_stolen(value) for name, value in entry["stolen"].items()},
-                        "healed": _read_stolen(entry["healed"]),
+                        "stolen": {name: read_stolen(value) for name, value in entry["stolen"].items()},
+                        "healed": read_stolen(entry["healed"]),
                     }
                 )
                 for entry in values["coalitions"]
@@ -157,20 +203,20 @@ class AuditReport:
         return report
 
 
-def _read_stolen(values: Mapping[str, Any]) -> StolenValue:
-    stolen = StolenValue(**values)
-    for entry in fields(stolen):
-        value = getattr(stolen, entry.name)
-        if not isinstance(value, entry.type if isinstance(entry.type, type) else (int, float, type(None))):
-            raise ValueError(f"`{entry.name}` is {value!r}")
-    return stolen
+def _read_bounds(interval: list[float] | None) -> tuple[float | None, float | None]:
+    """
+    Raises:
+        ValueError: if it has not two ends.
+    """
+    low, high = interval or (None, None)
+    return low, high
 
 
-def format_stolen(stolen: StolenValue) -> str:
-    """A stolen value with its interval, in percent."""
-    if stolen.value is None or stolen.low is None or stolen.high is None:
-        return "undetermined"
-    return f"{stolen.value:.0%} ({stolen.low:.0%} to {stolen.high:.0%})"
+def _name_clients(clients: list[str]) -> str:
+    if len(clients) == 1:
+        return clients[0]
+    more = f" and {len(clients) - 5} more" if len(clients) > 5 else ""
+    return f"{len(clients)} clients: {', '.join(clients[:5])}{more}"
 
 
 def render_audit(report: AuditReport) -> str:
@@ -183,6 +229,11 @@ def render_audit(report: AuditReport) -> str:
         f"Means over {drawn}; attackers train for up to {report.steps} steps on their own rows. Stolen value is (best "
         "attacker − local only) / (server − local only), with the 95 % bootstrap interval. Attackers choose their best "
         "on these very rows, which flatters them. docs/threat-model.md says what this means.",
+        "",
+        "What each party holds, or can make. Intervals are of the difference to the server's model, rows drawn for both together; "
+        "`of the way` is (guessing − loss) / (guessing − server).",
+        "",
+        *format_table(tabulate_parties(report.list_parties())),
         "",
         *format_table(
             [
@@ -233,30 +284,3 @@ def _render_coalition(coalition: CoalitionAudit, measures: list[str]) -> list[st
         if better:
             lines.append(f"- **The attacker's model is better than the server's** in {measure}.")
     return lines + [f"- Diverged, and not counted: {', '.join(coalition.diverged)}." for _ in coalition.diverged[:1]]
-
-
-def draw_audit(report: AuditReport, path: Path) -> bool:
-    """Draw the loss of every attacker, by coalition, against the owner's; False if matplotlib is not installed."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    rows: list[tuple[str, float, str]] = []
-    for coalition in report.coalitions:
-        label = coalition.clients[0] if len(coalition.clients) == 1 else f"{len(coalition.clients)} clients"
-        for color, found in (("#555555", coalition.local_only), ("#c8553d", coalition.attacks)):
-            rows += [(f"{label}: {name}", means["loss"], color) for name, means in found.items()]
-    figure = Figure(figsize=(8, 1.2 + 0.22 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.scatter([loss for _, loss, _ in rows], range(len(rows)), c=[color for _, _, color in rows])
-    axes.set_yticks(range(len(rows)), [name for name, _, _ in rows], fontsize=7)
-    axes.axvline(report.server["loss"], color="#0b6e4f", label="server's model after")
-    axes.axvline(report.before["loss"], color="#0b6e4f", linestyle=":", label="owner's model before")
-    axes.invert_yaxis()
-    axes.set_xlabel("loss (red: attackers, grey: without the owner's adapter)")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    return True

@@ -3,7 +3,8 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +34,28 @@ class StolenValue:
     low: float | None
     high: float | None
     reason: str = ""
+
+
+def format_stolen(stolen: StolenValue) -> str:
+    """A stolen value with its interval, in percent."""
+    if stolen.value is None or stolen.low is None or stolen.high is None:
+        return "undetermined"
+    return f"{stolen.value:.0%} ({stolen.low:.0%} to {stolen.high:.0%})"
+
+
+def read_stolen(values: Mapping[str, Any]) -> StolenValue:
+    """A stolen value from JSON.
+
+    Raises:
+        ValueError: if a value is of the wrong type.
+        TypeError: if it is not a stolen value's.
+    """
+    stolen = StolenValue(**values)
+    for entry in fields(stolen):
+        value = getattr(stolen, entry.name)
+        if not isinstance(value, entry.type if isinstance(entry.type, type) else (int, float, type(None))):
+            raise ValueError(f"`{entry.name}` is {value!r}")
+    return stolen
 
 
 def estimate_exposure(models: Mapping[str, RowMeasures], owner: RowMeasures, seed: int = 0) -> StolenValue:
@@ -86,9 +109,7 @@ def estimate_stolen_value(
     references = sign * np.stack([*local_only.values()]).astype(np.float64)
     owner = sign * server.astype(np.float64)
 
-    # Row 0 is the sample itself, the others are draws from it.
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
-    weights = np.concatenate([np.ones((1, count)), draws]) / count
+    weights = _draw_weights(count, seed, resamples)
     attacker, local = (weights @ rows.T for rows in (candidates, references))
     diverged = not np.isfinite(owner).all()
     gained = weights @ np.where(np.isfinite(owner), owner, 0) - local.max(1)
@@ -127,3 +148,28 @@ def estimate_stolen_value(
         high=interval[1],
         reason=reason,
     )
+
+
+def estimate_interval(
+    models: Mapping[str, RowMeasures], server: RowMeasures, seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[float, float] | None:
+    """The 95 % interval of the mean loss of the best of `models`, as seen from the server's; None if a loss is not finite.
+
+    It is the server's mean loss plus the interval of the difference, by the bootstrap of [`estimate_stolen_value`]: rows are
+    drawn for all models together, and the best is chosen anew in every draw. If the server's mean is inside, these rows can't
+    tell the two apart. Rows that are hard for both count for neither.
+    """
+    losses = np.stack([found.loss for found in models.values()]).astype(np.float64)
+    owner = server.loss.astype(np.float64)
+    if not (np.isfinite(losses).all() and np.isfinite(owner).all()):
+        return None
+    weights = _draw_weights(len(owner), seed, resamples)
+    difference = (weights @ losses.T).min(1) - weights @ owner
+    low, high = np.percentile(difference[1:], _INTERVAL) + owner.mean()
+    return float(low), float(high)
+
+
+def _draw_weights(count: int, seed: int, resamples: int) -> np.ndarray:
+    """Weights of rows `(1 + resamples, count)`: first the sample itself, then the draws from it."""
+    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
+    return np.concatenate([np.ones((1, count)), draws]) / count

@@ -10,16 +10,15 @@ import torch
 
 from ..base.manifest import BASE_MANIFEST
 from ..config.federated import FederatedConfig
-from ..config.metrics import MetricChoice, is_number
+from ..config.metrics import MetricChoice
 from ..config.options import card_labels
 from ..server.store import FEDERATION_DIR, FEDERATION_FILE, RoundStore
 from ..tensors.adapters import ADAPTER_CONFIG, LoraFactors, lora_factors, read_adapter
 from ..tensors.codebooks import BITS
 from ..tensors.packing import packed_size
 from .base_inspection import describe_base, format_shape, shorten
-from .metrics import mean_client_loss
 from .tables import format_bytes, format_table
-from .text import find_warnings
+from .text import find_warnings, list_rounds
 
 
 if TYPE_CHECKING:
@@ -145,29 +144,13 @@ def describe_federation(output_dir: str | os.PathLike) -> list[str]:
     if not records:
         return [*lines, "No round is committed."]
     choice = MetricChoice.of(config)
-    views = [
-        (view, label, name)
-        for view, label in (("proxy", "base + proxy"), ("server", "server"))
-        if (name := choice.main(next((r["metrics"][view] for r in records if view in r["metrics"]), {})))
-    ]
-    header = ["round", "clients", "rejected", "clients' loss"]
-    header += [f"{label} {name.removeprefix('eval_')}" for _, label, name in views] + ["down", "up", "seconds"]
-    rows = [header]
-    for record in records:
-        metrics = [record["metrics"].get(view, {}).get(name) for view, _, name in views]
-        rows.append(
-            [
-                str(record["round"]),
-                str(len(record["clients"])),
-                str(len(record["rejected"])),
-                f"{mean_client_loss(record):.4f}" if record["clients"] else "",
-                *(f"{value:.4f}" if is_number(value) else "" for value in metrics),
-                *(format_bytes(record[way]) for way in ("bytes_down", "bytes_up")),
-                f"{record['seconds']:.1f}",
-            ]
-        )
     down, up = (sum(record[way] for record in records) for way in ("bytes_down", "bytes_up"))
-    lines += ["", *format_table(rows), "", f"{format_bytes(down)} to clients, {format_bytes(up)} from clients in all."]
+    lines += [
+        "",
+        *format_table(list_rounds(records, choice)),
+        "",
+        f"{format_bytes(down)} to clients, {format_bytes(up)} from clients in all.",
+    ]
     if (store.root / "base" / BASE_MANIFEST).is_file():
         lines.append(f"The clients' base: fedlpp-hf inspect {store.root / 'base'}")
     return lines + [

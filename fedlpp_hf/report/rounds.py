@@ -11,9 +11,15 @@ from transformers.trainer_callback import CallbackHandler
 
 from ..config.federated import FederatedConfig
 from ..config.metrics import MetricChoice
+from ..server.store import RoundStore
 from .metrics import Record, flatten_record
+from .page import PageContent, render_page
 from .picture import draw_rounds
-from .text import AttackerRow, describe_round, render_report
+from .sent import SentTensor
+from .text import AuditSummary, describe_round, render_report
+
+
+REPORT_PAGE = "report.html"
 
 
 class RoundReporter:
@@ -55,19 +61,34 @@ class RoundReporter:
         self,
         records: Sequence[Record],
         references: Mapping[str, Mapping[str, float]] | None = None,
-        attackers: Sequence[AttackerRow] = (),
+        audit: AuditSummary | None = None,
+        sent: Sequence[SentTensor] = (),
     ) -> None:
-        """Write `report.md`, `metrics.jsonl` and `rounds.png`, in place of those that are there.
+        """Write `report.md`, `report.html`, `metrics.jsonl` and `rounds.png`, in place of those that are there.
 
         Args:
             records: Of all rounds, from round 0.
             references: Metrics of models that nobody holds, by label.
-            attackers: What the audit adds to the table.
+            audit: What the audit found, if there was one.
+            sent: The tensors of the base and of a proxy, for the page.
         """
+        attackers = audit.attackers if audit else []
         self._text = render_report(records, self.args, references, attackers)
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (self.output_dir / "metrics.jsonl").write_text(lines, encoding="utf-8")
         (self.output_dir / "report.md").write_text(self._text, encoding="utf-8")
+        store = RoundStore(self.output_dir)
+        federation = store.read() if store.exists else {}
+        content = PageContent(
+            records,
+            self.args,
+            references or {},
+            audit,
+            sent,
+            federation_id=federation.get("federation_id", ""),
+            base_fingerprint=federation.get("base_fingerprint", ""),
+        )
+        (self.output_dir / REPORT_PAGE).write_text(render_page(content), encoding="utf-8")
         self._drawn = draw_rounds(records, self.output_dir / "rounds.png", references, self.choice, attackers)
 
     def show(self) -> None:
@@ -77,4 +98,6 @@ class RoundReporter:
         self._bar.clear()
         tqdm.write(f"\n{self._text}")
         if not self._drawn:
-            tqdm.write("No rounds.png: it needs matplotlib (pip install fedlpp_hf[demo]).")
+            tqdm.write(
+                "No rounds.png, and no pictures in report.html: they need matplotlib (pip install fedlpp_hf[demo])."
+            )

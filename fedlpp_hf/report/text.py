@@ -3,11 +3,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..config.federated import FederatedConfig
 from ..config.metrics import MetricChoice, is_number
 from ..server.best import find_published_round
 from .metrics import Record, mean_client_loss
+from .parties import Party
 from .tables import format_bytes, format_table
 
 
@@ -20,7 +22,28 @@ class AttackerRow:
     stolen: str
 
 
+@dataclass(frozen=True, slots=True)
+class AuditSummary:
+    """What a report shows of an audit, as plain values.
+
+    Args:
+        attackers: What is added to the table of results.
+        parties: What each party holds, from guessing to the server's model.
+        stolen, exposures: Tables, the first row being the header.
+        notes: What the owner should know.
+        rows: Which evaluation rows were drawn, in words.
+    """
+
+    attackers: list[AttackerRow]
+    parties: list[Party]
+    stolen: list[list[str]]
+    exposures: list[list[str]]
+    notes: list[str]
+    rows: str
+
+
 _BY_NAME = MetricChoice()
+NOT_MEASURED = "No `eval_dataset` was given, so nothing was measured."
 
 
 def describe_round(record: Record, num_rounds: int, choice: MetricChoice = _BY_NAME) -> str:
@@ -58,12 +81,37 @@ def render_report(
         references: Metrics of models that nobody holds, by label.
         attackers: What the audit adds to the table.
     """
-    first, last = records[0]["metrics"], records[-1]["metrics"]
-    choice, published = MetricChoice.of(args), find_published_round(args, records)
+    table = list_results(records, args, references, attackers)
+    lines = [
+        "# Federation report",
+        "",
+        *(format_table(table) if table else [NOT_MEASURED]),
+        "",
+        describe_costs(records),
+        *(f"\n{remark}" for remark in list_remarks(records, args, attackers)),
+        *(f"\n**Warning.** {warning}" for warning in list_warnings(records, args)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def list_results(
+    records: Sequence[Record],
+    args: FederatedConfig,
+    references: Mapping[str, Mapping[str, float]] | None = None,
+    attackers: Sequence[AttackerRow] = (),
+) -> list[list[str]]:
+    """The table of results, its header first: who holds which model, and its metrics. Empty if nothing was measured.
+
+    Args:
+        records: Of all rounds, from round 0.
+        args: The federation's options.
+        references: Metrics of models that nobody holds, by label.
+        attackers: What the audit adds to the table.
+    """
+    first, last, published = read_ends(records, args)
     after = "server's model after"
     if published != records[-1]["round"]:
         after = f"server's model after round {published}"
-        last = last | {"server": records[published]["metrics"].get("server", {})}
     bits = {32: "full precision"}.get(args.base_bits, f"{args.base_bits} bits")
     proxy_bits = {32: "full precision"}.get(args.adapter_bits, f"{args.adapter_bits} bits")
     rows = [
@@ -75,6 +123,8 @@ def render_report(
         *((label, "nobody (reference)", metrics) for label, metrics in (references or {}).items()),
     ]
     shown = [(label, holder, metrics) for label, holder, metrics in rows if metrics]
+    if not shown:
+        return []
     names = list(dict.fromkeys(name for _, _, metrics in shown for name in metrics if is_number(metrics[name])))
     table = [["model", "held by", *(name.removeprefix("eval_") for name in names)]]
     table += [
@@ -84,28 +134,73 @@ def render_report(
     if attackers:
         stolen = {"model": "stolen value", **{row.label: row.stolen for row in attackers}}
         table = [[*row, stolen.get(row[0], "")] for row in table]
+    return table
+
+
+def read_ends(records: Sequence[Record], args: FederatedConfig) -> tuple[Mapping[str, Any], Mapping[str, Any], int]:
+    """Metrics by view before the first round and after the last, and the published round: the last has its server's."""
+    first, last, published = records[0]["metrics"], records[-1]["metrics"], find_published_round(args, records)
+    if published != records[-1]["round"]:
+        last = last | {"server": records[published]["metrics"].get("server", {})}
+    return first, last, published
+
+
+def describe_costs(records: Sequence[Record]) -> str:
+    """Rounds, runs, bytes and seconds in one sentence."""
     down, up = (sum(record[way] for record in records) for way in ("bytes_down", "bytes_up"))
     clients = sum(len(record["clients"]) for record in records)
     rejected = sum(len(record["rejected"]) for record in records)
-    lines = [
-        "# Federation report",
-        "",
-        *(format_table(table) if shown else ["No `eval_dataset` was given, so nothing was measured."]),
-        "",
+    return (
         f"{len(records) - 1} rounds, {clients} client runs ({rejected} rejected), {format_bytes(down)} to clients, "
-        f"{format_bytes(up)} from clients, {sum(record['seconds'] for record in records):.0f} s.",
-        *(["\nStolen value: a share of the server's gain over local training; audit.md has more."] * bool(attackers)),
-        *describe_choice(records[published]),
-        *(
-            [
-                f"\nRound {published} is published, the best by `{choice.key}`. The evaluation set chose it, so its metrics are "
-                "better than on other rows."
-            ]
-            * args.load_best_model_at_end
-        ),
-        *(f"\n**Warning.** {warning}" for warning in find_warnings(first, last, choice)),
+        f"{format_bytes(up)} from clients, {sum(record['seconds'] for record in records):.0f} s."
+    )
+
+
+def list_remarks(records: Sequence[Record], args: FederatedConfig, attackers: Sequence[AttackerRow] = ()) -> list[str]:
+    """What the table of results does not say: the stolen value's meaning, what was chosen, and by which rows."""
+    published = find_published_round(args, records)
+    remarks = (
+        ["Stolen value: a share of the server's gain over local training; audit.md has more."] if attackers else []
+    )
+    remarks += describe_choice(records[published])
+    if args.load_best_model_at_end:
+        remarks.append(
+            f"Round {published} is published, the best by `{MetricChoice.of(args).key}`. The evaluation set chose it, so its "
+            "metrics are better than on other rows."
+        )
+    return remarks
+
+
+def list_warnings(records: Sequence[Record], args: FederatedConfig) -> list[str]:
+    """[`find_warnings`] of a whole federation."""
+    first, last, _ = read_ends(records, args)
+    return find_warnings(first, last, MetricChoice.of(args))
+
+
+def list_rounds(records: Sequence[Record], choice: MetricChoice = _BY_NAME) -> list[list[str]]:
+    """A table of all rounds, its header first: clients, their loss, the metric of proxy and server, bytes, seconds."""
+    views = [
+        (view, label, name)
+        for view, label in (("proxy", "base + proxy"), ("server", "server"))
+        if (name := choice.main(next((r["metrics"][view] for r in records if view in r["metrics"]), {})))
     ]
-    return "\n".join(lines) + "\n"
+    header = ["round", "clients", "rejected", "clients' loss"]
+    header += [f"{label} {name.removeprefix('eval_')}" for _, label, name in views] + ["down", "up", "seconds"]
+    rows = [header]
+    for record in records:
+        metrics = [record["metrics"].get(view, {}).get(name) for view, _, name in views]
+        rows.append(
+            [
+                str(record["round"]),
+                str(len(record["clients"])),
+                str(len(record["rejected"])),
+                f"{mean_client_loss(record):.4f}" if record["clients"] else "",
+                *(f"{value:.4f}" if is_number(value) else "" for value in metrics),
+                *(format_bytes(record[way]) for way in ("bytes_down", "bytes_up")),
+                f"{record['seconds']:.1f}",
+            ]
+        )
+    return rows
 
 
 def describe_choice(record: Record) -> list[str]:
@@ -113,12 +208,12 @@ def describe_choice(record: Record) -> list[str]:
     lines, weight = [], record.get("base_weight", 0.0)
     if "selection_loss" in record:
         lines.append(
-            f"\nRound {record['round']} is published: of all rounds, it has the least loss on the owner's selection rows, "
+            f"Round {record['round']} is published: of all rounds, it has the least loss on the owner's selection rows, "
             f"{record['selection_loss']:.4f}. The table is measured on other rows."
         )
     if weight:
         lines.append(
-            f"\nThe server's model is W − {weight:g}·E + θ, E being the base's error W − Q(W). The adapter on W alone is another "
+            f"The server's model is W − {weight:g}·E + θ, E being the base's error W − Q(W). The adapter on W alone is another "
             "model: `fedlpp-hf merge` takes the same weight."
         )
     return lines

@@ -3,9 +3,11 @@
 
 import math
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -46,6 +48,14 @@ class Admission:
         self.shapes = {key: torch.empty_like(tensor, device="meta") for key, tensor in adapter.items()}
         self.num_examples = num_examples
         self.updates_dir = updates_dir
+        # What the round under way has cost: by client that was asked, bytes down, bytes up of an accepted update, and seconds
+        # from its run's begin to its answer, None without one.
+        self.traffic: dict[str, dict[str, Any]] = {}
+        self._began: dict[str, float] = {}
+
+    def begin(self, client_id: str) -> None:
+        """Time a client from now on. One whose run begins elsewhere is timed from the moment the tasks went out."""
+        self._began[client_id] = time.perf_counter()
 
     def collect(
         self, tasks: Mapping[str, ClientTask], answers: Iterable[ClientUpdate | ClientFailure]
@@ -56,11 +66,17 @@ class Admission:
         """
         self.forget()
         self.updates_dir.mkdir(parents=True)
+        self._began = dict.fromkeys(tasks, time.perf_counter())
+        self.traffic = {
+            client: {"bytes_down": task.num_bytes, "bytes_up": 0, "seconds": None} for client, task in tasks.items()
+        }
         accepted: dict[str, AcceptedUpdate] = {}
         rejected: dict[str, str] = {}
         wanted = self.args.clients_per_round or len(tasks)
         for answer in answers:
             client = answer.client_id
+            if client in tasks and client not in accepted:
+                self.traffic[client]["seconds"] = round(time.perf_counter() - self._began[client], 3)
             if client not in tasks:
                 rejected[client] = "it was not asked in this round"
             elif isinstance(answer, ClientFailure):
@@ -76,6 +92,7 @@ class Admission:
                 # By number: what a client is called must never become a path.
                 file = self.updates_dir / f"{len(accepted):05d}.safetensors"
                 save_file(delta, file)
+                self.traffic[client]["bytes_up"] = answer.num_bytes
                 accepted[client] = AcceptedUpdate(
                     answer.num_examples, answer.metrics, answer.num_bytes, TensorFile(file)
                 )

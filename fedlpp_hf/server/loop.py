@@ -197,7 +197,8 @@ class FederatedServer:
             },
             "rejected": rejected,
             "asked": sorted(tasks),  # whoever was asked has the proxy; the audit counts them
-            "bytes_down": sum(task.num_bytes for task in tasks.values()),
+            "traffic": (traffic := self.admission.traffic),
+            "bytes_down": sum(cost["bytes_down"] for cost in traffic.values()),
             "bytes_up": sum(update.num_bytes for update in updates.values()),
             "seconds": time.perf_counter() - began,
             **report,

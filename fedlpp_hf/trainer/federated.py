@@ -219,6 +219,7 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, WorkersMixin, Publish
                 reporter.on_client(answer.client_id)
 
         self.server = self._make_server(num_examples, on_round)
+        rounds.start_clock = self.server.admission.begin
         with reporter:
             rounds.begin()
             try:

@@ -9,8 +9,11 @@ from typing import Any
 from transformers.utils import logging
 
 from ..audit.audit import audit_federation
+from ..audit.exposed import list_sent
 from ..audit.report import AuditReport
 from ..report.rounds import RoundReporter
+from ..report.sent import SentTensor
+from ..tensors.codebooks import FULL_PRECISION
 from .publishing import MERGED_DIR
 
 
@@ -34,11 +37,16 @@ def finish_federation(trainer: Any, records: Sequence[dict[str, Any]], reporter:
     args, owner, state = trainer.args, trainer.owner, trainer.server.state
     audit: AuditReport | None = None
     references: dict[str, dict[str, Any]] = {}
+    sent: list[SentTensor] = []
     problems: list[Exception] = []
 
     def write_report() -> None:
-        reporter.write(records, references, audit.summarize() if audit else [])
+        reporter.write(records, references, audit.summarize() if audit else None, sent)
 
+    with _collect(problems):
+        # Of a base in memory there is no manifest that says what its tensors hold.
+        if trainer.blueprint.base_dir or args.base_bits == FULL_PRECISION:
+            sent = list_sent(trainer)
     write_report()
     with _collect(problems):
         trainer.rounds.end()  # callbacks are the user's, and may fail like all that comes here

@@ -2,7 +2,7 @@
 """A federation's rounds as a Trainer's steps: the `TrainerState` for users, the events for callbacks."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState
@@ -46,6 +46,7 @@ class Rounds:
         self._number = 0
         self._begun: set[str] = set()
         self._first: int | None = None  # the first round of this run
+        self.start_clock: Callable[[str], None] = lambda client_id: None  # told when a client's run begins here
         self._started = time.time()
         for callback in self._stoppers:
             callback.early_stopping_patience_counter = 0
@@ -67,7 +68,7 @@ class Rounds:
             self._number, self._begun = tasks[0].round, set()
             self._call("on_round_begin", client_ids=[task.client_id for task in tasks])
             for answer in train_clients(tasks):
-                self.begin_client(answer.client_id)
+                self._announce(answer.client_id)
                 metrics = None if isinstance(answer, ClientFailure) else dict(answer.metrics)
                 reason = answer.reason if isinstance(answer, ClientFailure) else None
                 self._call("on_client_end", client_id=answer.client_id, metrics=metrics, reason=reason)
@@ -80,7 +81,11 @@ class Rounds:
         self._call("on_federation_begin")
 
     def begin_client(self, client_id: str) -> None:
-        """Tell callbacks that a client's run begins, unless they know."""
+        """A client's run begins on this machine: time it, and tell callbacks."""
+        self.start_clock(client_id)
+        self._announce(client_id)
+
+    def _announce(self, client_id: str) -> None:
         if client_id not in self._begun:
             self._begun.add(client_id)
             self._call("on_client_begin", client_id=client_id)

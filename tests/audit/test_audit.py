@@ -128,7 +128,7 @@ def test_what_is_never_broadcast_is_not_stolen(full_llama, lora, tmp_path):
     assert any("no better than the owner's was before" in note for note in everyone.notes)
     assert "is worse than" in everyone.coalitions[0].stolen["loss"].reason
     assert everyone.coalitions[0].clients == list("abcd") and everyone.worst_half is None
-    assert everyone.summarize() == []
+    assert everyone.summarize().attackers == []
     with pytest.raises(ValueError, match="'e' is unknown"):
         audit_federation(trainer, [["e"]])
 

@@ -4,7 +4,12 @@
 import numpy as np
 import pytest
 
-from fedlpp_hf.audit.stolen_value import estimate_stolen_value
+from fedlpp_hf.audit.stolen_value import estimate_interval, estimate_stolen_value
+from fedlpp_hf.processes.measurement import RowMeasures
+
+
+def measures(losses: np.ndarray) -> RowMeasures:
+    return RowMeasures(losses, None, 10)
 
 
 def rows(mean: float, count: int = 200, seed: int = 0, spread: float = 0.1) -> np.ndarray:
@@ -79,3 +84,31 @@ def test_interval_contains_the_truth():
 def test_bad_input_is_refused(attack, local, words):
     with pytest.raises(ValueError, match=words):
         estimate_stolen_value(attack, local, rows(1.0))
+
+
+def test_interval_of_a_loss_is_that_of_its_difference_to_the_servers():
+    noise, server = rows(0.0, spread=5.0), measures(rows(1.0, spread=5.0))
+    # What all models find hard alike cancels: the rows differ by far more than the interval is wide.
+    same = estimate_interval({"a": measures(server.loss + 0.25)}, server)
+    assert same == pytest.approx([server.loss.mean() + 0.25] * 2)
+    # The best is chosen anew in every draw, and can only be better than any of them.
+    a, b = measures(server.loss + 0.1 * noise), measures(server.loss - 0.1 * noise)
+    both, alone = estimate_interval({"a": a, "b": b}, server), estimate_interval({"a": a}, server)
+    assert both[0] <= alone[0] < server.loss.mean() < alone[1] and both[1] < alone[1]
+    assert estimate_interval({"a": a, "b": b}, server) == both
+
+
+def test_interval_of_a_difference_contains_the_truth():
+    found = []
+    for seed in range(60):
+        server, noise = rows(1.0, seed=seed), rows(0.3, seed=1000 + seed)
+        low, high = estimate_interval({"a": measures(server + noise)}, measures(server), seed)
+        found.append(low <= server.mean() + 0.3 <= high)
+    assert sum(found) >= 50
+
+
+def test_what_is_not_finite_has_no_interval():
+    broken = rows(1.0)
+    broken[3] = np.nan
+    assert estimate_interval({"a": measures(rows(1.0))}, measures(broken)) is None
+    assert estimate_interval({"a": measures(broken)}, measures(rows(1.0))) is None

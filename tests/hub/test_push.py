@@ -303,6 +303,7 @@ def test_the_adapter_is_pushed_alone(hub, pair, tmp_path):
     (federation / "federation.json").write_text(json.dumps(state))
     (adapter / "training_args.bin").write_text("a token")
     (adapter / "report.md").write_text("# Federation report\n\n| model | loss |\n|---|---|\n| server | 1.5 |\n")
+    (adapter / "report.html").write_text("<!DOCTYPE html>")
     (adapter / "audit.md").write_text("# Audit\n\nRecovered 3 % of the update.\n")
     push_adapter(adapter, "owner/adapter")
     files = hub.files("owner/adapter")

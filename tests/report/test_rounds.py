@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import pytest
 
 from fedlpp_hf.report.metrics import flatten_record
+from fedlpp_hf.report.page import PageContent, render_page
 from fedlpp_hf.report.picture import draw_rounds
 from fedlpp_hf.report.rounds import RoundReporter
 from fedlpp_hf.report.text import render_report
@@ -31,6 +32,8 @@ def test_reporter_writes_jsonl_report_and_picture(args, capsys):
     assert [json.loads(line) for line in written] == records
     assert (reporter.output_dir / "report.md").read_text() == render_report(records, args)
     assert (reporter.output_dir / "rounds.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    page = (reporter.output_dir / "report.html").read_text(encoding="utf-8")
+    assert page == render_page(PageContent(records, args)) and "<svg" in page
     shown = capsys.readouterr().out
     assert re.search(r"round 2/2 .*server accuracy 0\.9000", shown) and "# Federation report" in shown
     assert [call.kwargs["logs"] for call in trackers.on_log.call_args_list] == [flatten_record(r) for r in records]

@@ -109,3 +109,25 @@ def test_updates_of_an_earlier_round_are_not_replayed(tmp_path):
 
     with pytest.raises(RuntimeError, match="Round 2 has 0 acceptable updates.*its round is 1"):
         make_server(tmp_path).run(run)
+
+
+def test_clients_are_timed_from_the_begin_of_their_runs(tmp_path, monkeypatch):
+    """Where a run begins elsewhere, from the moment the tasks went out; who did not answer has no time."""
+    now = [100.0]
+    monkeypatch.setattr("fedlpp_hf.server.admission.time.perf_counter", lambda: now[0])
+
+    def run(tasks):
+        now[0] += 2
+        yield answer(tasks[0])
+        server.admission.begin("b")
+        now[0] += 3
+        yield ClientFailure("b", "it failed")
+        now[0] += 1
+        yield ClientFailure("stranger", "it failed")
+
+    server = make_server(tmp_path, num_rounds=1, min_clients=1)
+    server.run(run)
+    costs = read_record(server, 1)["traffic"]
+    assert {client: cost["seconds"] for client, cost in costs.items()} == {"a": 2, "b": 3, "c": None}
+    assert costs["a"]["bytes_up"] > 0 and costs["b"]["bytes_up"] == costs["c"]["bytes_up"] == 0
+    assert min(cost["bytes_down"] for cost in costs.values()) > 0

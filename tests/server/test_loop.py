@@ -161,6 +161,10 @@ def test_counted_bytes_are_those_of_the_messages(tmp_path, options):
     records = make_server(tmp_path, **options).run(run)
     assert [record["bytes_down"] for record in records] == [0, *down]
     assert [record["bytes_up"] for record in records] == [0, *up]
+    for record in records[1:]:
+        assert list(record["traffic"]) == record["asked"]
+        for way in ("bytes_down", "bytes_up"):
+            assert sum(cost[way] for cost in record["traffic"].values()) == record[way]
 
 
 def test_yogi_steps_by_its_learning_rate(tmp_path, monkeypatch):

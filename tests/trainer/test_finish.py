@@ -3,6 +3,7 @@
 
 import json
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 
 from fedlpp_hf import FederatedCallback, FederatedTrainer, RoundStore, load_base
 from fedlpp_hf.report.metrics import keep_values
+from fedlpp_hf.report.parties import Party
+from fedlpp_hf.report.text import AuditSummary
 from tests.helpers import make_args, make_rows, make_trainer
 
 
@@ -49,8 +52,10 @@ def test_report_is_written_whatever_fails(llama_base, lora, tmp_path, monkeypatc
 
     def audit(trainer):
         owner.do("audit")
+        parties = [Party("guessing", "nobody", 2.0), Party("the server's model after", "owner", 1.0)]
+        summary = AuditSummary([], parties, [["who"]], [["base"]], ["The audit was here."], "no rows")
         return SimpleNamespace(
-            write=lambda directory: None, summarize=list, check_threshold=lambda: owner.do("threshold")
+            write=lambda directory: None, summarize=lambda: summary, check_threshold=lambda: owner.do("threshold")
         )
 
     monkeypatch.setattr("fedlpp_hf.trainer.finish.audit_federation", audit)
@@ -70,6 +75,9 @@ def test_report_is_written_whatever_fails(llama_base, lora, tmp_path, monkeypatc
     report = (tmp_path / "report.md").read_text()
     assert "server's model after" in report
     assert ("federation in full precision" in report) == ("reference" not in fails)
+    page = (tmp_path / "report.html").read_text()
+    assert ("federation in full precision" in page) == ("reference" not in fails)
+    assert ("The audit was here." in page) == ("audit" not in fails)
     assert trainer.state.global_step == 1 and RoundStore(tmp_path).latest() == 1
 
 
@@ -97,6 +105,59 @@ def test_report_is_there_though_the_merge_is_killed(llama_base, lora, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert "# Federation report" in (tmp_path / "report.md").read_text()
+
+
+class Reads(FederatedCallback):
+    """Fails on one client, and says where."""
+
+    def __init__(self, path):
+        self.path, self.client = path, ""
+
+    def on_client_begin(self, args, state, control, *, client_id, **kwargs):
+        self.client = client_id
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.client == "site-1":
+            raise OSError(f"no {self.path}/rows.csv on gpu-node-17 for hf_0123456789")
+
+
+def test_page_has_clients_and_bytes_but_no_path_host_or_token(llama_base, lora, tmp_path):
+    output_dir = tmp_path / "at_the_owners"
+    options = {"num_rounds": 2, "max_steps": 1, "hub_token": "hf_9876543210", "run_name": str(tmp_path)}
+    trainer = make_trainer(str(llama_base), output_dir, lora, eval_dataset=make_rows(), **options)
+    trainer.add_callback(Reads(output_dir))
+    trainer.train()
+    records = RoundStore(output_dir).records()
+    assert "gpu-node-17" in records[1]["rejected"]["site-1"]
+    page = (output_dir / "report.html").read_text()
+    assert "its run failed: OSError" in page and "0 of 2" in page and "linear4bit" in page
+    private = (
+        "at_the_owners",
+        str(tmp_path),
+        str(llama_base),
+        "gpu-node-17",
+        "hf_",
+        "rows.csv",
+        str(Path.home()) + "/",
+    )
+    assert [word for word in private if word in page] == []
+    # Every byte is some client's, and clients are timed one by one.
+    for record in records[1:]:
+        costs = record["traffic"]
+        assert sorted(costs) == record["asked"] and costs["site-1"]["bytes_up"] == 0
+        for way in ("bytes_down", "bytes_up"):
+            assert sum(cost[way] for cost in costs.values()) == record[way] > 0
+        seconds = [cost["seconds"] for cost in costs.values()]
+        assert min(seconds) > 0 and sum(seconds) < record["seconds"]
+
+
+def test_resuming_writes_the_page_anew(llama_base, lora, tmp_path):
+    for rounds in (1, 2):
+        trainer = make_trainer(load_base(llama_base), tmp_path, lora, num_rounds=rounds, max_steps=1)
+        trainer.train(resume_from_checkpoint=rounds > 1)
+        page = (tmp_path / "report.html").read_text()
+        assert f"{rounds} of {rounds}" in page and f"{rounds} rounds, " in page
+        assert RoundStore(tmp_path).read()["federation_id"] in page
 
 
 METRICS = {
