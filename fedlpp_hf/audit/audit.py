@@ -183,7 +183,7 @@ def _audit_coalition(
         local_only={name: _average(found) for name, found in references.items()},
         stolen=stolen,
         healed=estimate_exposure(references, before, trainer.args.seed),
-        metrics=trainer.evaluate_proxy((attacks or local_only)[best]),
+        metrics=trainer.evaluate_proxy((local_only | attacks)[best]),
         diverged=diverged,
         intervals=_keep_known(
             attacker=estimate_interval(measured or references, server, trainer.args.seed),
