@@ -43,7 +43,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are not in docs/."""
     made = {page: (ROOT / source).read_text(encoding="utf-8") for source, page in PAGES.items()}
-    made |= {f"notebooks/{path.stem}.md": render_notebook(path) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+    made |= {
+        f"notebooks/{path.stem}.md": render_notebook(path) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
+    }
     for page, text in (made | make_reference()).items():
         files.append(File.generated(config, page, content=text))
     return files
@@ -103,12 +105,14 @@ def make_reference() -> dict[str, str]:
     rows = []
     for name in fedlpp_hf.__all__:
         rows.append(f"| [`{name}`]({name}.md) | {summarize(name)} |")
-        pages[f"reference/{name}.md"] = f"---\ntitle: {name}\n---\n\n::: fedlpp_hf.{name}\n    options: {{heading_level: 1}}\n"
+        pages[f"reference/{name}.md"] = (
+            f"---\ntitle: {name}\n---\n\n::: fedlpp_hf.{name}\n    options: {{heading_level: 1}}\n"
+        )
     pages["reference/FederatedConfig.md"] = (
         "---\ntitle: FederatedConfig\n---\n\n::: fedlpp_hf.FederatedConfig\n"
-        "    options: {heading_level: 1, show_signature: false, members: false}\n\n"
+        "    options: {heading_level: 1, show_signature: false, separate_signature: false, members: false}\n\n"
         + "\n".join(
-            f"::: {group}\n    options: {{parameter_headings: true, members: false, show_signature: false}}\n"
+            f"::: {group}\n    options: {{parameter_headings: true, members: false, show_signature: false, separate_signature: false}}\n"
             for group in list_groups()
         )
     )
@@ -144,7 +148,9 @@ def list_imports() -> list[str]:
     """What the pages import from folders of the package."""
     texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))]
     texts += [(ROOT / source).read_text(encoding="utf-8") for source in ("README.md", "recipes/README.md")]
-    found = [(module, name.strip()) for text in texts for module, names in IMPORT.findall(text) for name in names.split(",")]
+    found = [
+        (module, name.strip()) for text in texts for module, names in IMPORT.findall(text) for name in names.split(",")
+    ]
     return sorted({f"{module}.{name}" for module, name in found})
 
 
@@ -167,12 +173,16 @@ def list_arguments(command: argparse.ArgumentParser) -> Iterator[str]:
     for action in command._actions:
         if action.dest == "help":
             continue
-        value = action.metavar or ("{" + ",".join(map(str, action.choices)) + "}" if action.choices else action.dest.upper())
+        value = action.metavar or (
+            "{" + ",".join(map(str, action.choices)) + "}" if action.choices else action.dest.upper()
+        )
         name = ", ".join(action.option_strings) or action.dest
         name += f" {value}" if action.option_strings and action.nargs != 0 else ""
         text = (action.help or "") % (vars(action) | {"prog": command.prog})
         required = " Required." if action.required and action.option_strings else ""
-        yield f"| `{name}` | {escape(text, quote=False).replace('|', chr(92) + '|')}{required} |".replace("{", "&#123;")
+        yield f"| `{name}` | {escape(text, quote=False).replace('|', chr(92) + '|')}{required} |".replace(
+            "{", "&#123;"
+        )
 
 
 def trim(epilog: str) -> str:
