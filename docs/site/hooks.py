@@ -75,6 +75,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return "".join([*parts, LINK.sub(rewrite, markdown[end:])])
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Show the default of `field(default_factory=lambda: [0.0])` as [0.0]."""
+    return re.sub(r"\(lambda: ([^<]*)\)\(\)", r"\1", html)
+
+
 def slugify(title: str, separator: str) -> str:
     """The anchor that GitHub gives a heading: links to `page.md#anchor` work there and here."""
     return re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", separator)
@@ -162,7 +167,8 @@ def render_commands() -> str:
     parts = ["# Commands\n\nWhat `fedlpp-hf COMMAND --help` says. [How to use them](../command-line.md)."]
     for name, command in parser.commands.items():
         parts.append(f"## fedlpp-hf {name}\n\n{escape(command.description or '', quote=False)}")
-        parts.append(f"```text\n{re.sub(r'^usage: ', '', command.format_usage()).strip()}\n```")
+        usage = re.sub(r"\n +", "\n    ", command.format_usage().removeprefix("usage: ").strip())
+        parts.append(f"```text\n{usage}\n```")
         parts.append("| argument | what |\n|---|---|\n" + "\n".join(list_arguments(command)))
         parts.append(f"```bash\n{trim(command.epilog or '')}\n```")
     return "\n\n".join(parts) + "\n"
