@@ -35,13 +35,24 @@ def execute(path: Path, directory: Path) -> nbformat.NotebookNode:
         cell.id = f"cell-{number}"
         cell.metadata = {}
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if keep(output)]
+            cell.outputs = join_streams([output for output in cell.outputs if keep(output)])
     return notebook
 
 
 def keep(output: nbformat.NotebookNode) -> bool:
     """Whether an output is the cell's result: warnings, progress and log lines go."""
     return output.output_type in ("execute_result", "display_data") or output.get("name") == "stdout"
+
+
+def join_streams(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Prints that follow each other as one output: where they are cut depends on the machine's speed."""
+    joined: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        if joined and output.output_type == joined[-1].output_type == "stream":
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    return joined
 
 
 def read_text(output: nbformat.NotebookNode) -> str:

@@ -28,7 +28,6 @@ def build(config, site_dir):
         "-m",
         "mkdocs",
         "build",
-        "--quiet",
         "--config-file",
         str(config),
         "--site-dir",
