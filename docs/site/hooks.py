@@ -10,8 +10,10 @@ import json
 import posixpath
 import re
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from html import escape
 from pathlib import Path
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -122,15 +124,18 @@ def make_reference() -> dict[str, str]:
         )
     )
     pages["reference/commands.md"] = render_commands()
-    pages["reference/functions.md"] = (
-        "# Other functions\n\nFunctions and classes in folders of the package that these pages use.\n\n"
-        + "\n".join(f"::: {name}\n    options: {{show_root_full_path: true}}\n" for name in list_imports())
+    pages["reference/others.md"] = (
+        "# Other names\n\nFunctions that these pages import from folders of the package, and types that public names take or "
+        "return.\n\n"
+        + "\n".join(
+            f"::: {name}\n    options: {{show_root_full_path: true}}\n" for name in list_imports() + list_types()
+        )
     )
     pages["reference/index.md"] = (
         "---\ntitle: Reference\n---\n\n# Reference\n\n`from fedlpp_hf import …`:\n\n| name | what |\n|---|---|\n"
         + "\n".join(rows)
         + "\n\nAlso: [the options, with their defaults](FederatedConfig.md#fedlpp_hf.config.rounds.RoundOptions), "
-        "[the commands](commands.md), [other functions](functions.md).\n"
+        "[the commands](commands.md), [other names](others.md).\n"
     )
     return pages
 
@@ -139,7 +144,7 @@ def summarize(name: str) -> str:
     """The first sentence of a public name's docstring, without links."""
     text = " ".join((getattr(fedlpp_hf, name).__doc__ or "").split())
     first = re.split(r"(?<=[.;:]) (?=[A-Z`])", text)[0]
-    return re.sub(r"\[`~?(?:\w+\.)*(\w+)`\]", r"`\1`", first).replace("|", "\\|")
+    return re.sub(r"\[`~?(?:\w+\.)*(\w+)`\]", r"`\1`", first).replace("|", "\\|").removesuffix(":")
 
 
 def list_groups() -> list[str]:
@@ -157,6 +162,30 @@ def list_imports() -> list[str]:
         (module, name.strip()) for text in texts for module, names in IMPORT.findall(text) for name in names.split(",")
     ]
     return sorted({f"{module}.{name}" for module, name in found})
+
+
+def list_types() -> list[str]:
+    """The classes of the package that public functions and dataclasses take, have or return."""
+    found: set[type] = set()
+
+    def add(hint: Any) -> None:
+        for part in get_args(hint):
+            add(part)
+        if isinstance(hint, type) and hint.__module__.startswith("fedlpp_hf.") and hint not in found:
+            found.add(hint)
+            if is_dataclass(hint):
+                add_hints(hint)
+
+    def add_hints(scope: Any) -> None:
+        for hint in get_type_hints(scope).values():
+            if get_origin(hint) is not ClassVar:
+                add(hint)
+
+    public = [getattr(fedlpp_hf, name) for name in fedlpp_hf.__all__]
+    for scope in public:
+        if is_dataclass(scope) or not isinstance(scope, type):
+            add_hints(scope)
+    return sorted(f"{kind.__module__}.{kind.__qualname__}" for kind in found.difference(public))
 
 
 def render_commands() -> str:
