@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 CONFIG ?= recipes/configs/quickstart.yaml
 
-.PHONY: quickstart test test-all quality style bench clean
+.PHONY: quickstart test test-all quality style docs bench clean
 
 quickstart: $(VENV)/.installed-demo
 	$(BIN)/python recipes/data/docstrings.py out/docstrings
@@ -29,6 +29,10 @@ quality: $(VENV)/.installed-dev
 style: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site, in out/site: open out/site/index.html. A warning or a broken link fails.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.run $(BENCH)

@@ -18,6 +18,7 @@ def test_every_command_has_help_with_examples(run):
     code, out, _ = run("--help")
     assert code == 0
     assert {"quantize", "inspect", "merge", "push"} <= set(COMMANDS)
+    assert COMMANDS[0] == "merge"  # the command that people without a federation look for
     for command in COMMANDS:
         assert command in out
         code, text, _ = run(command, "--help")
