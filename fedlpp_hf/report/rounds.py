@@ -77,4 +77,4 @@ class RoundReporter:
         self._bar.clear()
         tqdm.write(f"\n{self._text}")
         if not self._drawn:
-            tqdm.write("No rounds.png: it needs matplotlib (pip install fedlpp_hf[demo]).")
+            tqdm.write("No rounds.png: it needs matplotlib (pip install matplotlib).")
