@@ -149,7 +149,9 @@ def test_missing_extra_is_named(run, replace_inspect, module, extra):
         raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
     replace_inspect(fail)
-    assert_fails_in_one_line(run("inspect", "x"), f"which is not installed: pip install 'fedlpp_hf[{extra}] @ git+https://")
+    assert_fails_in_one_line(
+        run("inspect", "x"), f"which is not installed: pip install 'fedlpp_hf[{extra}] @ git+https://"
+    )
 
 
 def test_missing_module_that_no_extra_brings_is_a_bug(run, replace_inspect):
