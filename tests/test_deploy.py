@@ -66,7 +66,7 @@ def test_flags_are_options_of_the_federation():
     arguments = parse_command("server")
     _, _, args, _ = read_settings(str(ROOT / "recipes" / "flower" / "federation.yaml"), arguments.flags)
     assert args.num_clients == sum(SERVICES[name]["command"][0] == "client" for name in SERVICES)
-    assert args.full_model == "/owner/model" and args.resume_from_checkpoint == "true"
+    assert args.full_model == "/owner/model" and args.resume_from_checkpoint == "false"
 
 
 def test_connections_are_encrypted_and_authenticated():
