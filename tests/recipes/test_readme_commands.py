@@ -16,7 +16,20 @@ from .rows import RECIPES, WORDS
 pytest.importorskip("sklearn")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 # Instead of the whole training.
-SHORTER = "--num_rounds 1 --max_steps 1 --use_cpu true --report_to none --disable_tqdm true --overwrite true".split()
+SHORTER = [
+    "--num_rounds",
+    "1",
+    "--max_steps",
+    "1",
+    "--use_cpu",
+    "true",
+    "--report_to",
+    "none",
+    "--disable_tqdm",
+    "true",
+    "--overwrite",
+    "true",
+]
 
 
 def read_commands(heading: str) -> list[list[str]]:
