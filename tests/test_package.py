@@ -50,6 +50,8 @@ def test_no_page_installs_from_an_index_that_does_not_have_it():
     found = {
         f"{path.relative_to(ROOT)}: {match[0]}" for path in PAGES for match in UNSOURCED.finditer(path.read_text())
     }
+    app = (ROOT / "recipes" / "flower" / "pyproject.toml").read_text()
+    assert re.findall(r"^dependencies = (.*?)  #", app, flags=re.MULTILINE) == ["[]"]
     # The changelog of a release ends this.
     assert "There is no release yet" in (ROOT / "CHANGELOG.md").read_text() and not found, found
 
