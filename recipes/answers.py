@@ -4,7 +4,7 @@
     python recipes/answers.py --before out/smollm2 --after out/quickstart_lm/_merged --data out/summaries/test.jsonl \\
         --output_file out/quickstart_lm/answers.md
 
-Hardware: two CPU cores; half a minute for three prompts to 135 M parameters. Expected: a Markdown file, which is printed, too.
+Hardware: two CPU cores; half a minute for five prompts to 135 M parameters. Expected: a Markdown file, which is printed, too.
 Both models are the owner's own, in full precision: run this where the owner's files are. Answers are greedy, so they repeat.
 """
 
@@ -26,7 +26,7 @@ class AnswerArguments:
     output_file: str = field(metadata={"help": "Markdown file to write."})
     prompt_column: str = field(default="prompt", metadata={"help": "Column with the user's message."})
     completion_column: str = field(default="completion", metadata={"help": "Column with the expected answer."})
-    num_prompts: int = field(default=3, metadata={"help": "Take this many rows, the first ones."})
+    num_prompts: int = field(default=5, metadata={"help": "Take this many rows, the first ones."})
     max_new_tokens: int = field(default=40, metadata={"help": "Tokens of an answer; longer ones end with ' ...'."})
 
 

@@ -134,8 +134,8 @@ def test_quickstart_lm(load_recipe, chat_model, data, monkeypatch, capsys):
     text = (out / "answers.md").read_text()
     assert capsys.readouterr().out == text
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
-    assert [name for name, _ in cells] == ["prompt", "before", "after", "expected"] * 3
-    for place in range(0, 12, 4):
+    assert [name for name, _ in cells] == ["prompt", "before", "after", "expected"] * 5
+    for place in range(0, 20, 4):
         (_, prompt), (_, before), (_, after), (_, expected) = cells[place : place + 4]
         assert expected == f"{prompt.split()[0]} {prompt.split()[0]}"
         assert before != after
