@@ -9,7 +9,7 @@ the head of the config. The metric is the loss per token of the completions (per
 
 This script is the clients' side. `model_name_or_path` may name the owner's full model: then a separate owner process
 opens it, and this one sees no weights but the quantized base. Rows come from the Hub or from a file; with a
-`prompt_column` the loss is on the completion alone. Any flag overrides the config.
+`prompt_column` the loss is on the completion alone; `chat` uses the model's chat template. Any flag overrides the config.
 """
 
 from dataclasses import dataclass, field
@@ -24,19 +24,11 @@ from fedlpp_hf import FederatedConfig, FederatedTrainer, parse_args
 
 @dataclass
 class RecipeArguments:
-    model_name_or_path: str = field(
-        metadata={"help": "The owner's full model, or a base made by `fedlpp-hf quantize`."}
-    )
+    model_name_or_path: str = field(metadata={"help": "The owner's full model, or a base by `fedlpp-hf quantize`."})
     train_data: str = field(metadata={"help": "Hub id, or a .jsonl, .json, .csv or .parquet file: the clients' rows."})
     eval_data: str = field(metadata={"help": "As train_data: the rows that every round is evaluated on."})
-    owner_data: str | None = field(
-        default=None,
-        metadata={"help": "As train_data: the owner's rows, for `control_variate`."},
-    )
-    selection_rows: int = field(
-        default=0,
-        metadata={"help": "Number of owner's rows that choose λ of `base_weights`, and the round to publish."},
-    )
+    owner_data: str | None = field(default=None, metadata={"help": "The owner's rows, for `control_variate`."})
+    selection_rows: int = field(default=0, metadata={"help": "This many owner's rows choose λ, and the round."})
     data_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
     train_split: str = field(default="train", metadata={"help": "Split of train_data, if it is on the Hub."})
     eval_split: str = field(default="test", metadata={"help": "Split of eval_data, if it is on the Hub."})
@@ -44,6 +36,7 @@ class RecipeArguments:
     prompt_column: str | None = field(default=None, metadata={"help": "Column with the prompt, if any."})
     completion_column: str = field(default="text", metadata={"help": "Column with the text to learn."})
     separator: str = field(default="\n", metadata={"help": "What stands between prompt and completion."})
+    chat: bool = field(default=False, metadata={"help": "Put prompts into the chat template, as a user's messages."})
     max_length: int = field(default=256, metadata={"help": "Tokens of a row; more are cut off."})
     lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(default=16, metadata={"help": "The adapter is scaled by lora_alpha / lora_r."})
@@ -68,7 +61,12 @@ def encode_rows(
     completions = tokenizer(batch[arguments.completion_column], add_special_tokens=False)["input_ids"]
     starts = [[tokenizer.bos_token_id] * bool(tokenizer.bos_token)] * len(completions)
     if arguments.prompt_column:
-        starts = tokenizer([prompt + arguments.separator for prompt in batch[arguments.prompt_column]])["input_ids"]
+        prompts = batch[arguments.prompt_column]
+        if arguments.chat:
+            asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            starts = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+        else:
+            starts = tokenizer([prompt + arguments.separator for prompt in prompts])["input_ids"]
     rows: dict[str, list] = {"input_ids": [], "labels": []}
     for start, completion in zip(starts, completions, strict=True):
         ended = [*completion, tokenizer.eos_token_id]
@@ -109,6 +107,8 @@ def main() -> None:
             rows = rows if count is None else rows.shuffle(seed=0).take(min(count, len(rows)))
             return tokenize_rows(rows, arguments, tokenizer, keep=group)
 
+    if arguments.chat and not arguments.prompt_column:
+        raise ValueError("chat=True without prompt_column, the user's messages. Set it.")
     if arguments.selection_rows and not arguments.owner_data:
         raise ValueError(
             f"selection_rows={arguments.selection_rows} without owner_data, which they are taken from. Set it."

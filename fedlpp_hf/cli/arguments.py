@@ -8,6 +8,8 @@ import os
 import re
 from typing import Any
 
+from ..config.extras import install_command
+
 
 # As in `fedlpp_hf.tensors.quantization`, whose import loads torch.
 BITS = ("1", "ternary", "2", "3", "4", "8")
@@ -61,7 +63,7 @@ def explain_missing(module: str | None) -> str | None:
     name = (module or "").partition(".")[0]
     if name not in _EXTRAS:
         return None
-    return f"This needs `{name}`, which is not installed: pip install 'fedlpp_hf[{_EXTRAS[name]}]'."
+    return f"This needs `{name}`, which is not installed: {install_command(_EXTRAS[name])}"
 
 
 def parse_port(text: str) -> int:

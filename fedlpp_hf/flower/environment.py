@@ -8,6 +8,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from ..config.extras import install_command
+
 
 # Names the JSON file with the server's configuration and flags. The usual place, the run's configuration, is sent to every
 # client, and the flags name the owner's model.
@@ -28,7 +30,7 @@ def check_flower() -> None:
         installed = version("flwr")
     except PackageNotFoundError:
         raise ValueError(
-            f"This needs Flower (flwr{expected}, on Python 3.11 or newer): pip install 'fedlpp_hf[flower]'."
+            f"This needs Flower (flwr{expected}, on Python 3.11 or newer): {install_command('flower')}"
         ) from None
     if not expected.contains(installed, prereleases=True):
         raise ValueError(
@@ -45,7 +47,7 @@ def _check_installed(package: str) -> None:
     try:
         version(package)
     except PackageNotFoundError:
-        raise ValueError(f"This needs `{package}`, which is not installed: pip install 'fedlpp_hf[flower]'.") from None
+        raise ValueError(f"This needs `{package}`, which is not installed: {install_command('flower')}") from None
 
 
 def make_environment(state_dir: Path) -> dict[str, str]:

@@ -98,6 +98,4 @@ class RoundReporter:
         self._bar.clear()
         tqdm.write(f"\n{self._text}")
         if not self._drawn:
-            tqdm.write(
-                "No rounds.png, and no pictures in report.html: they need matplotlib (pip install fedlpp_hf[demo])."
-            )
+            tqdm.write("No rounds.png, and no pictures in report.html: they need matplotlib (pip install matplotlib).")

@@ -56,7 +56,7 @@ def find_source(library: str) -> Path:
         return Path(sysconfig.get_path("stdlib"))
     spec = importlib.util.find_spec(library)
     if spec is None or spec.origin is None:
-        raise SystemExit(f"`{library}` is not installed; run `pip install 'fedlpp_hf[demo]'`.")
+        raise SystemExit(f"`{library}` is not installed; run `pip install -c constraints.txt '.[demo]'`.")
     return Path(spec.origin).parent
 
 

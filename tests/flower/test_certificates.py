@@ -9,7 +9,7 @@ import stat
 import pytest
 
 
-pytest.importorskip("cryptography", reason="pip install fedlpp_hf[flower]")
+pytest.importorskip("cryptography", reason="needs the extra `flower`")
 
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 

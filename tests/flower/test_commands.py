@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 
-pytest.importorskip("flwr", reason="flwr is not installed: pip install fedlpp_hf[flower]")
+pytest.importorskip("flwr", reason="flwr is not installed: needs the extra `flower`")
 
 from fedlpp_hf.cli.main import main
 from fedlpp_hf.flower.client_command import run_client

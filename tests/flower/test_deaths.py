@@ -12,7 +12,7 @@ from fedlpp_hf.tensors.adapters import read_adapter
 from tests.helpers import CLIENTS, assert_equal, run_in_process
 
 
-pytest.importorskip("flwr", reason="flwr is not installed: pip install fedlpp_hf[flower]")
+pytest.importorskip("flwr", reason="flwr is not installed: needs the extra `flower`")
 
 pytestmark = [
     pytest.mark.integration,

@@ -37,7 +37,8 @@ class TestFlowerVersion:
 
     def test_none_is_asked_for(self, run):
         assert run(None) == (
-            "fedlpp-hf: error: This needs Flower (flwr<1.42,>=1.41, on Python 3.11 or newer): pip install 'fedlpp_hf[flower]'.\n"
+            "fedlpp-hf: error: This needs Flower (flwr<1.42,>=1.41, on Python 3.11 or newer): "
+            "pip install 'fedlpp_hf[flower] @ git+https://github.com/fedlpp/fedlpp_hf'\n"
         )
 
     @pytest.mark.parametrize("package", ["cryptography", "httpx", "idna", "packaging", "starlette"])
@@ -54,7 +55,7 @@ class TestFlowerVersion:
         monkeypatch.setattr(environment, "version", version)
         monkeypatch.setattr(environment, "requires", lambda _: [*extra, "torch>=2", "trl>=1; extra == 'trl'"])
         with pytest.raises(
-            ValueError, match=rf"`{package}`, which is not installed: pip install 'fedlpp_hf\[flower\]'"
+            ValueError, match=rf"`{package}`, which is not installed: pip install 'fedlpp_hf\[flower\] @ git"
         ):
             environment.check_flower()
 

@@ -11,7 +11,7 @@ from tests.flower.machines import Machines
 from tests.helpers import CLIENTS, assert_equal, run_in_process
 
 
-pytest.importorskip("flwr", reason="flwr is not installed: pip install fedlpp_hf[flower]")
+pytest.importorskip("flwr", reason="flwr is not installed: needs the extra `flower`")
 
 pytestmark = [
     pytest.mark.integration,

@@ -13,7 +13,7 @@ from tests.flower.machines import Wire
 from tests.helpers import CLIENTS, assert_equal, run_in_process
 
 
-pytest.importorskip("flwr", reason="flwr is not installed: pip install fedlpp_hf[flower]")
+pytest.importorskip("flwr", reason="flwr is not installed: needs the extra `flower`")
 
 from fedlpp_hf.flower.certificates import make_node_key
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 
-pytest.importorskip("flwr", reason="flwr is not installed: pip install fedlpp_hf[flower]")
+pytest.importorskip("flwr", reason="flwr is not installed: needs the extra `flower`")
 
 from fedlpp_hf.flower import server_command
 from fedlpp_hf.flower.certificates import make_node_key

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 
-pytest.importorskip("flwr", reason="flwr is not installed: pip install fedlpp_hf[flower]")
+pytest.importorskip("flwr", reason="flwr is not installed: needs the extra `flower`")
 
 import httpx
 from flwr.supernode import fleet_http_connection

@@ -19,7 +19,7 @@ def load_recipe(monkeypatch):
     monkeypatch.syspath_prepend(str(RECIPES))
     monkeypatch.syspath_prepend(str(RECIPES / "data"))
     yield importlib.import_module
-    for name in (*SCRIPTS, "docstrings"):
+    for name in (*SCRIPTS, "docstrings", "summaries"):
         sys.modules.pop(name, None)
 
 

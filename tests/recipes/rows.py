@@ -8,7 +8,7 @@ from tests.helpers import ROOT
 
 
 RECIPES = ROOT / "recipes"
-SCRIPTS = ("owner_warmup", "owner_labels", "sequence_classification", "causal_lm")
+SCRIPTS = ("owner_warmup", "owner_labels", "sequence_classification", "causal_lm", "answers")
 WORDS = ["graph", "node", "edge", "plot", "axis", "color", "matrix", "sum"]
 
 
