@@ -53,7 +53,7 @@ class RecipeArguments:
     lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(default=16, metadata={"help": "The adapter is scaled by lora_alpha / lora_r."})
     target_modules: list[str] = field(
-        default_factory=lambda: ["query", "value"], metadata={"help": "Linear layers that get an adapter."}
+        default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "Linear layers that get an adapter."}
     )
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, TaskType
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.evaluation import InformationRetrievalEvaluator
-from sentence_transformers.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from fedlpp_hf import FederatedConfig, FederatedMixin, parse_args
 

@@ -50,7 +50,7 @@ class RecipeArguments:
     eval_split: str = field(default="test", metadata={"help": "Split of eval_data, if it is on the Hub."})
     owner_split: str = field(default="train", metadata={"help": "Split of owner_data, if it is on the Hub."})
     max_eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on this many rows, drawn at random."})
-    audio_column: str = field(default="audio", metadata={"help": "Column with the sound, or the path of its file."})
+    audio_column: str = field(default="audio", metadata={"help": "Column with the sound, or its path."})
     text_column: str = field(default="text", metadata={"help": "Column with what is said."})
     language: str | None = field(default=None, metadata={"help": "Such as `de`, for a model of several languages."})
     lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})
@@ -117,11 +117,9 @@ def main() -> None:
     arguments, args = parse_args((RecipeArguments, FederatedSpeechConfig))
     args.remove_unused_columns = False  # the model does not take sound; the collator does
     name = arguments.model_name_or_path
-    several = {"language": arguments.language, "task": "transcribe"} if arguments.language else {}
-    processor = AutoProcessor.from_pretrained(name, **several)
-    generation = GenerationConfig.from_pretrained(name, **several)
-    if several:
-        args.generation_config = generation
+    speaks = {"language": arguments.language, "task": "transcribe"} if arguments.language else {}
+    processor = AutoProcessor.from_pretrained(name, **speaks)
+    args.generation_config = GenerationConfig.from_pretrained(name, **speaks)
 
     def read(source: str, split: str, count: int | None = None) -> Dataset:
         with args.main_process_first():  # the others find it in the cache
@@ -135,7 +133,7 @@ def main() -> None:
         eval_dataset=read(arguments.eval_data, arguments.eval_split, arguments.max_eval_rows),
         selection_dataset=read(arguments.owner_data, arguments.owner_split) if arguments.owner_data else None,
         processing_class=processor,
-        data_collator=SpeechCollator(processor, generation.decoder_start_token_id),
+        data_collator=SpeechCollator(processor, args.generation_config.decoder_start_token_id),
         compute_metrics=functools.partial(compute_metrics, tokenizer=processor.tokenizer),
         peft_config=LoraConfig(
             r=arguments.lora_r, lora_alpha=arguments.lora_alpha, target_modules=arguments.target_modules

@@ -9,7 +9,7 @@ maintains a few submodules of several libraries. A docstring's first sentence is
 | folder | columns | for |
 |---|---|---|
 | `chats` | `messages`: asked for a summary of the body, the assistant gives it | sft.py |
-| `preferences` | `prompt`, `chosen` (the summary), `rejected` (that of another docstring of the library) | dpo.py, reward.py |
+| `preferences` | `prompt`, `chosen` (the summary), `rejected` (its words in another order) | dpo.py, reward.py |
 | `prompts` | `prompt`, `reference` (the summary) | grpo.py |
 | `summaries` | `document` (the body), `summary` | seq2seq.py |
 | `pairs` | `anchor` (the summary), `positive` (the body) | sentence_embeddings.py |
@@ -69,6 +69,15 @@ def tag_code(text: str) -> dict[str, list[str]] | None:
     return {"tokens": tokens, "ner_tags": tags} if "B-CODE" in tags and len(tokens) >= BODY_WORDS[0] else None
 
 
+def shuffle_words(text: str, seed: int) -> str:
+    """The words of a text in another order, which small models can tell from the right one."""
+    words = text.split()
+    order = sorted(range(len(words)), key=lambda place: draw(seed, "words", text, place))
+    if [words[place] for place in order] == words:
+        order.reverse()
+    return " ".join(words[place] for place in order)
+
+
 def collect(library: str, seed: int) -> Iterator[tuple[str, list[str]]]:
     """A library's docstrings as (module, paragraphs), from files in an order drawn by `seed`."""
     root = find_source(library)
@@ -94,8 +103,6 @@ def make_tasks(count: int, seed: int) -> dict[str, list[dict]]:
                 tags.append({**words, "team": team})
             if min(len(here), len(tags)) == room:
                 break
-        for row, other in zip(here, here[1:] + here[:1], strict=True):
-            row["other"] = other["summary"]
         summaries += here
         tagged += tags
 
@@ -106,7 +113,7 @@ def make_tasks(count: int, seed: int) -> dict[str, list[dict]]:
     for row in summaries:
         team, summary = {"team": row["team"]}, row["summary"]
         ask = say("user", f"Summarize in one sentence: {row['body']}")
-        answer, wrong = say("assistant", summary), say("assistant", row["other"])
+        answer, wrong = say("assistant", summary), say("assistant", shuffle_words(summary, seed))
         rows = {
             "chats": {"messages": [ask, answer]},
             "preferences": {"prompt": [ask], "chosen": [answer], "rejected": [wrong]},

@@ -85,7 +85,9 @@ class Recipe:
 NO_CHECKPOINTS = ("--bf16", "false", "--gradient_checkpointing", "false")
 GRPO = ("--num_generations", "2", "--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "2")
 BY_TASK = {
-    "sft": Recipe(("messages",), (*NO_CHECKPOINTS, "--max_length", "32", "--packing", "true", "--eval_packing", "false")),
+    "sft": Recipe(
+        ("messages",), (*NO_CHECKPOINTS, "--max_length", "32", "--packing", "true", "--eval_packing", "false")
+    ),
     "dpo": Recipe(("prompt", "chosen", "rejected"), (*NO_CHECKPOINTS, "--max_length", "32")),
     "reward": Recipe(("prompt", "chosen", "rejected"), (*NO_CHECKPOINTS, "--max_length", "32")),
     "grpo": Recipe(
@@ -95,7 +97,16 @@ BY_TASK = {
     ),
     "seq2seq": Recipe(
         ("document", "summary"),
-        ("--bf16", "false", "--source_column", "document", "--target_column", "summary", "--generation_max_length", "8"),
+        (
+            "--bf16",
+            "false",
+            "--source_column",
+            "document",
+            "--target_column",
+            "summary",
+            "--generation_max_length",
+            "8",
+        ),
         "t5",
     ),
     "token_classification": Recipe(("tokens", "ner_tags"), ("--tag_names", "O", "B-AXIS"), "bert"),
@@ -109,7 +120,9 @@ BY_TASK = {
 
 def import_recipe(name: str):
     """The recipe as a module; skips where what it needs is not installed."""
-    for library in {"sentence_embeddings": ["sentence_transformers"], "speech_recognition": ["soundfile"]}.get(name, []):
+    for library in {"sentence_embeddings": ["sentence_transformers"], "speech_recognition": ["soundfile"]}.get(
+        name, []
+    ):
         pytest.importorskip(library)
     return importlib.import_module(name)
 
@@ -197,7 +210,9 @@ def test_a_tag_is_learned_at_the_first_token_of_its_word(recipes, tokenizer_dir)
     recipe = recipes("token_classification")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
     arguments = recipe.RecipeArguments("m", "x", "x", max_length=5)
-    rows = Dataset.from_dict({"tokens": [["graph", "node-edge", "plot"]], "ner_tags": [["O", "B-X", "O"]], "team": ["a"]})
+    rows = Dataset.from_dict(
+        {"tokens": [["graph", "node-edge", "plot"]], "ner_tags": [["O", "B-X", "O"]], "team": ["a"]}
+    )
     row = recipe.tokenize_rows(rows, arguments, tokenizer, ["O", "B-X"], keep="team")[0]
     assert tokenizer.convert_ids_to_tokens(row["input_ids"]) == ["<s>", "graph", "node", "<unk>", "edge"]
     assert row["labels"] == [-100, 0, 1, -100, -100] and row["team"] == "a"
@@ -255,10 +270,21 @@ def write_data(recipe: Recipe, folder: Path) -> tuple[str, ...]:
                 path = folder / split / DIGITS[index % 2] / f"{index}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(np.full((8, 8), 200 * (index % 2) + index, np.uint8)).save(path)
-        return ("--train_data", str(folder), "--train_split", "train", "--eval_data", str(folder), "--eval_split", "test")
-    rows = [{name: row[name] for name in (*recipe.columns, "team")} for row in map(make_row, range(16))] if (
-        recipe.model != "whisper"
-    ) else []
+        return (
+            "--train_data",
+            str(folder),
+            "--train_split",
+            "train",
+            "--eval_data",
+            str(folder),
+            "--eval_split",
+            "test",
+        )
+    rows = (
+        [{name: row[name] for name in (*recipe.columns, "team")} for row in map(make_row, range(16))]
+        if (recipe.model != "whisper")
+        else []
+    )
     for index in range(8 if recipe.model == "whisper" else 0):
         write_tone(folder / f"{index}.wav", 300 + 500 * (index % 2))
         rows.append({"audio": f"{index}.wav", "text": DIGITS[index % 2], "team": f"team-{index // 4}"})
@@ -272,17 +298,39 @@ def test_runs_on_a_base(name, recipes, tokenizer_dir, tmp_path, monkeypatch):
     module, recipe = recipes(name), BY_TASK[name]
     full, base, out = tmp_path / "full", tmp_path / "base", tmp_path / "out"
     full.mkdir()
-    write_model(recipe.model, tokenizer_dir, full, lambda path: importlib.import_module("random_models").make_whisper(path))
+    write_model(
+        recipe.model, tokenizer_dir, full, lambda path: importlib.import_module("random_models").make_whisper(path)
+    )
     export_base(full, base)
     for file in full.iterdir():
         if not (base / file.name).exists() and file.suffix != ".safetensors":
             (base / file.name).write_bytes(file.read_bytes())
-    flags = ["--config", str(RECIPES / "configs" / f"{name}.yaml"), "--model_name_or_path", str(base), "--output_dir", str(out)]
-    flags += ["--partition", "team", "--num_clients", "2", "--num_rounds", "2", "--max_steps", "3", "--learning_rate", "1e-2"]
+    flags = [
+        "--config",
+        str(RECIPES / "configs" / f"{name}.yaml"),
+        "--model_name_or_path",
+        str(base),
+        "--output_dir",
+        str(out),
+    ]
+    flags += [
+        "--partition",
+        "team",
+        "--num_clients",
+        "2",
+        "--num_rounds",
+        "2",
+        "--max_steps",
+        "3",
+        "--learning_rate",
+        "1e-2",
+    ]
     flags += ["--base_weights", "0", "--broadcast", "every_round", "--use_cpu", "true", "--disable_tqdm", "true"]
     config = Path(flags[1]).read_text()
     trimmed = tmp_path / "config.yaml"  # without the owner's rows: nobody here holds the full model
-    trimmed.write_text("".join(line for line in config.splitlines(True) if not line.startswith(("owner_", "data_config"))))
+    trimmed.write_text(
+        "".join(line for line in config.splitlines(True) if not line.startswith(("owner_", "data_config")))
+    )
     flags[1] = str(trimmed)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags, *write_data(recipe, tmp_path / "data"), *recipe.arguments])
     module.main()
