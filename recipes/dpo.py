@@ -1,7 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Federated preference tuning of a chat model (TRL's `DPOTrainer`).
 
-    pip install "fedlpp_hf[trl]"
+    pip install -c constraints.txt ".[trl]"
     accelerate launch recipes/dpo.py --config recipes/configs/dpo.yaml
 
 Hardware and expected result: see the head of the config, and the table in recipes/README.md. The metrics are the DPO loss, ln 2

@@ -1,7 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Federated reinforcement learning of a language model by a reward function (TRL's `GRPOTrainer`).
 
-    pip install "fedlpp_hf[trl]"
+    pip install -c constraints.txt ".[trl]"
     accelerate launch recipes/grpo.py --config recipes/configs/grpo.yaml
 
 Hardware and expected result: see the head of the config, and the table in recipes/README.md. The metric is the mean reward of

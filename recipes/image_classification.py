@@ -1,7 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Federated LoRA of an image classifier.
 
-    pip install "fedlpp_hf[demo]"
+    pip install -c constraints.txt ".[demo]"
     accelerate launch recipes/image_classification.py --config recipes/configs/image_classification.yaml
 
 Hardware and expected result: see the head of the config, and the table in recipes/README.md. The metrics are accuracy and macro F1.

@@ -1,7 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Federated training of a reward model (TRL's `RewardTrainer`).
 
-    pip install "fedlpp_hf[trl]"
+    pip install -c constraints.txt ".[trl]"
     accelerate launch recipes/reward.py --config recipes/configs/reward.yaml
 
 Hardware and expected result: see the head of the config, and the table in recipes/README.md. The metrics are the loss of

@@ -1,7 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Federated LoRA of a model for sentence embeddings (sentence-transformers).
 
-    pip install "fedlpp_hf[demo]" "sentence-transformers>=6.2"
+    pip install -c constraints.txt ".[sentences]"
     accelerate launch recipes/sentence_embeddings.py --config recipes/configs/sentence_embeddings.yaml
 
 Hardware and expected result: see the head of the config, and the table in recipes/README.md. The evaluation looks for each anchor's

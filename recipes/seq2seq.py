@@ -1,7 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Federated LoRA of an encoder-decoder (T5, BART, …): summaries, translations, any text to text.
 
-    pip install "fedlpp_hf[demo]"
+    pip install -c constraints.txt ".[demo]"
     accelerate launch recipes/seq2seq.py --config recipes/configs/seq2seq.yaml
 
 Hardware and expected result: see the head of the config, and the table in recipes/README.md. Texts are generated for the

@@ -1,7 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Federated LoRA of a speech recognizer (Whisper, or any other that hears log-mel features).
 
-    pip install "fedlpp_hf[demo,speech]"
+    pip install -c constraints.txt ".[demo,speech]"
     accelerate launch recipes/speech_recognition.py --config recipes/configs/speech_recognition.yaml
 
 Hardware and expected result: see the head of the config, and the table in recipes/README.md. The metric is the word error rate of

@@ -1,7 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Federated LoRA of a token classifier: names, addresses, code, anything that is marked word by word.
 
-    pip install "fedlpp_hf[demo]"
+    pip install -c constraints.txt ".[demo]"
     accelerate launch recipes/token_classification.py --config recipes/configs/token_classification.yaml
 
 Hardware and expected result: see the head of the config, and the table in recipes/README.md. The metrics are the F1, precision

@@ -23,7 +23,7 @@ from ..config.federated import FederatedConfig
 from ..config.rules import check_products
 from ..processes.blueprint import TrainerBlueprint
 from ..processes.owner import OwnerProcess
-from ..processes.sentence_models import is_sentence_trainer
+from ..processes.sentence_models import LABELS, is_sentence_trainer
 from ..report.rounds import RoundReporter
 from ..server.loop import FederatedServer, TrainClients
 from ..server.resume import read_resume
@@ -102,7 +102,7 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, WorkersMixin, Publish
         self.server: FederatedServer | None = None
         self.users_callbacks = list(callbacks or [])
         self.raw_datasets = partition_clients(train_dataset, args)
-        if is_sentence_trainer(type(self)):
+        if is_sentence_trainer(type(self)) and args.partition not in LABELS:
             self.raw_datasets = drop_column(self.raw_datasets, args.partition)
         if self.raw_datasets:
             args.check_clients(len(self.raw_datasets))

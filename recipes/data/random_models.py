@@ -29,6 +29,7 @@ from transformers import (
 
 
 VOCABULARY = 1024
+NUM_FILES = 50  # of each library: what the tokenizers are trained on
 WHISPER = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|de|>", "<|transcribe|>", "<|translate|>"]
 WHISPER += ["<|startoflm|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"]
 
@@ -38,7 +39,7 @@ def train_bpe(special: list[str]) -> Tokenizer:
     texts = []
     for library in LIBRARIES:
         root = find_source(library)
-        for path in list_files(root, seed=0)[:50]:
+        for path in list_files(root, seed=0)[:NUM_FILES]:
             texts += read_docstrings(root / path)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
