@@ -69,11 +69,7 @@ def make_row(index: int) -> dict:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a recipe is run here.
-
-    `columns` of the rows, `arguments` beside those that all get, the kind of `model`, a `metric` that is measured, and whether the
-    loss falls.
-    """
+    """How a recipe is run: on which columns and model, with which flags, and what must change."""
 
     columns: tuple[str, ...] = ()
     arguments: str = ""
