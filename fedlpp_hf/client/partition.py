@@ -170,6 +170,14 @@ def partition_clients(train_dataset: Any, args: FederatedConfig) -> dict[str, An
     return clients
 
 
+def drop_column(datasets: Mapping[str, Any], column: str) -> dict[str, Any]:
+    """The clients' tables without `column`: trainers of sentence-transformers take every column for one more text."""
+    return {
+        client: rows.remove_columns(column) if _is_table(rows) and column in rows.column_names else rows
+        for client, rows in datasets.items()
+    }
+
+
 def name_clients(datasets: Mapping[Hashable, Any]) -> dict[str, Any]:
     """Datasets by the text of their client's id, sorted.
 

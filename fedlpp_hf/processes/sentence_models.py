@@ -15,6 +15,7 @@ from ..client.checks import find_transformer
 
 
 MODULES = "modules.json"
+LABELS = ("label", "labels", "score", "scores")  # the columns that are no text
 _CONFIG = ("num_labels", "id2label", "label2id", "problem_type")
 _WEIGHTS = (".safetensors", ".bin")
 

@@ -19,11 +19,12 @@ from ..client.adapter_config import check_adapter_config
 from ..client.checks import check_loss_weights, check_model, find_peft_model
 from ..client.guard import QuantizedBaseCallback
 from ..client.logit_adjustment import check_labels
-from ..client.partition import check_client_sizes, count_rows, partition_clients
+from ..client.partition import check_client_sizes, count_rows, drop_column, partition_clients
 from ..config.federated import FederatedConfig
 from ..config.rules import check_products
 from ..processes.blueprint import TrainerBlueprint
 from ..processes.owner import OwnerProcess
+from ..processes.sentence_models import LABELS, is_sentence_trainer
 from ..report.rounds import RoundReporter
 from ..server.loop import FederatedServer, TrainClients
 from ..server.resume import read_resume
@@ -102,6 +103,8 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, WorkersMixin, Publish
         self.server: FederatedServer | None = None
         self.users_callbacks = list(callbacks or [])
         self.raw_datasets = partition_clients(train_dataset, args)
+        if is_sentence_trainer(type(self)) and args.partition not in LABELS:
+            self.raw_datasets = drop_column(self.raw_datasets, args.partition)
         if self.raw_datasets:
             args.check_clients(len(self.raw_datasets))
         self.blueprint = TrainerBlueprint(

@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
-from fedlpp_hf import FederatedConfig, FederatedMixin, FederatedTrainer, load_base
+from fedlpp_hf import FederatedConfig, FederatedMixin, FederatedTrainer, export_base, load_base
 from tests.helpers import make_args, make_rows, make_tokenizer, make_trainer
 from tests.trainer.cases import find_trainer, list_cases
 from tests.trainer.cases import make_rows as make_kind
@@ -127,6 +127,27 @@ def test_clients_of_an_online_trainer_see_their_own_completions(llama_base, tmp_
     own = {client: set(rows["prompt"]) for client, rows in trainer.client_datasets.items()}
     assert {client: prompts <= own[client] for client, prompts in seen.items()} == {"client-0": True, "client-1": True}
     assert len(set(seeds)) == 4 and trainer.args.seed not in seeds  # the sampler's, of each client and round
+
+
+def test_the_clients_name_is_no_text_to_embed(tmp_path):
+    """Trainers of sentence-transformers take every column for one more text, here for one more wrong answer."""
+    case = next(case for case in list_cases() if case.trainer == "SentenceTransformerTrainer")
+    config_class, trainer_class = find_trainer(case.trainer)
+    full, base = tmp_path / "full", tmp_path / "base"
+    case.build_model().save_pretrained(full)
+    make_tokenizer().save_pretrained(full)
+    export_base(full, base)
+    rows = make_kind(case.rows, 0)
+    rows = rows.add_column("team", [f"team-{row % 2}" for row in range(len(rows))])
+    trainer = trainer_class(
+        str(base),
+        make_args(tmp_path / "out", config_class, partition="team", bf16=False),
+        train_dataset=rows,
+        peft_config=case.peft_config,
+        **case.make_arguments(),
+    )
+    assert {client: len(part) for client, part in trainer.client_datasets.items()} == {"team-0": 8, "team-1": 8}
+    assert {tuple(part.column_names) for part in trainer.client_datasets.values()} == {("anchor", "positive")}
 
 
 def test_a_rule_that_freezes_factors_where_the_reference_is_switched_to(llama_base, tmp_path):
