@@ -31,7 +31,6 @@ from ..tensors.codebooks import FULL_PRECISION
 from ..wire.encoding import encode_message
 from ..wire.messages import ClientFailure, ClientTask, ClientUpdate
 from .arguments import check_arguments, hidden_arguments
-from .callbacks import EventHandler
 from .finish import finish_federation
 from .local_run import LocalRunMixin
 from .model import add_adapter, check_adapter_switching, resolve_model, start_adapter

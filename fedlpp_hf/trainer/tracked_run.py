@@ -69,7 +69,7 @@ class TrackedRun(EventHandler):
         named, self._begun = self._name(args), True
         for tracker in self.trackers:
             if getattr(tracker, "logging_dir", "") is None:  # TensorBoard's; it makes a directory for each start
-                tracker.logging_dir = str(Path(args.output_dir) / "runs" / named.run_name)  # type: ignore[attr-defined]
+                tracker.logging_dir = str(Path(args.output_dir) / "runs" / named.run_name)
         with _environment({**_WANDB, "WANDB_RUN_ID": self._read_id(), **_MLFLOW}):
             return super().on_train_begin(named, state, control)
 
