@@ -191,7 +191,7 @@ def render_advice(results: Sequence[PresetResult], recommendation: Recommendatio
             "",
             "Loss and gain are means over test rows. Stolen value: the share of the server's gain over local training that one "
             "client, or half of them together, gets; exposure: what the base is worth as it is; healed: after clients have trained "
-            "it on their own rows. Base, down and up are bytes of one client. Seconds include the audit.",
+            "it on their own rows. Base, down and up are bytes of one client. Seconds are those of rounds and audit.",
             "",
             f"{title} {recommendation.reason}",
             *(
@@ -268,11 +268,14 @@ def draw_advice(
     stolen.axvline(max_stolen, color="#c8553d", linestyle="--", label=f"limit {max_stolen:.0%}")
     stolen.set_xlabel("stolen value (less is better)")
     stolen.legend(frameon=False, fontsize=8)
-    exposure.set_xlabel("the base's worth: ○ as sent, ● trained by clients")
+    exposure.set_xlabel("base's worth: ○ sent, ● trained")
     for axes in (stolen, exposure):
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
+    exposure.set_xlim(right=max(1.05, exposure.get_xlim()[1]))  # to see what is near the owner's whole model
     for axes in (gain, stolen, exposure):
         axes.grid(axis="x", alpha=0.3)
+        axes.locator_params(axis="x", nbins=5)
         axes.margins(y=0.3 / max(len(shown), 1) + 0.1)
     figure.savefig(path, dpi=130)
     return True

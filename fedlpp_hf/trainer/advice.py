@@ -242,17 +242,16 @@ def _run_preset(simulation: Simulation, preset: Preset, args: FederatedConfig, b
         callbacks=[_Progress(bar, preset.name)],
         processing_class=tokenizer,
     )
-    began = bar.format_dict["elapsed"]
     try:
         trainer.train(resume_from_checkpoint=RoundStore(args.output_dir).latest() is not None)
-        result = _measure(trainer, preset, bar.format_dict["elapsed"] - began)
+        result = _measure(trainer, preset)
     finally:
         trainer.owner.close()
     write_result(Path(args.output_dir), result)
     return result
 
 
-def _measure(trainer: FederatedTrainer, preset: Preset, seconds: float) -> PresetResult:
+def _measure(trainer: FederatedTrainer, preset: Preset) -> PresetResult:
     server: Any = trainer.server
     audit = AuditReport.read(trainer.args.output_dir)
     before = trainer.owner.measure_rows(server.store.load(0)[0])
@@ -275,7 +274,7 @@ def _measure(trainer: FederatedTrainer, preset: Preset, seconds: float) -> Prese
         base_bytes=sum(entry.bytes for entry in audit.sent if entry.part == "base"),
         down=sum(record["bytes_down"] for record in records) // clients,
         up=sum(record["bytes_up"] for record in records) // clients,
-        seconds=seconds,
+        seconds=audit.seconds + sum(record["seconds"] for record in records),
     )
 
 
