@@ -25,7 +25,7 @@ from ..config.presets import PRESETS, Preset, divide_steps, make_flags
 from ..config.spelling import suggest
 from ..report.advice import Estimate, PresetResult, Recommendation
 from ..server.store import RoundStore
-from .advice_results import SCHEMA_VERSION, open_output, read_result, write_advice, write_result
+from .advice_results import SCHEMA_VERSION, describe_model, open_output, read_result, write_advice, write_result
 from .advice_rows import CLIENT_GROUP, AdviceRows, RowSource, prepare_rows
 from .callbacks import FederatedCallback
 from .federated import FederatedTrainer
@@ -132,7 +132,7 @@ class Simulation:
         """What a simulation must have in common with the one that it goes on with."""
         return {
             "schema": SCHEMA_VERSION,
-            "full_model": Path(self.full_model).name,
+            "full_model": describe_model(self.full_model),
             "rows": self.rows.digest,
             "flags": list(self.flags),
             "steps": self.steps,
@@ -166,6 +166,10 @@ class _Progress(FederatedCallback):
 
     def __init__(self, bar: Any, name: str):
         self.bar, self.name = bar, name
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the bar: the copies in `client_workers` hear of no round."""
+        return {"bar": None, "name": self.name}
 
     def on_round_begin(self, args, state, control, *, round_number, client_ids, **kwargs):
         self.bar.set_description(f"{self.name}, round {round_number} of {args.num_rounds}")

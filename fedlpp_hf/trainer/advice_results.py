@@ -1,7 +1,9 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """The results of a simulation on disk: what was finished is not run again, and another simulation is not mixed with it."""
 
+import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +18,19 @@ from ..tensors.atomic import write_atomically
 
 
 SCHEMA_VERSION = 1
+_END = 2**16  # bytes
 ADVICE_JSON, ADVICE_TABLE, ADVICE_PICTURE = "advice.json", "advice.md", "advice.png"
 SETTINGS, RESULT, PRESET_OPTIONS = "advice_settings.json", "result.json", "preset.yaml"
+
+
+def describe_model(full_model: str) -> str:
+    """The model's name without the path, with a digest of the ends of its weight files, which tells models apart."""
+    found = hashlib.sha256()
+    for path in sorted(Path(full_model).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            file.seek(-min(_END, path.stat().st_size), os.SEEK_END)
+            found.update(file.read())
+    return f"{Path(full_model).name} {found.hexdigest()[:12]}"
 
 
 def open_output(directory: Path, now: Mapping[str, Any]) -> None:

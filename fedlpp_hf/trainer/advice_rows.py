@@ -3,7 +3,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,8 +132,11 @@ def prepare_rows(source: RowSource, full_model: str, group: str | None, num_clie
             f"Clients by the column `{group}`, but the rows have {', '.join(rows.column_names)}. Set partition, or "
             "dirichlet_column."
         )
-    rows = rows.shuffle(seed=seed).take(min(source.most, len(rows)))
     names = {role: source.columns.get(role, role) for role in KINDS[kind]}
+    for role, name in names.items():
+        if role in ("text", "prompt", "completion"):
+            _check_texts(rows[name], name)
+    rows = rows.shuffle(seed=seed).take(min(source.most, len(rows)))
     encode = _make_encoder(kind, names, source, full_model)
     # A column that the model would take for its own, such as `label`, goes on under a name of its own.
     keep = {} if group is None else {CLIENT_GROUP: [str(value) for value in rows[group]]}
@@ -143,6 +146,15 @@ def prepare_rows(source: RowSource, full_model: str, group: str | None, num_clie
     labels = "label" if kind == "classification" else "labels"
     kept = encoded if labels == "label" else encoded.filter(lambda row: any(label != -100 for label in row["labels"]))
     return AdviceRows(kind, _split(kept, num_clients), len(encoded) - len(kept))
+
+
+def _check_texts(values: Iterable[Any], column: str) -> None:
+    for place, value in enumerate(values):
+        if not isinstance(value, str):
+            raise ValueError(
+                f"Row {place} has {str(value)[:50]!r} in the column `{column}`, of type {type(value).__name__}; expected text. Give "
+                "conversations as `messages`, and drop rows without a text."
+            )
 
 
 def _split(rows: Dataset, num_clients: int) -> dict[str, Dataset]:
@@ -203,8 +215,8 @@ def _encode_text(
         shared = len(start) if whole.startswith(start) else 0
         first = tokenizer(whole[:shared], add_special_tokens=False)["input_ids"] if shared else []
         return first, tokenizer(whole[shared:], add_special_tokens=False)["input_ids"]
-    text = row[names["text" if kind == "text" else "completion"]]
-    answer = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    ids = tokenizer(row[names["text" if kind == "text" else "completion"]], add_special_tokens=False)["input_ids"]
+    answer = ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
     if kind == "text":
         return [tokenizer.bos_token_id] * bool(tokenizer.bos_token), answer
     return tokenizer(row[names["prompt"]] + separator)["input_ids"], answer

@@ -146,6 +146,9 @@ def test_rows_that_can_not_be_had_are_refused(full_model, tmp_path):
     DatasetDict({"test": Dataset.from_dict({"text": ["w2"]})}).save_to_disk(tmp_path / "splits")
     with pytest.raises(ValueError, match="no split `train`; expected one of test"):
         read_rows(make_source(str(tmp_path / "splits")))
+    Dataset.from_dict({"text": ["w2", None]}).save_to_disk(tmp_path / "gaps")
+    with pytest.raises(ValueError, match="Row 1 has 'None' in the column `text`, of type NoneType; expected text"):
+        prepare_rows(make_source(str(tmp_path / "gaps")), full_model, None, 2, seed=0)
     few = str(write_rows(tmp_path / "few.jsonl", 120))
     with pytest.raises(ValueError, match="There are 120 rows; 4 clients, .* need 201"):
         prepare_rows(make_source(few), full_model, None, 4, seed=0)
