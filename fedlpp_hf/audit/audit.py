@@ -29,7 +29,8 @@ def check_auditable(trainer: Any) -> None:
     """Refuse, before the rounds, a federation that could not be audited after them.
 
     Raises:
-        ValueError: if there is no owner, no evaluation dataset, no client's data, or more than one process.
+        ValueError: if there is no owner, no evaluation dataset, no client's data, more than one process, or rounds that are
+            attacked would be deleted.
     """
     if trainer.owner is None:
         raise ValueError(
@@ -44,6 +45,12 @@ def check_auditable(trainer: Any) -> None:
         raise ValueError(
             f"audit=True with {trainer.args.world_size} processes; expected one. Launch one process, or set "
             "audit=False."
+        )
+    limit = trainer.args.save_total_limit
+    if trainer.args.broadcasts and limit is not None and 0 < limit < trainer.args.num_rounds:
+        raise ValueError(
+            f"audit=True with save_total_limit={limit}: the audit rebuilds the proxy of each of {trainer.args.num_rounds} rounds, "
+            "and older rounds would be deleted. Leave save_total_limit out, or set audit=False."
         )
     choose_rows(trainer.eval_dataset, 1, 0)
 

@@ -14,7 +14,7 @@ from .command import Command, CommandParser, fail, use_underscores
 
 
 # The files of this folder that define a command, in the order of `fedlpp-hf --help`.
-COMMANDS = ("merge", "quantize", "inspect", "audit", "trace", "push", "server", "client")
+COMMANDS = ("merge", "quantize", "inspect", "advise", "audit", "trace", "push", "server", "client")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -37,6 +37,7 @@ _TRAINING = OptionFacts(
     free=(
         "output_dir", "resume_from_checkpoint", "report_to", "disable_tqdm", "run_name", "hub_token", "hub_model_id",
         "push_to_hub", "hub_private_repo", "log_level", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+        "save_total_limit",
     ),
     beside={"report_to": [], "push_to_hub": False, "disable_tqdm": True, "load_best_model_at_end": False},
 )  # fmt: skip

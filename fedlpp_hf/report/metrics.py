@@ -14,12 +14,16 @@ Record = Mapping[str, Any]
 
 
 def flatten_record(record: Record) -> dict[str, float]:
-    """A record as numbers by name, for trackers; metrics that are no numbers are left out."""
+    """A record as numbers by name, for trackers, in groups; what is no number is left out."""
     logs = {f"{view}/{name}": value for view, metrics in record["metrics"].items() for name, value in metrics.items()}
-    logs = {name: value for name, value in logs.items() if is_number(value)}
+    logs |= {f"owner/{name}": record.get(name) for name in ("selection_loss", "base_weight", "variate_weight")}
+    if record["round"]:
+        logs |= {"clients/accepted": len(record["clients"]), "clients/rejected": len(record["rejected"])}
+        logs |= {"bytes/down": record["bytes_down"], "bytes/up": record["bytes_up"]}
+        logs |= {"time/seconds": record["seconds"]}
     if record["clients"]:
         logs["clients/loss"] = mean_client_loss(record)
-    return logs | {name: record[name] for name in ("bytes_down", "bytes_up", "seconds")}
+    return {name: value for name, value in logs.items() if is_number(value)}
 
 
 def mean_client_loss(record: Record) -> float:

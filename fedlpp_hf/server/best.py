@@ -60,16 +60,35 @@ def find_published_round(args: FederatedConfig, records: Sequence[Mapping[str, A
     selected = find_selected_round(records)
     if selected is not None:
         return selected
+    best = find_best_round(args, records) if args.load_best_model_at_end else None
+    return last if best is None else best
+
+
+def find_best_round(args: FederatedConfig, records: Sequence[Mapping[str, Any]]) -> int | None:
+    """The best round by `metric_for_best_model`, from round 1 on; of equals, the first. None if none was measured."""
     choice = MetricChoice.of(args)
     best: tuple[int, float] | None = None
-    if not args.load_best_model_at_end or choice.key is None:
-        return last
-    for record in records:
-        value = read_judged(record).get(choice.key)
+    for record in records if choice.key is not None else ():
+        value = read_judged(record).get(str(choice.key))
         if (
             not record["round"] or value is None or not is_number(value) or value != value
         ):  # NaN is better than nothing
             continue
-        if best is None or choice.is_better(choice.key, value, best[1]):
+        if best is None or choice.is_better(str(choice.key), value, best[1]):
             best = (record["round"], value)
-    return last if best is None else best[0]
+    return None if best is None else best[0]
+
+
+def forget_rounds(args: FederatedConfig, store: RoundStore) -> None:
+    """Delete the tensors of all rounds but the last `save_total_limit`; without a limit, or one of 0, of none.
+
+    Beside the last rounds are kept: round 0, where resumed clients start; the best round by `metric_for_best_model`; and the
+    one that would be published now. So a later round never wants one that is gone.
+    """
+    limit = args.save_total_limit
+    if limit is None or limit <= 0:
+        return
+    records = store.records()
+    numbers = [record["round"] for record in records]
+    kept = {0, *numbers[-limit:], find_published_round(args, records), find_best_round(args, records)}
+    store.forget(number for number in numbers if number not in kept)

@@ -25,7 +25,7 @@ from ..tensors.quantization import quantize_tensors
 from ..wire.encoding import Payload, restore_tensors
 from ..wire.messages import ClientFailure, ClientTask, ClientUpdate, LocalOptions
 from .admission import AcceptedUpdate, Admission
-from .best import check_chosen, find_published_round
+from .best import check_chosen, find_published_round, forget_rounds
 from .owner import Owner
 from .resume import check_resumable
 from .state import ServerState
@@ -150,14 +150,8 @@ class FederatedServer:
             held = restore_tensors(self.make_proxy(self.adapter))
             frozen = {key: held[key] for key in held.keys() - trainable_keys("freeze_a", held)}
             self.state = ServerState(dict(self.adapter) | frozen)
-        nothing: dict[str, Any] = {
-            "clients": {},
-            "rejected": {},
-            "asked": [],
-            "bytes_down": 0,
-            "bytes_up": 0,
-            "seconds": 0.0,
-        }
+        nothing: dict[str, Any] = {"clients": {}, "rejected": {}, "asked": []}
+        nothing |= {"bytes_down": 0, "bytes_up": 0, "seconds": 0.0}
         if self.owner is not None and self.owner.selects:
             nothing["selection_loss"] = self.owner.measure_selection(self.adapter, {}, [0.0])[0]
         return 0, self._commit(0, nothing)
@@ -176,6 +170,7 @@ class FederatedServer:
         records = self.store.records()
         self._names = list(records[0]["metrics"].get("proxy", ()))
         check_chosen(self.args, records[-1])
+        self.store.check_kept(find_published_round(self.args, records))
         return done, False
 
     def _run_round(self, number: int, train_clients: TrainClients) -> bool:
@@ -205,6 +200,7 @@ class FederatedServer:
         }
         stop = self._commit(number, record)
         self.admission.forget()
+        forget_rounds(self.args, self.store)
         return stop
 
     def _make_task(self, number: int, client: str, proxy: Payload | None) -> ClientTask:

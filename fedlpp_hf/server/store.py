@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -144,11 +144,12 @@ class RoundStore:
         """Adapter and server state of a committed round.
 
         Raises:
-            ValueError: if a file is damaged, be it by one bit.
+            ValueError: if a file is damaged, be it by one bit, or [`forget`] has deleted them.
         """
         directory = self.round_dir(number)
         try:
             files = self._read_record(number)["files"]
+            self.check_kept(number)
             for name in ROUND_FILES:
                 if (found := hash_file(directory / name)) != files[name]:
                     raise ValueError(
@@ -158,6 +159,24 @@ class RoundStore:
             return read_adapter(directory)[0], load_file(directory / SERVER_STATE)
         except (SafetensorError, OSError, KeyError) as error:
             raise ValueError(f"Round {number} in `{directory}` can't be read ({error}). {_ADVICE}") from error
+
+    def check_kept(self, number: int) -> None:
+        """
+        Raises:
+            ValueError: if [`forget`] has deleted the tensors of a committed round.
+        """
+        if not (self.round_dir(number) / ADAPTER_WEIGHTS).exists():
+            raise ValueError(
+                f"Round {number} in `{self.round_dir(number)}` has no tensors any more: save_total_limit keeps the last rounds, "
+                "round 0, and the best one by the metric that was set then. Choose a round that still has an "
+                f"{ADAPTER_WEIGHTS}."
+            )
+
+    def forget(self, numbers: Iterable[int]) -> None:
+        """Delete the tensors of committed rounds; their records stay, as the history of a federation is read from them."""
+        for number in numbers:
+            for name in ROUND_FILES:
+                (self.round_dir(number) / name).unlink(missing_ok=True)
 
     def records(self) -> list[dict[str, Any]]:
         """The records of all committed rounds, in order.

@@ -11,7 +11,6 @@ import torch
 from peft import PeftConfig
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import TrainOutput
 
 from ..audit.audit import check_auditable
@@ -34,7 +33,6 @@ from ..tensors.codebooks import FULL_PRECISION
 from ..wire.encoding import encode_message
 from ..wire.messages import ClientFailure, ClientTask, ClientUpdate
 from .arguments import check_arguments, hidden_arguments
-from .callbacks import EventHandler
 from .finish import finish_federation
 from .local_run import LocalRunMixin
 from .model import add_adapter, check_adapter_switching, resolve_model, start_adapter
@@ -42,7 +40,7 @@ from .publishing import PublishingMixin
 from .ranks import RanksMixin, check_launch
 from .rounds import Rounds
 from .rows import RowsMixin
-from .trackers import check_uploads
+from .tracked_run import TrackedRun
 from .workers import WorkersMixin
 
 
@@ -209,7 +207,7 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, WorkersMixin, Publish
                     "audit=True needs rows that can be read again, but some clients have streams. Give them datasets "
                     "with a length, or set audit=False."
                 )
-        reporter = RoundReporter(self.args, self._make_trackers())
+        reporter = RoundReporter(self.args, self._make_trackers(resume))
         rounds = self.rounds = Rounds(self.args, self.callback_handler, self.evaluates)
 
         def on_round(record: dict[str, Any]) -> bool:
@@ -258,11 +256,10 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, WorkersMixin, Publish
             on_round=on_round,
         )
 
-    def _make_trackers(self) -> EventHandler:
+    def _make_trackers(self, resume: bool) -> TrackedRun:
         trackers = [make() for make in get_reporting_integration_callbacks(self.args.report_to)]
         trackers += self.callback_handler.trackers
-        check_uploads(trackers)
-        return EventHandler([DefaultFlowCallback, *trackers], self.model, self.processing_class)
+        return TrackedRun(trackers, self.model, RoundStore(self.args.output_dir), resume)
 
     def _evaluate_together(self, adapter: Mapping[str, torch.Tensor]) -> dict[str, float]:
         self.share("evaluate", lambda: encode_message("adapter", {}, adapter))

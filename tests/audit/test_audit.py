@@ -184,12 +184,16 @@ def test_classifiers_are_compared_by_accuracy_too(full_bert, tmp_path):
     [
         ({"owner": None}, "set `full_model`"),
         ({"client_datasets": {}}, "they are elsewhere"),
-        ({"args": SimpleNamespace(world_size=2)}, "2 processes; expected one"),
+        ({"args": {"world_size": 2}}, "2 processes; expected one"),
+        ({"args": {"save_total_limit": 2}}, "save_total_limit=2: the audit rebuilds the proxy of each of 3 rounds"),
         ({"eval_dataset": None}, "expected one Dataset"),
     ],
 )
 def test_what_cannot_be_audited_is_refused_before_the_rounds(change, words):
-    fine = {"owner": object(), "client_datasets": {"a": []}, "args": SimpleNamespace(world_size=1)}
-    check_auditable(SimpleNamespace(**fine, eval_dataset=make_rows(3)))
+    options = {"world_size": 1, "broadcasts": True, "save_total_limit": None, "num_rounds": 3}
+    fine = {"owner": object(), "client_datasets": {"a": []}, "eval_dataset": make_rows(3)}
+    for harmless in ({}, {"save_total_limit": 3}, {"save_total_limit": 1, "broadcasts": False}):
+        check_auditable(SimpleNamespace(**fine, args=SimpleNamespace(**options | harmless)))
+    args = SimpleNamespace(**options | change.get("args", {}))
     with pytest.raises(ValueError, match=words):
-        check_auditable(SimpleNamespace(**{**fine, "eval_dataset": make_rows(3), **change}))
+        check_auditable(SimpleNamespace(**fine | change | {"args": args}))

@@ -69,6 +69,10 @@ WRONG_ARGUMENTS = [
     (["merge", "full", "a", "b", "out", "--weights", "1"], "1 weights for 2 adapters"),
     (["merge", "full", "a", "out", "--base_weight", "0.5"], "give --base_dir"),
     (["merge", "full", "a", "out", "--base_weight", "2"], "expected a number from 0 to 1"),
+    (["advise", "./absent", "rows.csv", "out"], "`./absent` is neither a directory nor a name"),
+    (["advise", "full", "rows.csv", "out", "--base_bits", "3"], "--base_bits is not for all presets"),
+    (["advise", "full", "rows.csv", "out", "--preset", "ours"], "--preset ours: expected NAME=FILE.yaml"),
+    (["advise", "full", "rows.csv", "out", "--preset", "a=absent.yaml"], "--preset `absent.yaml` is not a file"),
     (["merge", "full", "a", "out", "--threads", "0"], "'0' is not a whole number of at least 1"),
 ]
 

@@ -15,8 +15,11 @@ def test_loss_of_clients_is_weighted_by_their_examples():
 def test_trackers_get_numbers_by_name():
     logs = flatten_record(make_record(1, {"eval_loss": 1.25}, {"eval_loss": 1.0}))
     expected = {"proxy/eval_loss": 1.25, "server/eval_loss": 1.0, "clients/loss": 1.75}
-    assert logs == expected | {"bytes_down": 1500, "bytes_up": 2500, "seconds": 1.5}
-    assert "clients/loss" not in flatten_record(make_record(0, None, None))
+    expected |= {"clients/accepted": 2, "clients/rejected": 0}
+    assert logs == expected | {"bytes/down": 1500, "bytes/up": 2500, "time/seconds": 1.5}
+    chosen = flatten_record(make_record(1, None, None, selection_loss=2.0, base_weight=0.5))
+    assert (chosen["owner/selection_loss"], chosen["owner/base_weight"]) == (2.0, 0.5)
+    assert flatten_record(make_record(0, None, {"eval_loss": 1.0})) == {"server/eval_loss": 1.0}
 
 
 def test_trackers_get_no_metric_that_is_no_number():

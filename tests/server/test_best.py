@@ -8,6 +8,7 @@ import torch
 
 from fedlpp_hf.config.metrics import MetricChoice
 from fedlpp_hf.server.best import find_published_round
+from fedlpp_hf.server.store import RoundStore
 from fedlpp_hf.tensors.adapters import read_adapter
 
 from .small_server import KEY_B, answer_all, make_server
@@ -112,3 +113,63 @@ def test_metrics_of_the_server_are_in_the_order_of_the_trainers(tmp_path):
         records = server.run(answer_all, resume)
     assert all(list(record["metrics"]["server"]) == [*names, "eval_more"] for record in records)
     assert {MetricChoice().main(view) for record in records for view in record["metrics"].values()} == {"eval_f1"}
+
+
+def list_kept(output_dir):
+    return sorted(
+        int(path.parent.name[-5:]) for path in output_dir.glob("_federation/rounds/*/adapter_model.safetensors")
+    )
+
+
+@pytest.mark.parametrize(
+    "options, kept",
+    [
+        ({"save_total_limit": None}, [0, 1, 2, 3, 4, 5]),
+        ({"save_total_limit": 0}, [0, 1, 2, 3, 4, 5]),  # no limit, as to a Trainer
+        ({"save_total_limit": 1}, [0, 5]),
+        ({"save_total_limit": 2, "load_best_model_at_end": True}, [0, 2, 4, 5]),
+        ({"save_total_limit": 1, "metric_for_best_model": "loss"}, [0, 2, 5]),  # best_model_checkpoint names it
+        ({"save_total_limit": 9}, [0, 1, 2, 3, 4, 5]),
+    ],
+    ids=str,
+)
+def test_last_rounds_the_best_and_the_first_are_kept(tmp_path, options, kept):
+    losses = [9.0, 3.0, 1.0, 2.0, 4.0, 5.0, 0.5]
+    whole = judge(make_server(tmp_path / "whole", num_rounds=5, **options | {"save_total_limit": None}), losses)
+    whole.run(answer_all)
+    server = judge(make_server(tmp_path / "out", num_rounds=3, **options), losses)
+    server.run(answer_all)
+    server = judge(make_server(tmp_path / "out", num_rounds=5, **options), losses)
+    records = server.run(answer_all, resume=True)
+    assert list_kept(tmp_path / "out") == kept
+    assert [record["round"] for record in records] == [0, 1, 2, 3, 4, 5]
+    assert torch.equal(server.adapter[KEY_B], whole.adapter[KEY_B])
+    assert torch.equal(read_adapter(tmp_path / "out")[0][KEY_B], read_adapter(tmp_path / "whole")[0][KEY_B])
+
+
+def test_round_of_the_least_selection_loss_survives(tmp_path):
+    class Owner:
+        selects = True
+
+        def measure_selection(self, adapter, residual, base_weights):
+            return [losses[round(adapter[KEY_B][0, 0].item())]] * len(base_weights)
+
+        def evaluate(self, adapter, residual, base_weight):
+            return {"eval_loss": 1.0}
+
+    losses = [2.0, 1.0, 3.0, 4.0, 5.0]
+    server = make_server(tmp_path, num_rounds=4, save_total_limit=1)
+    server.owner = Owner()
+    server.run(answer_all)
+    assert list_kept(tmp_path) == [0, 1, 4]
+    assert torch.equal(server.adapter[KEY_B], torch.full((4, 2), 1.0))
+
+
+def test_deleted_round_is_named_before_a_client_trains(tmp_path):
+    losses = [9.0, 3.0, 1.0, 2.0, 0.5]
+    judge(make_server(tmp_path, num_rounds=3, save_total_limit=1), losses).run(answer_all)
+    with pytest.raises(ValueError, match="Round 2 .* no tensors any more: save_total_limit keeps the last rounds"):
+        RoundStore(tmp_path).load(2)
+    server = judge(make_server(tmp_path, num_rounds=4, load_best_model_at_end=True), losses)
+    with pytest.raises(ValueError, match="Round 2 .* no tensors any more"):
+        server.run(lambda tasks: pytest.fail("a client was asked"), resume=True)
