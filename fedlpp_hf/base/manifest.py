@@ -113,7 +113,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def _compute_fingerprint(manifest: dict[str, Any]) -> str:
     """The sha256 of what all copies of a base have in common: a task names it, whatever the marks of a client's copy."""
-    content = {key: manifest[key] for key in _SETTINGS}
+    content = {key: manifest[key] for key in (*_SETTINGS, "calibration") if key in manifest}
     content["tensors"] = {entry["name"]: entry["digest"] for entry in manifest["tensors"]}
     content["files"] = {
         name: file["sha256"] for name, file in manifest["files"].items() if not name.endswith(_WEIGHT_FILES)
