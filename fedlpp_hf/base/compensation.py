@@ -2,12 +2,14 @@
 """Rounding a weight for its layer's output: what one column's rounding does wrong, later columns make up for."""
 
 import torch
+from torch.nn.functional import pad
 
-from ..tensors.quantization import restore_from_levels, round_to_levels
+from ..tensors.quantization import round_to_levels
 
 
 DAMPING = 0.01  # of the mean moment, as in GPTQ's own code
 _COLUMNS = 128  # updated at once
+_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of a block's largest magnitude, tried as its scale
 
 
 def round_with_compensation(
@@ -16,9 +18,9 @@ def round_with_compensation(
     """Like [`round_to_levels`], but with a small error of the layer's output instead of the weight's.
 
     GPTQ (arXiv 2210.17323, algorithm 1): column by column, the error of rounding is moved to the columns that are not
-    rounded yet, by the inverse of the inputs' second moments; columns with large inputs come first. The scales are those of
-    [`round_to_levels`]. The value that defines a block's scale stays, and no other outgrows it; so rounding the result once
-    more, as bitsandbytes does, changes nothing.
+    rounded yet, by the inverse of the inputs' second moments; columns with large inputs come first. Before, each block gets
+    the scale with the least error, the moments' diagonal being the weight of a column. A block's largest value becomes ±1
+    times the scale, and no other outgrows it; so rounding the result once more, as bitsandbytes does, changes nothing.
 
     Args:
         weight: `(out, in)`.
@@ -28,7 +30,7 @@ def round_with_compensation(
         name: Of the weight, in errors.
 
     Returns:
-        Indices `(numel,)` uint8, and scales `(blocks,)`.
+        Indices `(numel,)` uint8, and scales `(blocks,)` float32, which the weight's dtype can hold.
 
     Raises:
         ValueError: if a value is not finite, or the moments do not fit the weight.
@@ -39,18 +41,19 @@ def round_with_compensation(
             f"`{name}` has {columns} inputs; expected finite moments of the shape ({columns}, {columns}), got "
             f"{tuple(moments.shape)}. Do the calibration rows belong to this model, and is its output finite on them?"
         )
-    nearest, scales = round_to_levels(weight, levels, block_size, name=name)
+    nearest, largest = round_to_levels(weight, levels, block_size, name=name)
     if not moments.diagonal().any():
-        return nearest, scales
-    zero = int(levels.abs().argmin())
-    steps = restore_from_levels(torch.zeros_like(nearest), scales, torch.ones(1), block_size).view(rows, columns)
-    reached = weight.float().abs() == steps  # the values that define a scale
+        return nearest, largest
+    bounds = (levels[:-1] + levels[1:]) / 2
+    scales = _fit_scales(weight, moments.diagonal(), levels, block_size, largest)
     order = moments.diagonal().argsort(descending=True, stable=True)
     factor = _factorize(moments.double()[order][:, order]).float()
-    bounds = (levels[:-1] + levels[1:]) / 2
+    zero, top = int(levels.abs().argmin()), len(levels) - 1
 
-    left = weight.float()[:, order]
-    steps, reached, fixed = steps[:, order], reached[:, order], nearest.view(rows, columns)[:, order].int()
+    values = weight.float()
+    reached = (values.abs() == _spread(largest, values.shape, block_size))[:, order]
+    ends = torch.where(values > 0, top, 0)[:, order].int()
+    left, steps = values[:, order], _spread(scales, values.shape, block_size)[:, order]
     found = torch.empty((rows, columns), dtype=torch.int32)
     for start in range(0, columns, _COLUMNS):
         stop = min(start + _COLUMNS, columns)
@@ -58,7 +61,7 @@ def round_with_compensation(
         for place, column in enumerate(range(start, stop)):
             value, step = part[:, place], steps[:, column]
             index = torch.bucketize(value / step, bounds, out_int32=True)
-            index = torch.where(reached[:, column], fixed[:, column], index).masked_fill(step == 0, zero)
+            index = torch.where(reached[:, column], ends[:, column], index).masked_fill(step == 0, zero)
             found[:, column] = index
             errors[:, place] = (value - levels[index] * step) / factor[column, column]
             part[:, place + 1 :] -= errors[:, place, None] * factor[column, column + 1 : stop]
@@ -66,6 +69,31 @@ def round_with_compensation(
     codes = torch.empty((rows, columns), dtype=torch.uint8)
     codes[:, order] = found.to(torch.uint8)
     return codes.view(-1), scales
+
+
+def _fit_scales(
+    weight: torch.Tensor, importance: torch.Tensor, levels: torch.Tensor, block_size: int, largest: torch.Tensor
+) -> torch.Tensor:
+    """The scale of each block, a share of its largest magnitude, with the least error weighted by `importance` `(in,)`."""
+    blocks = pad(weight.float().reshape(-1), (0, -weight.numel() % block_size)).view(-1, block_size)
+    weights = pad(importance.float().expand(weight.shape).reshape(-1), (0, -weight.numel() % block_size)).view_as(
+        blocks
+    )
+    bounds = (levels[:-1] + levels[1:]) / 2
+    least, scales = torch.full_like(largest, torch.inf), largest.clone()
+    for share in _SHARES:
+        tried = (largest * share).to(weight.dtype).float()  # packed in this dtype
+        steps = tried.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        errors = levels[torch.bucketize(blocks / steps, bounds, out_int32=True)].mul_(steps).sub_(blocks)
+        error = errors.square_().mul_(weights).sum(1)
+        better = error < least
+        least[better], scales[better] = error[better], tried[better]
+    return scales
+
+
+def _spread(scales: torch.Tensor, shape: torch.Size, block_size: int) -> torch.Tensor:
+    """The scale of each value of a tensor of `shape`."""
+    return scales.repeat_interleave(block_size)[: shape.numel()].view(shape)
 
 
 def _factorize(moments: torch.Tensor) -> torch.Tensor:
