@@ -9,6 +9,7 @@ from fedlpp_hf.base.calibration import measure_moments
 from fedlpp_hf.base.export import export_base
 from fedlpp_hf.base.load import load_base
 from fedlpp_hf.base.manifest import base_fingerprint, read_manifest
+from fedlpp_hf.base.packing import pack_base, unpack_base
 from fedlpp_hf.privacy.marks import Mark
 from fedlpp_hf.report.base_inspection import describe_base
 from tests.helpers import SMALL_MODELS, read_files
@@ -99,6 +100,16 @@ def test_modules_that_no_row_reaches_are_rounded_to_the_nearest_and_listed(full_
     assert torch.equal(made[f"{left_out}.weight"], plain[f"{left_out}.weight"])
     other = "model.layers.0.mlp.down_proj.weight"
     assert not torch.equal(made[other], plain[other])
+
+
+def test_a_calibrated_base_of_sixteen_bits_is_packed_without_loss(full_model, tmp_path):
+    model, batches = load_full(full_model, "llama"), make_batches()
+    calibration = calibrate(model, batches, tmp_path / "moments")
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "full")
+    export_base(tmp_path / "full", tmp_path / "base", bits=2, calibration=calibration)
+    pack_base(tmp_path / "base", tmp_path / "base.packed")
+    unpack_base(tmp_path / "base.packed", tmp_path / "unpacked")
+    assert read_files(tmp_path / "base") == read_files(tmp_path / "unpacked")
 
 
 def test_rows_that_reach_nothing_are_refused(full_model, tmp_path):
