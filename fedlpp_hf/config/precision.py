@@ -33,6 +33,7 @@ class PrecisionOptions:
             "adapter_bits": "bits per value of the broadcast adapter",
             "update_bits": "bits per value of the clients' updates",
         },
+        beside={"calibration_rows": 0},
         reference={
             "base_bits": FULL_PRECISION,
             "adapter_bits": FULL_PRECISION,

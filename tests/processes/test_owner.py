@@ -161,12 +161,15 @@ def test_control_variate_of_several_runs(full_llama, lora, tmp_path):
 def test_the_owner_calibrates_the_base_on_its_rows(full_llama, llama_base, lora, tmp_path):
     rows = make_rows().remove_columns("client")
     given = {"train_dataset": {"site": rows}, "peft_config": lora}
-    trainer = FederatedTrainer(
-        str(full_llama), make_args(tmp_path / "run", base_bits=3, calibration_rows=7), owner_dataset=rows, **given
+    args = make_args(
+        tmp_path / "run", base_bits=3, calibration_rows=7, control_variate=1.0, num_rounds=1, max_steps=1, merge=False
     )
+    trainer = FederatedTrainer(str(full_llama), args, owner_dataset=rows, **given)
     manifest = read_manifest(trainer.blueprint.base_dir)
     assert manifest["calibration"] == {"rows": 7, "not_reached": []}
     assert trainer.guard.fingerprint == manifest["fingerprint"]
+    trainer.train()
+    assert trainer.server.store.records()[1]["variate_norm"] > 0  # the owner has trained on that base, too
     trainer.owner.close()
     with pytest.raises(ValueError, match="calibration_rows=7 needs rows of the owner; `owner_dataset` is none"):
         FederatedTrainer(str(full_llama), make_args(tmp_path / "none", calibration_rows=7), **given)
