@@ -237,6 +237,7 @@ def draw(found: dict[str, dict[str, dict[str, tuple[float, float, float]]]], pat
         axes.axvline(50, color="#999999", linewidth=0.8)
         points = [100 * entries["server"][2] for entries in found[task].values() if "server" in entries]
         axes.set_ylim(min(-2, min(points) - 1), max(4, max(points) + 1))
+        axes.set_xlim(0, 110)
         axes.set_xlabel("healed exposure after 40 steps on a client's rows, %")
         axes.set_ylabel("server's loss above full precision, %")
         axes.set_title(task, fontsize=9)
