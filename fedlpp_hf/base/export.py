@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ..privacy.marks import Mark
 from ..tensors.codebooks import FULL_PRECISION, check_bits
 from ..tensors.threads import map_in_order, tensor_threads
+from .calibration import Calibration
 from .contents import COMPANIONS
 from .directory import ShardWriter, new_base_directory, write_companions
 from .full_model import FullModel
@@ -47,6 +48,7 @@ def export_base(
     token: str | None = None,
     overwrite: bool = False,
     mark: Mark | None = None,
+    calibration: Calibration | None = None,
     max_shard_size: int = 2 * 10**9,
 ) -> dict[str, Any]:
     """Quantize the full model into a directory that `from_pretrained` loads. Returns the manifest.
@@ -70,6 +72,8 @@ def export_base(
         token: for the Hub; by default that of `hf auth login`.
         overwrite: replace a base in `output_dir`.
         mark: whose copy this is (see [`prepare_mark`]); it decides how weights halfway between two levels are rounded.
+        calibration: what the model's Linears are given on rows of the owner (see [`measure_moments`]). The codes are then
+            chosen for the layers' outputs, and depend on these rows.
         max_shard_size: of one file, in bytes.
 
     Raises:
@@ -83,6 +87,12 @@ def export_base(
         raise ValueError("double_quant=True compresses 4-bit scales; with bits=8 there are none. Leave it out.")
     if mark is not None and bits == 8:
         raise ValueError("A mark with bits=8: int8 rows have none of the levels that it needs. Use 1 to 4 bits.")
+    if calibration is not None and (bits == 8 or mark is not None):
+        given = "bits=8" if bits == 8 else "a mark"
+        raise ValueError(
+            f"A calibration with {given}: it chooses each 4-bit code (or those of a subset), int8 rows have none, and a mark "
+            "needs weights halfway between two of them. Leave one out."
+        )
 
     source = FullModel(full_model, revision, token)
     config = source.read_config()
@@ -98,7 +108,7 @@ def export_base(
     if skip_modules is None:
         check_skip_list(model, quantized, skip)
     bulk = find_bulk(model, quantized, skip)
-    settings = BaseSettings(bits, block_size, double_quant, embedding_bits, quantized, bulk, mark)
+    settings = BaseSettings(bits, block_size, double_quant, embedding_bits, quantized, bulk, mark, calibration)
 
     with new_base_directory(Path(output_dir), overwrite) as directory:
         entries = []
@@ -123,6 +133,10 @@ def export_base(
             "tensors": entries,
             "totals": _sum_entries(entries),
         }
+        if calibration is not None:
+            reached = {f"{name}.weight" for name in calibration.files}
+            missed = [e["name"] for e in entries if e["kind"] == "linear4bit" and e["name"] not in reached]
+            manifest["calibration"] = {"rows": calibration.rows, "not_reached": missed}
         write_manifest(directory, manifest, writer.digests)
     return manifest
 

@@ -20,6 +20,8 @@ from ..privacy.marks import Mark, draw_choices
 from ..tensors.codebooks import FULL_PRECISION, codebook, nf4_subset
 from ..tensors.packing import look_up, packed_size
 from ..tensors.quantization import find_between_levels, restore_from_levels, round_to_levels
+from .calibration import Calibration
+from .compensation import round_with_compensation
 
 
 _NESTED_BLOCK_SIZE = 256
@@ -32,8 +34,8 @@ class BaseSettings:
     """How the tensors of a base are quantized.
 
     `quantized`: the modules that become bitsandbytes weights, and whether each was a `Conv1D`. `bulk`: parameters that
-    stay floats but get `bits`, not `embedding_bits`, because they are most of the model. `mark`: whose copy this is. The
-    rest are arguments of [`export_base`].
+    stay floats but get `bits`, not `embedding_bits`, because they are most of the model. `mark`: whose copy this is.
+    `calibration`: what the modules are given as inputs. The rest are arguments of [`export_base`].
     """
 
     bits: int
@@ -43,6 +45,7 @@ class BaseSettings:
     quantized: dict[str, bool]
     bulk: set[str]
     mark: Mark | None = None
+    calibration: Calibration | None = None
 
 
 def quantize_base_tensor(
@@ -95,16 +98,19 @@ def quantize_base_tensor(
         "information_bytes": information,
         "information_bits": information * 8 / max(tensor.numel(), 1),
         "bytes": sum(t.nbytes for t in tensors.values()),
-        "digest": _compute_digest(name, kind, tensors),
+        "digest": _compute_digest(name, kind, tensors, settings.calibration is not None),
     }
     return entry, tensors
 
 
-def _compute_digest(name: str, kind: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    """The sha256 of what a parameter's tensors are in every copy of a base: a mark changes 4-bit codes, but no scale."""
+def _compute_digest(name: str, kind: str, tensors: Mapping[str, torch.Tensor], calibrated: bool) -> str:
+    """The sha256 of what a parameter's tensors are in every copy of a base: a mark changes 4-bit codes, but no scale.
+
+    A calibrated base has no marks, and differs from others in its codes alone.
+    """
     digest = hashlib.sha256()
     for key in sorted(tensors):
-        if kind != "linear4bit" or key != name:
+        if calibrated or kind != "linear4bit" or key != name:
             digest.update(tensors[key].contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -117,7 +123,7 @@ def quantize_nf4(name: str, weight: torch.Tensor, settings: BaseSettings) -> dic
     Args:
         name: of the weight; the other tensors' names begin with it.
         weight: `(out, in)`.
-        settings: of the base: bits of 1 to 4, block size, whether the scales are quantized too, and the mark.
+        settings: of the base: bits of 1 to 4, block size, whether the scales are quantized too, mark and calibration.
 
     Raises:
         ValueError: if a value is not finite.
@@ -126,7 +132,12 @@ def quantize_nf4(name: str, weight: torch.Tensor, settings: BaseSettings) -> dic
     code = get_4bit_type("nf4", device="cpu")
     subset = torch.tensor(nf4_subset(settings.bits), dtype=torch.uint8)
     levels = code[subset.int()]
-    indices, absmax = round_to_levels(weight, levels, block_size, name=name)
+    calibration = settings.calibration
+    moments = None if calibration is None else calibration.read(name.removesuffix(".weight"))
+    if moments is None:
+        indices, absmax = round_to_levels(weight, levels, block_size, name=name)
+    else:
+        indices, absmax = round_with_compensation(weight, moments, levels, block_size, name)
     if settings.mark is not None:
         places, lower = find_between_levels(weight, levels, block_size, MARK_TOLERANCE)
         indices[places] = lower + torch.from_numpy(draw_choices(settings.mark, name, len(places)))

@@ -14,6 +14,8 @@ class PrecisionOptions:
 
     Args:
         base_bits: Bits of the base's weights: 4, 3, 2, 1 (ternary) or 8.
+        calibration_rows: Rows of `owner_dataset` for whose outputs the base's codes are chosen; 0 rounds each weight to
+            the nearest.
         base_block_size: Weights of the base that share one scale.
         embedding_bits: Bits of embeddings and heads in the base.
         adapter_bits: Bits of the proxy, the adapter that clients are sent.
@@ -26,10 +28,12 @@ class PrecisionOptions:
     FACTS: ClassVar[OptionFacts] = OptionFacts(
         card={
             "base_bits": "bits per weight of the clients' base",
+            "calibration_rows": "owner's rows that the base is calibrated on",
             "embedding_bits": "bits per value of embeddings and heads in the base",
             "adapter_bits": "bits per value of the broadcast adapter",
             "update_bits": "bits per value of the clients' updates",
         },
+        beside={"calibration_rows": 0},
         reference={
             "base_bits": FULL_PRECISION,
             "adapter_bits": FULL_PRECISION,
@@ -41,6 +45,10 @@ class PrecisionOptions:
     base_bits: int = field(
         default=4,
         metadata={"help": "Bits of the base's weights: 4, 3, 2, 1 (ternary) or 8. 32 is full precision: no privacy."},
+    )
+    calibration_rows: int = field(
+        default=0,
+        metadata={"help": "Rows of the owner for whose outputs the base is rounded. 0: to the nearest codes."},
     )
     base_block_size: int = field(default=64, metadata={"help": "Weights of the base that share one scale."})
     embedding_bits: int = field(
@@ -65,6 +73,13 @@ class PrecisionOptions:
         for option in ("base_bits", "embedding_bits", "adapter_bits", "update_bits"):
             check_bits_or_full(getattr(self, option), option)
         check_positive(self, "base_block_size", "adapter_block_size")
+        if self.calibration_rows < 0:
+            raise ValueError(f"calibration_rows={self.calibration_rows}; expected a number of rows, or 0.")
+        if self.calibration_rows and self.base_bits in (8, FULL_PRECISION):
+            raise ValueError(
+                f"calibration_rows={self.calibration_rows} with base_bits={self.base_bits}: only bases of 1 to 4 bits are "
+                "calibrated. Leave one of them out."
+            )
         if not 0 < self.update_density <= 1:
             raise ValueError(f"update_density={self.update_density}; expected a share in (0, 1] of values to send.")
 

@@ -34,6 +34,11 @@ class OwnerProcess:
         variate = args.control_variate
         if variate and blueprint.owner_dataset is None:
             raise ValueError(f"control_variate={variate} needs rows of the owner; pass `owner_dataset`.")
+        if args.calibration_rows and not hasattr(blueprint.owner_dataset, "__len__"):
+            given = "none" if blueprint.owner_dataset is None else f"a {type(blueprint.owner_dataset).__name__}"
+            raise ValueError(
+                f"calibration_rows={args.calibration_rows} needs rows of the owner; `owner_dataset` is {given}, expected a Dataset."
+            )
         needs_base = {
             "control_variate": variate,
             "base_weights": args.base_weights if any(args.base_weights) else None,

@@ -14,6 +14,7 @@ from peft import PeftConfig
 
 from ..aggregation.products import join_residual
 from ..aggregation.variate import average_variates
+from ..base.calibration import Calibration, measure_moments
 from ..base.export import export_base
 from ..base.full_model import FullModel
 from ..base.model_class import change_config, list_float_modules
@@ -48,6 +49,7 @@ class OwnerHandler:
         args, blueprint = self.blueprint.args, self.blueprint
         check_adapter_fits(self.source, self.config, self.model_class, blueprint.peft_config)
         configs = list_module_configs(self.source) if is_sentence_trainer(blueprint.trainer_class) else {}
+        calibration = self._calibrate() if args.calibration_rows else None
         manifest = export_base(
             blueprint.full_model,
             output_dir,
@@ -58,9 +60,24 @@ class OwnerHandler:
             model_class=self.model_class,
             revision=blueprint.init_kwargs.get("revision"),
             overwrite=True,
+            calibration=calibration,
         )
+        shutil.rmtree(self._moments_dir, ignore_errors=True)
         copy_configs(configs, Path(output_dir))
         return manifest["totals"], {}
+
+    def _calibrate(self) -> Calibration:
+        """The inputs of the full model's Linears on the owner's rows, which go through the trainer as evaluation rows do."""
+        args, trainer = self.blueprint.args, self.trainer
+        rows = choose_rows(self._read_rows("owner"), args.calibration_rows, args.seed)
+        load_adapter_(trainer.guard.parameters, trainer.guard.initial)
+        return measure_moments(
+            find_peft_model(trainer.model), lambda: trainer.evaluate_metrics(rows), len(rows), self._moments_dir
+        )
+
+    @property
+    def _moments_dir(self) -> Path:
+        return self.scratch / "moments"
 
     def initial_adapter(self, tensors):
         return {}, self.trainer.guard.initial
@@ -202,7 +219,11 @@ class OwnerHandler:
     @cached_property
     def selection_rows(self) -> Any:
         """The selection rows, prepared as a client's are."""
-        rows = self.trainer.client_datasets["selection"]
+        return self._read_rows("selection")
+
+    def _read_rows(self, name: str) -> Any:
+        """The owner's rows to evaluate on: the `selection`, or the `owner`'s."""
+        rows = self.trainer.client_datasets[name]
         # DPO's `evaluate` computes the reference's part anew, and a table can't have it twice.
         computed = [name for name in getattr(rows, "column_names", None) or () if name in _COMPUTED_IN_EVALUATE]
         return rows.remove_columns(computed) if computed else rows

@@ -55,6 +55,12 @@ def describe_base(base_dir: str | os.PathLike, tensors: bool = False, verify: bo
     ]
     exact = sorted((e for e in entries if e["kind"] == "full_precision"), key=lambda e: -e["bytes"])
     names = [f"{e['name']} ({format_bytes(e['bytes'])})" for e in exact]
+    if calibration := manifest.get("calibration"):
+        missed = calibration["not_reached"]
+        lines.append(
+            f"Calibrated on {calibration['rows']} rows of the owner"
+            + (f"; not reached, so rounded to the nearest: {shorten(missed)}" if missed else ".")
+        )
     lines.append(
         f"In full precision: {format_bytes(totals['full_precision_bytes'])}: {shorten(names)}"
         if exact

@@ -43,6 +43,11 @@ def resolve_model(
     if not isinstance(model, str | Path):
         return model, None
     if (Path(model) / BASE_MANIFEST).is_file():
+        if args.calibration_rows:
+            raise ValueError(
+                f"calibration_rows={args.calibration_rows}, but model='{model}' is a base already. Pass the full model, from "
+                "which the owner makes one, or leave the option out."
+            )
         blueprint.base_dir = str(model)
         return blueprint.load_base(), None
     if args.full_model not in (None, "", str(model)):

@@ -46,6 +46,8 @@ def test_every_option_is_documented_where_it_stands(name):
         ({"dirichlet_alpha": float("nan")}, "dirichlet_alpha=nan"),
         ({"clients_per_round": 9}, "clients_per_round=9, but there are only 8 clients"),
         ({"num_clients": 2, "min_clients": 3}, "min_clients=3, but there are only 2 clients"),
+        ({"calibration_rows": -1}, "calibration_rows=-1; expected a number of rows, or 0"),
+        ({"calibration_rows": 8, "base_bits": 8}, "calibration_rows=8 with base_bits=8: only bases of 1 to 4 bits"),
         ({"base_bits": 5}, "`base_bits`: bits=5 has no codebook.*32 leaves full precision"),
         ({"embedding_bits": 0}, "`embedding_bits`"),
         ({"adapter_bits": 16}, "`adapter_bits`"),

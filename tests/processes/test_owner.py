@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fedlpp_hf import FederatedTrainer
 from fedlpp_hf.aggregation.variate import average_variates
+from fedlpp_hf.base.manifest import read_manifest
 from fedlpp_hf.tensors.adapters import read_adapter
 from fedlpp_hf.trainer.publishing import MERGED_DIR
 from tests.helpers import ROOT, make_args, make_labelled_rows, make_rows
@@ -155,6 +156,27 @@ def test_control_variate_of_several_runs(full_llama, lora, tmp_path):
     records = trainer.server.run(lambda tasks: map(trainer.train_client, tasks))
     assert len(asked) == 1 and len(set(asked[0])) == 3
     assert records[1]["variate_share"] == share
+
+
+def test_the_owner_calibrates_the_base_on_its_rows(full_llama, llama_base, lora, tmp_path):
+    rows = make_rows().remove_columns("client")
+    given = {"train_dataset": {"site": rows}, "peft_config": lora}
+    args = make_args(
+        tmp_path / "run", base_bits=3, calibration_rows=7, control_variate=1.0, num_rounds=1, max_steps=1, merge=False
+    )
+    trainer = FederatedTrainer(str(full_llama), args, owner_dataset=rows, **given)
+    manifest = read_manifest(trainer.blueprint.base_dir)
+    assert manifest["calibration"] == {"rows": 7, "not_reached": []}
+    assert trainer.guard.fingerprint == manifest["fingerprint"]
+    trainer.train()
+    assert trainer.server.store.records()[1]["variate_norm"] > 0  # the owner has trained on that base, too
+    trainer.owner.close()
+    with pytest.raises(ValueError, match="calibration_rows=7 needs rows of the owner; `owner_dataset` is none"):
+        FederatedTrainer(str(full_llama), make_args(tmp_path / "none", calibration_rows=7), **given)
+    with pytest.raises(ValueError, match="calibration_rows=7, but model=.* is a base already"):
+        FederatedTrainer(
+            str(llama_base), make_args(tmp_path / "base", calibration_rows=7), owner_dataset=rows, **given
+        )
 
 
 def test_control_variate_without_what_it_needs_is_refused(full_llama, llama_base, lora, tmp_path):
