@@ -1,7 +1,6 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Which updates a round takes. Nothing from a client is trusted: each is checked, or rejected by its client's name."""
 
-import math
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,10 @@ from ..privacy.clipping import check_norm
 from ..tensors.files import TensorFile, close_files
 from ..wire.compression import decompress_update
 from ..wire.messages import ClientFailure, ClientTask, ClientUpdate
+from ..wire.text import make_printable
+
+
+_MAX_STEPS = 10**9  # of a client in one round
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ class Admission:
                 try:
                     delta = self.open_update(answer, tasks[client])
                 except ValueError as error:
-                    rejected[client] = str(error)
+                    rejected[client] = make_printable(str(error))  # it quotes what the client sent
                     continue
                 # By number: what a client is called must never become a path.
                 file = self.updates_dir / f"{len(accepted):05d}.safetensors"
@@ -107,8 +110,8 @@ class Admission:
         for name in ("loss", "steps"):
             if name not in update.metrics:
                 raise ValueError(f"its metrics have no `{name}`; expected `loss` and `steps`")
-        if not 1 <= update.metrics["steps"] < math.inf:
-            raise ValueError(f"it claims {update.metrics['steps']} steps; expected 1 or more")
+        if not 1 <= update.metrics["steps"] <= _MAX_STEPS:
+            raise ValueError(f"it claims {update.metrics['steps']} steps; expected 1 to {_MAX_STEPS}")
         trained = {key: self.shapes[key] for key in trainable_keys(self.args.aggregation, self.shapes)}
         delta = decompress_update(update.delta, trained)
         if self.args.max_update_norm is not None:
