@@ -152,7 +152,7 @@ def make_tasks(*clients, round=1):
 @pytest.mark.parametrize("name", DESCRIPTIONS)
 def test_node_that_describes_itself_wrongly_is_refused_and_the_others_start(name, join, caplog):
     grid = Crowd({1: hostile(DESCRIPTIONS[name]), 2: honest("a"), 3: honest("b")})
-    clients = join(grid)
+    clients = join(grid, Keys(_1=("evil",), _2=("a",), _3=("b",)))
     assert sorted(clients.gather(2)) == ["a", "b"]
     (record,) = (record for record in caplog.records if "is rejected" in record.message)
     assert "Node 1 is rejected" in record.getMessage() and record.getMessage().isprintable()
@@ -225,7 +225,7 @@ def test_clients_are_fixed_when_the_federation_begins(join):
     assert "'c', which is not one of the 2" in clients._guests.rejected[3]
     assert "'a', which is at node 1" in clients._guests.rejected[4]
 
-    resumed = join(grid)
+    resumed = join(grid, join_timeout=1.0)
     with pytest.raises(RuntimeError, match=r"1 of 2 clients joined.*8 rows of client 'b'.*there were 7"):
         resumed.gather(2, known={"a": 6, "b": 7})
     grid.nodes[2] = honest("b", 7)

@@ -8,6 +8,7 @@ import struct
 import pytest
 import torch
 
+from fedlpp_hf.server.admission import check_clients
 from fedlpp_hf.wire.messages import ClientFailure, ClientUpdate
 
 from .small_server import KEY_A, KEY_B, answer, answer_all, make_server, read_record
@@ -109,3 +110,20 @@ def test_updates_of_an_earlier_round_are_not_replayed(tmp_path):
 
     with pytest.raises(RuntimeError, match="Round 2 has 0 acceptable updates.*its round is 1"):
         make_server(tmp_path).run(run)
+
+
+@pytest.mark.parametrize(
+    "clients",
+    [
+        *({"a": 1, "b": count} for count in ("many", math.nan, 10**18, -1, True, [1], 1.0)),
+        {"\ud800": 1},
+        {"": 1},
+        {5: 1},
+    ],
+    ids=repr,
+)
+def test_clients_that_could_not_be_stored_or_weighed_are_refused_at_the_start(clients):
+    """They were written into federation.json, and broke every resume, or made one update the whole mean."""
+    with pytest.raises(ValueError, match="is no client id|rows; expected a number"):
+        check_clients(clients)
+    check_clients({"a": 0, "b": None, "klinik-ä": 2**53})
