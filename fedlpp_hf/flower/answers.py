@@ -97,7 +97,7 @@ def _read_content(answer: Answer, names: Collection[str]) -> Mapping[str, Any]:
         raise RefusalError(make_printable(answer["error"]))
     if len(answer) != 1 or not set(answer) <= set(names):
         found = make_printable(", ".join(f"`{name}`" for name in list(answer)[:3]), 100) or "nothing"
-        raise ValueError(f"its answer has {len(answer)} fields ({found}); expected {' or '.join(names)} alone")
+        raise ValueError(f"its answer has the fields {found}; expected {' or '.join(names)} alone")
     return answer
 
 

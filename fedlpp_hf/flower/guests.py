@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_AGAIN_SECONDS = 2.0  # after which a node that was rejected may try again; `fedlpp-hf client` waits longer
 _NO_KEY = "its key is not in the directory of --client_keys, or was withdrawn"
 
 
@@ -61,6 +62,7 @@ class Guests:
         self.export_seconds = 0.0  # spent on marked copies
         self._requests = GridRequests(grid, network.lost_timeout)
         self._guests: dict[int, _Guest] = {}
+        self._invited: dict[int, float] = {}  # node → time
         self._last_nodes: dict[str, int] = {}  # as `nodes`, with clients that have left
         self._settled: dict[int, Node] = {}  # nodes that were registered or rejected, as they were then
         self._bases: dict[int, PackedBase] = {}
@@ -84,9 +86,14 @@ class Guests:
                 self._settled.pop(number, None)
         for number in self.rejected.keys() - present.keys() - set(self._last_nodes.values()):
             del self.rejected[number]
+        for number in self._invited.keys() - present.keys() - self.rejected.keys():
+            del self._invited[number]
         for number, node in present.items():
             guest = self._guests.get(number)
-            if self._settled.get(number) != node and (guest is None or guest.since != node.since):
+            if self._settled.get(number) == node or (guest is not None and guest.since == node.since):
+                continue
+            if number not in self.rejected or time.monotonic() > self._invited[number] + _AGAIN_SECONDS:
+                self._invited[number] = time.monotonic()
                 self._invite(number, node)
         for (number, since), answer in self._requests.receive():
             guest = self._guests.get(number)

@@ -172,6 +172,18 @@ class HostileNode:
         self.client.__enter__()
         self.node = None
 
+    def call(self, method: str, request):
+        """Send a request to Flower, again if the machine is too busy to take it."""
+        import httpx
+
+        for _ in range(30):
+            try:
+                return getattr(self.client, method)(request)
+            except httpx.TransportError as error:
+                problem = error
+                time.sleep(1)
+        raise problem
+
     def connect(self) -> None:
         """Connect, or reconnect: the server then asks for a description again."""
         import httpx
@@ -180,15 +192,15 @@ class HostileNode:
 
         if self.node is not None:
             with contextlib.suppress(httpx.HTTPStatusError):  # on a busy machine it may be held for offline already
-                self.client.DeactivateNode(DeactivateNodeRequest(node_id=self.node.node_id))
-        answer = self.client.ActivateNode(ActivateNodeRequest(public_key=self.public_key, heartbeat_interval=30))
+                self.call("DeactivateNode", DeactivateNodeRequest(node_id=self.node.node_id))
+        answer = self.call("ActivateNode", ActivateNodeRequest(public_key=self.public_key, heartbeat_interval=30))
         self.node = Node(node_id=answer.node_id)
 
     def beat(self) -> None:
         """Stay online."""
         from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 
-        self.client.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=30))
+        self.call("SendNodeHeartbeat", SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=30))
 
     def messages(self) -> Iterator:
         """The server's messages, until it is gone."""
@@ -202,7 +214,7 @@ class HostileNode:
             if time.monotonic() - last > 15:
                 last = time.monotonic()
                 self.beat()
-            pulled = self.client.PullMessages(PullMessagesRequest(node=self.node))
+            pulled = self.call("PullMessages", PullMessagesRequest(node=self.node))
             if not pulled.messages_list:
                 time.sleep(0.2)
                 continue
@@ -210,17 +222,18 @@ class HostileNode:
             for part in iterate_object_tree(pulled.message_object_trees[0]):
                 while True:
                     request = PullObjectRequest(node=self.node, run_id=metadata.run_id, object_id=part.object_id)
-                    found = self.client.PullObject(request)
+                    found = self.call("PullObject", request)
                     if found.object_available:
                         break
                     time.sleep(0.05)
                 contents[part.object_id] = found.object_content
             message = inflate_object_from_contents(metadata.message_id, contents)
             message.metadata.__dict__["_message_id"] = metadata.message_id
-            self.client.ConfirmMessageReceived(
+            self.call(
+                "ConfirmMessageReceived",
                 ConfirmMessageReceivedRequest(
                     node=self.node, run_id=metadata.run_id, message_object_id=metadata.message_id
-                )
+                ),
             )
             yield message
 
@@ -251,16 +264,17 @@ class HostileNode:
         )
         if change is not None:
             change(request)
-        pushed = self.client.PushMessages(request)
+        pushed = self.call("PushMessages", request)
         for identity in pushed.objects_to_push if upload else ():
-            self.client.PushObject(
+            self.call(
+                "PushObject",
                 PushObjectRequest(
                     node=self.node,
                     run_id=message.metadata.run_id,
                     object_id=identity,
                     object_content=objects[identity].deflate(),
                     session_id=pushed.session_id,
-                )
+                ),
             )
 
 

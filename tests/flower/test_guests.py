@@ -19,6 +19,7 @@ pytest.importorskip("flwr", reason="flwr is not installed: pip install fedlpp_hf
 
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedlpp_hf.flower import guests
 from fedlpp_hf.flower.base_transfer import PackedBase
 from fedlpp_hf.flower.clients import FlowerClients
 from fedlpp_hf.flower.grid_requests import BASE, DESCRIBE, RECORD, TRAIN
@@ -132,8 +133,9 @@ def hostile(description=None, update=None):
 
 
 @pytest.fixture
-def join(tmp_path):
-    """A function from a Grid to its clients."""
+def join(tmp_path, monkeypatch):
+    """A function from a Grid to its clients. A node that was rejected may try again at once."""
+    monkeypatch.setattr(guests, "_AGAIN_SECONDS", 0.0)
 
     def make(grid, keys=None, round_timeout=5.0, **network):
         options = {"join_timeout": 20.0, "lost_timeout": 1.0} | network
@@ -191,6 +193,21 @@ def test_nodes_that_are_silent_or_upload_for_ever_hold_nobody(join):
     finally:
         never.set()
     assert answers[0].client_id == "b" and answers[1] == ClientFailure("a", "it did not answer within 2 s")
+
+
+def test_node_that_reconnects_all_the_time_is_not_asked_all_the_time(join, monkeypatch):
+    """Each answer that is announced and never uploaded keeps a thread for minutes."""
+    grid = Crowd({1: hostile({}), 2: honest("a")})
+    clients = join(grid)
+    monkeypatch.setattr(guests, "_AGAIN_SECONDS", 3600.0)
+    clients.gather(1)
+    for number in range(20):
+        grid.since[1] = str(number)
+        clients._guests.attend()
+    assert grid.asked.count((DESCRIBE, 1)) == 1
+    grid.since[2] = "later"  # one that was not rejected is asked at once
+    clients._guests.attend()
+    assert grid.asked.count((DESCRIBE, 2)) == 2
 
 
 def test_answer_that_flower_cannot_read_costs_its_client_alone(join):

@@ -138,7 +138,8 @@ def test_server_starts_on_any_of_its_addresses(tmp_path, monkeypatch, capsys, li
 def test_port_of_another_process_is_refused(tmp_path):
     (tmp_path / "federation.yaml").touch()
     with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(ValueError, match="choose another --port"):
-        run_server(str(tmp_path / "federation.yaml"), state_dir=str(tmp_path / "state"), port=other.getsockname()[1])
+        options = {"client_keys": str(tmp_path), "port": other.getsockname()[1]}
+        run_server(str(tmp_path / "federation.yaml"), state_dir=str(tmp_path / "state"), **options)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +151,8 @@ def test_port_of_another_process_is_refused(tmp_path):
         ({"hosts": ["a.org:9000"]}, "[Ss]et --port 9000"),
         ({"hosts": ["fl.example.org"], "insecure": True}, "only loopback"),
         ({"client_keys": "absent"}, "is not a directory"),
+        ({}, "--client_keys is not given"),
+        ({"client_keys": ".", "insecure": True}, "no node shows its key"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_written(tmp_path, options, message):
