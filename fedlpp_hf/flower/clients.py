@@ -65,7 +65,8 @@ class FlowerClients:
             known: the numbers of rows of the clients with which the federation began, if it is resumed.
 
         Raises:
-            RuntimeError: if too few have joined within `join_timeout`; names the rejected nodes and the reasons.
+            RuntimeError: if too few have joined within `join_timeout` and nobody is taking the base; names the rejected nodes
+                and the reasons.
         """
         guests, network = self._guests, self.network
         guests.expect(count, known)
@@ -76,7 +77,7 @@ class FlowerClients:
             needed = count if at_least is None or waited <= network.lost_timeout else at_least
             if len(guests.nodes) >= needed:
                 break
-            if waited > network.join_timeout:
+            if waited > network.join_timeout and not guests.sends_base:
                 rejected = "".join(f" Node {node}: {reason}." for node, reason in guests.rejected.items())
                 raise RuntimeError(
                     f"{len(guests.nodes)} of {count} clients joined within {network.join_timeout:.0f} s "

@@ -101,9 +101,13 @@ class GridRequests:
             else:
                 self._failed.append((request.key, "it could not be reached"))
 
-    def receive(self) -> list[tuple[Any, Answer]]:
-        """The keys and answers that have arrived, and those that are no longer expected."""
-        present = self.find_nodes()
+    def receive(self, present: Mapping[int, Node] | None = None) -> list[tuple[Any, Answer]]:
+        """The keys and answers that have arrived, and those that are no longer expected.
+
+        Args:
+            present: the nodes, where they were looked for just now.
+        """
+        present = self.find_nodes() if present is None else present
         answers, self._failed = self._failed, []
         uploading = {sweep.current for sweep in self._stuck}
         # If it is asked for the answer of an offline node, Flower invents an error and drops the answer for good.

@@ -95,12 +95,17 @@ class Guests:
             if number not in self.rejected or time.monotonic() > self._invited[number] + _AGAIN_SECONDS:
                 self._invited[number] = time.monotonic()
                 self._invite(number, node)
-        for (number, since), answer in self._requests.receive():
+        for (number, since), answer in self._requests.receive(present):
             guest = self._guests.get(number)
             if guest is not None and guest.since == since and number in present:
                 self._hear(number, present[number], guest, answer)
             elif guest is not None and guest.since == since:
                 del self._guests[number]
+
+    @property
+    def sends_base(self) -> bool:
+        """Whether a node is taking the base."""
+        return any(guest.sent for guest in self._guests.values())
 
     def pause(self) -> None:
         """Wait before the next [`attend`]."""

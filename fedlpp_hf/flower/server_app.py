@@ -21,6 +21,7 @@ from .client_keys import ClientKeys, name_holder
 from .clients import FlowerClients
 from .environment import SERVER_FILE, check_flower
 from .fleet_limits import write_limit
+from .patience import make_patient_
 
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ def make_server_app() -> ServerApp:
         log.addHandler(logging.StreamHandler())
         log.propagate = False
         check_flower()
+        # On a busy machine a handshake with the SuperLink beside it can time out, which would end the run. The name is private;
+        # a Flower without it is as impatient as before.
+        if (invoker := getattr(grid, "_retry_invoker", None)) is not None:
+            make_patient_(invoker)
         if SERVER_FILE not in os.environ:
             raise ValueError(f"{SERVER_FILE} is not set in the SuperLink's environment; `fedlpp-hf server` sets it.")
         path = Path(os.environ[SERVER_FILE])

@@ -12,6 +12,8 @@ from fedlpp_hf.flower.loading import NetworkConfig, is_given
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install fedlpp_hf[flower]")
 
+import httpx
+
 from fedlpp_hf.flower import server_app
 from fedlpp_hf.flower.client_keys import ClientKeys
 
@@ -78,6 +80,19 @@ def test_marked_copies_need_keys_and_the_full_model(start, tmp_path):
     found = start(keys=keys, owner=object(), network=network)
     assert found.bases.key_file == tmp_path / "marks.json" and found.arguments["keys"] is keys
     assert start().bases == "common"
+
+
+def test_server_is_patient_with_a_busy_superlink():
+    """A handshake that timed out on a busy machine ended the run."""
+    from flwr.superlink.grid.http_grid import HttpGrid
+
+    grid = HttpGrid(token="t")
+    timeout = httpx.ConnectTimeout("_ssl.c:989: The handshake operation timed out")
+    assert grid._retry_invoker.should_giveup(timeout)
+    with pytest.raises(ValueError, match="FEDLPP_HF_SERVER is not set"):
+        server_app.make_server_app()(grid, None)
+    assert not grid._retry_invoker.should_giveup(timeout)
+    assert grid._retry_invoker.should_giveup(httpx.ConnectError("certificate verify failed"))
 
 
 def test_free_ids_are_told(start, caplog):
