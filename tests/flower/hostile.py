@@ -296,17 +296,16 @@ BENT = {"in another's name": _in_anothers_name, "as the server": _as_the_server,
 
 
 def main() -> None:
-    """Break every rule of the description, one by one, then those of the updates, one a round."""
+    """Break COUNT rules of the description, one by one, then join and break those of the updates, one a round."""
     import httpx
     from flwr.supercore.task_identity import TaskIdentity
 
-    address, certificate, key, client_id, seed, log = sys.argv[1:]
+    address, certificate, key, client_id, seed, count, log = sys.argv[1:]
     for name in ("run_id", "task_id", "node_id"):
         setattr(TaskIdentity, name, 1)  # what Flower's own processes learn, and messages ask for
     source = random.Random(int(seed))
-    descriptions = source.sample(sorted(DESCRIPTIONS), 8)
+    descriptions = source.sample(sorted(DESCRIPTIONS), min(int(count), len(DESCRIPTIONS)))
     updates = source.sample(sorted(UPDATES), len(UPDATES))
-    adapter = {"base_model.model.x.lora_A.weight": torch.zeros(4, 8)}
     node = HostileNode(address, certificate, key)
 
     def note(text: str) -> None:
@@ -352,7 +351,7 @@ def main() -> None:
             else:
                 task = ClientTask.from_bytes(message.content["fedlpp_hf"]["task"])
                 name = updates.pop()
-                content = UPDATES[name](task, adapter)
+                content = UPDATES[name](task, task.proxy_tensors() or {"lora_A": torch.zeros(4, 8)})
                 if "update" in content and isinstance(content["update"], bytes) and source.random() < 0.3:
                     content["update"] = damage(content["update"], source)
                 note(f"round {task.round}: {name}")

@@ -74,10 +74,10 @@ class Machines:
     def start(self, side, *arguments):
         return self._start(side, "fedlpp_hf.cli.main", side, "--config", str(self.config), *arguments)
 
-    def start_hostile(self, client, seed):
-        """A client that breaks the rules; what it did is in `hostile.log`."""
+    def start_hostile(self, client, seed, count):
+        """A client that breaks the rules, `count` of them before it joins; what it did is in `hostile.log`."""
         key = str(self.directory / client / "node.key")
-        arguments = [f"127.0.0.1:{self.port}", "server/ca.crt", key, client, str(seed), "hostile.log"]
+        arguments = [f"127.0.0.1:{self.port}", "server/ca.crt", key, client, str(seed), str(count), "hostile.log"]
         return self._start("hostile", "tests.flower.hostile", *arguments)
 
     def _start(self, side, module, *arguments):

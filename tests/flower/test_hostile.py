@@ -33,7 +33,7 @@ def test_ends_with_the_bits_of_the_honest_three(tmp_path, write_config, rows, ll
         machines.wait_for("server/registered/site-2.pub", server)
         for client in CLIENTS:
             machines.start_client(client, "--base", str(llama_base))
-        hostile = machines.start_hostile("evil", seed=0)
+        hostile = machines.start_hostile("evil", seed=0, count=8)
         machines.wait_for_round(1, server)
         (tmp_path / "keys" / "evil.pub").unlink()
         assert server.wait() == 0
