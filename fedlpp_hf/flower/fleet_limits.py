@@ -39,14 +39,15 @@ class FleetLimits:
 
     Args:
         app: what it stands in front of.
-        server_file: what `fedlpp-hf server` wrote: it names the directory of the clients' keys. None on a SuperLink that
-            was started by hand.
+        server_file: what `fedlpp-hf server` wrote: it names the directory of the clients' keys. There is none beside a
+            SuperLink that was started by hand.
     """
 
     def __init__(self, app: Any, server_file: Path | None):
         self.app, self.server_file = app, server_file
-        settings = {} if server_file is None else json.loads(server_file.read_text(encoding="utf-8"))
-        directory = settings.get("client_keys")
+        directory = None
+        if server_file is not None and server_file.exists():
+            directory = json.loads(server_file.read_text(encoding="utf-8")).get("client_keys")
         self.keys = None if directory is None else ClientKeys(directory)
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:

@@ -83,10 +83,10 @@ def test_gate_stands_in_front_of_a_real_superlink(tmp_path):
     """Flower's own code decides whether the gate is asked; another version may not."""
     address, port = find_address(), find_port()
 
-    def ask(host, path):
+    def ask(host, path, body=b""):
         connection = http.client.HTTPConnection(host, port, timeout=30)
         with contextlib.closing(connection):
-            connection.request("POST", path)
+            connection.request("POST", path, body)
             return connection.getresponse().status
 
     command = [
@@ -106,6 +106,9 @@ def test_gate_stands_in_front_of_a_real_superlink(tmp_path):
             assert ask(address, path) == 403
             assert ask("127.0.0.1", path) != 403
         assert ask(address, "/v1/fleet/pull-messages") != 403
+        # The limits of what clients send stand in front of it, too.
+        assert ask(address, "/v1/fleet/push-object", b"x" * 100_000) == 413
+        assert ask(address, "/v1/fleet/push-messages", b"\xff") == 400
 
 
 slow = pytest.mark.slow
