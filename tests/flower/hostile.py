@@ -17,6 +17,7 @@ import torch
 from fedlpp_hf.wire.messages import ClientTask, ClientUpdate
 
 
+_DOOR = 60_000  # bytes that the server takes of any client, whatever the adapter
 ESCAPES = "x\nClients: a forged line\x1b[2J\u202e"
 
 # What a node may answer to `query.describe` and `query.base`. Each breaks a rule.
@@ -333,7 +334,8 @@ def main() -> None:
                 node.connect()
             elif kind != "train" and descriptions:
                 name = descriptions.pop()
-                node.answer(message, DESCRIPTIONS[name])
+                with contextlib.suppress(httpx.HTTPStatusError):  # the longest do not even reach the server
+                    node.answer(message, DESCRIPTIONS[name])
                 note(f"described: {name}")
                 time.sleep(0.5)
                 node.connect()
@@ -355,7 +357,8 @@ def main() -> None:
                 if "update" in content and isinstance(content["update"], bytes) and source.random() < 0.3:
                     content["update"] = damage(content["update"], source)
                 note(f"round {task.round}: {name}")
-                node.answer(message, content)
+                # Longer ones are refused at the door, as was seen, and would cost the test a `round_timeout` each.
+                node.answer(message, {key: value[:_DOOR] for key, value in content.items()})
     except httpx.HTTPError as error:
         note(f"the end: {type(error).__name__}")
 
