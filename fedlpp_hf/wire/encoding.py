@@ -123,7 +123,7 @@ def decode_message(
     if limit is not None and len(data) > limit.num_bytes:
         raise ValueError(f"The {kind} has {len(data)} bytes; expected at most {limit.num_bytes}.")
     if len(data) < 8 or (header_size := struct.unpack("<Q", data[:8])[0]) > min(len(data) - 8, MAX_HEADER_BYTES):
-        raise ValueError(f"A {kind} of {len(data)} bytes is truncated, or its header claims more than there is.")
+        raise ValueError(f"The {kind} of {len(data)} bytes is truncated, or its header claims more than there is.")
     if limit is not None and header_size > limit.header_bytes:
         raise ValueError(f"The {kind} has a header of {header_size} bytes; expected at most {limit.header_bytes}.")
     try:
