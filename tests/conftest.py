@@ -45,6 +45,23 @@ def full_llama(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide_llama(tmp_path_factory) -> Path:
+    """A Llama with enough weights for a mark: 200,000 of them, of which 2,000 are marked."""
+    directory = tmp_path_factory.mktemp("models") / "wide-llama"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def llama_base(full_llama, tmp_path_factory) -> Path:
     """The 4-bit base of [`full_llama`]."""
     directory = tmp_path_factory.mktemp("bases") / "llama-4bit"

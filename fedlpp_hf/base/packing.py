@@ -95,6 +95,19 @@ def unpack_base(file: str | os.PathLike, base_dir: str | os.PathLike, *, overwri
         raise ValueError(f"`{file}` is not a packed base, or it is damaged ({error!r}). Send it again.") from error
 
 
+def read_packed_manifest(file: str | os.PathLike) -> dict[str, Any]:
+    """The manifest in the file that [`pack_base`] wrote; whether the tensors fit it is checked where they are unpacked.
+
+    Raises:
+        ValueError: if the file is not a packed base, or is truncated.
+    """
+    try:
+        with safe_open(file, "pt") as packed:
+            return json.loads((packed.metadata() or {})["base_manifest"])
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"`{file}` is not a packed base, or it is damaged ({error!r}). Delete it.") from error
+
+
 def _pack_files(base_dir: Path, manifest: dict[str, Any], pool: ThreadPoolExecutor) -> Iterator[tuple[str, bytes]]:
     entries = {entry["name"]: entry for entry in manifest["tensors"]}
 

@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hosts", nargs="+", default=[], help="names and addresses of this machine that clients connect to"
     )
-    parser.add_argument("--client_keys", help="directory with the *.pub files that clients sent")
+    parser.add_argument(
+        "--client_keys", help="directory with the clients' public keys, each named after its client's id: ID.pub"
+    )
     parser.add_argument("--insecure", action="store_true", help="no TLS and no node keys; on loopback only")
 
 

@@ -53,7 +53,10 @@ class AggregationOptions:
         },
     )
     weighting: str = field(
-        default="examples", metadata={"help": "Weight of an update in the mean: examples, or uniform."}
+        default="examples",
+        metadata={
+            "help": "Weight of an update in the mean: examples, or uniform, which is the default over a network."
+        },
     )
     robust: str = field(default="none", metadata={"help": "none, median, trimmed_mean or multi_krum."})
     num_attackers: int = field(

@@ -50,13 +50,13 @@ def _describe(settings: ClientSettings, request: Mapping[str, Any]) -> dict[str,
         raise ValueError(
             f"this client runs fedlpp_hf {__version__}, the server {request['version']}; install the same version"
         )
-    fingerprint = str(request["base"])
+    fingerprint, copy = _read_base(request)
     if "data" in request:
         piece: dict[str, Any] = {name: request[name] for name in ("offset", "size", "sha256", "data")}
-        receive_piece(settings.cache_dir, fingerprint, **piece)
-    base_dir = find_base(settings.cache_dir, fingerprint, settings.base)
+        receive_piece(settings.cache_dir, fingerprint, **piece, copy=copy)
+    base_dir = find_base(settings.cache_dir, fingerprint, settings.base, copy)
     if base_dir is None:
-        return {"received": count_received(settings.cache_dir, fingerprint)}
+        return {"received": count_received(settings.cache_dir, fingerprint, copy)}
     if settings.warm:
         description, _ = ask_trainer(settings, base_dir, "status")
     else:
@@ -66,12 +66,18 @@ def _describe(settings: ClientSettings, request: Mapping[str, Any]) -> dict[str,
 
 def _train(settings: ClientSettings, request: Mapping[str, Any]) -> dict[str, Any]:
     task = bytes(request["task"])
-    base_dir = find_base(settings.cache_dir, str(request["base"]), settings.base)
+    fingerprint, copy = _read_base(request)
+    base_dir = find_base(settings.cache_dir, fingerprint, settings.base, copy)
     if base_dir is None:
-        raise ValueError(f"this client no longer has the base {str(request['base'])[:12]}…; restart it")
+        raise ValueError(f"this client no longer has the base {fingerprint[:12]}…; restart it")
     if settings.warm:
         return {"update": ask_trainer(settings, base_dir, "train", task, float(request["timeout"]))[1]}
     return {"update": train_task(make_client_trainer(settings, base_dir), task)}
+
+
+def _read_base(request: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The fingerprint of the federation's base, and what identifies this client's copy, where copies are marked."""
+    return str(request["base"]), str(request["copy"]) if "copy" in request else None
 
 
 _ANSWERS = {DESCRIBE: _describe, BASE: _describe, TRAIN: _train}

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .addresses import check_loopback, parse_server
+from .answers import check_client_id
 from .certificates import NODE_PUBLIC_KEY, check_authority, make_node_key
 from .client_settings import ClientSettings
 from .environment import check_flower, make_environment
@@ -65,6 +66,10 @@ def run_client(
         if not Path(path).exists():
             raise ValueError(f"{option} `{path}` does not exist.")
     client_id = client_id or Path(data).stem
+    try:
+        check_client_id(client_id)
+    except ValueError as error:
+        raise ValueError(f"--client_id: {error}.") from None
     state = Path(state_dir or f"flower-{client_id}").resolve()
     settings = ClientSettings(
         config=str(Path(config).resolve()),

@@ -1,20 +1,22 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""The clients of a federation over Flower: wait for them, send them the base, send them tasks."""
+"""The clients of a federation over Flower: wait for them, send them tasks, and collect their updates."""
 
-import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING
 
-from .. import __version__
-from .base_transfer import PackedBase
-from .grid_requests import BASE, DESCRIBE, POLL_SECONDS, TRAIN, Answer, GridRequests, Request
+from .answers import read_update
+from .base_copies import Bases
+from .client_keys import ClientKeys
+from .grid_requests import TRAIN, Answer, GridRequests, Request
+from .guests import Guests
 
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
+    from ..wire.encoding import MessageLimit
     from ..wire.messages import ClientFailure, ClientTask, ClientUpdate
     from .loading import NetworkConfig
 
@@ -24,51 +26,71 @@ _ROUND_SECONDS = 3600.0  # the default of `round_timeout`
 
 
 class FlowerClients:
-    """The clients that a Grid reaches, by the ids they announce; one node may train for several clients.
+    """The clients that a Grid reaches. One node may train for several clients.
 
     Args:
         grid: Flower's.
         network: timeouts, retries and the size of a piece of the base.
-        base: the base that clients must have.
+        bases: the base that each node must have.
+        limit: of an update's size.
         round_timeout: seconds that clients have for a task, including the transport; an hour by default.
+        keys: which ids each node may announce; without them, the first node that announces an id has it.
     """
 
-    def __init__(self, grid: "Grid", network: "NetworkConfig", base: PackedBase, round_timeout: float | None = None):
-        self.network, self.base = network, base
+    def __init__(
+        self,
+        grid: "Grid",
+        network: "NetworkConfig",
+        bases: Bases,
+        limit: "MessageLimit",
+        *,
+        round_timeout: float | None = None,
+        keys: ClientKeys | None = None,
+    ):
+        self.network, self.limit = network, limit
         self.round_timeout = _ROUND_SECONDS if round_timeout is None else round_timeout
-        self.num_examples: dict[str, int] = {}
         self._requests = GridRequests(grid, network.lost_timeout)
-        self._nodes: dict[str, int] = {}  # client id → node, of clients that are connected
-        self._last_nodes: dict[str, int] = {}  # the same, with clients that have left
-        self._described: dict[int, str] = {}  # node → time of the connection in which it was described or rejected
-        self._rejected: dict[int, str] = {}  # node → reason
+        self._guests = Guests(grid, network, bases, self.round_timeout, keys)
 
-    def gather(self, count: int, at_least: int | None = None) -> dict[str, int]:
+    def gather(
+        self, count: int, at_least: int | None = None, known: Mapping[str, int] | None = None
+    ) -> dict[str, int]:
         """Wait until `count` clients are connected and have the base; returns their numbers of rows.
+
+        These are the federation's clients from then on: no other id is admitted, and none with another number of rows.
 
         Args:
             count: clients to wait for.
             at_least: clients that are enough once `lost_timeout` has passed; by default `count`.
+            known: the numbers of rows of the clients with which the federation began, if it is resumed.
 
         Raises:
-            RuntimeError: if too few have joined within `join_timeout`; names the rejected nodes and the reasons.
+            RuntimeError: if too few have joined within `join_timeout` and nobody is taking the base; names the rejected nodes
+                and the reasons.
         """
-        began = time.monotonic()
+        guests, network = self._guests, self.network
+        guests.expect(count, known)
+        began, exported = time.monotonic(), guests.export_seconds
         while True:
-            self._welcome(self.network.join_timeout)  # a client may have to load a model before its first answer
-            waited = time.monotonic() - began
-            needed = count if at_least is None or waited <= self.network.lost_timeout else at_least
-            if len(self._nodes) >= needed:
+            guests.attend()
+            waited = time.monotonic() - began - (guests.export_seconds - exported)
+            needed = count if at_least is None or waited <= network.lost_timeout else at_least
+            if len(guests.nodes) >= needed:
                 break
-            if waited > self.network.join_timeout:
-                rejected = "".join(f" Node {node}: {reason}." for node, reason in self._rejected.items())
+            if waited > network.join_timeout and not guests.sends_base:
+                rejected = "".join(f" Node {node}: {reason}." for node, reason in guests.rejected.items())
                 raise RuntimeError(
-                    f"{len(self._nodes)} of {count} clients joined within {self.network.join_timeout:.0f} s "
-                    f"({', '.join(self._nodes) or 'none'}).{rejected} Start the others, or lower num_clients."
+                    f"{len(guests.nodes)} of {count} clients joined within {network.join_timeout:.0f} s "
+                    f"({', '.join(guests.nodes) or 'none'}).{rejected} Start the others, or lower num_clients."
                 )
-            time.sleep(POLL_SECONDS)
-        logger.info("Clients: %s", ", ".join(f"{client} ({rows} rows)" for client, rows in self.num_examples.items()))
-        return dict(self.num_examples)
+            guests.pause()
+        num_examples = (
+            {client: guests.num_examples[client] for client in guests.nodes} if known is None else dict(known)
+        )
+        guests.expect(count, num_examples)
+        here = ", ".join(f"{client} ({num_examples[client]} rows)" for client in guests.nodes)
+        logger.info("Clients: %s", here)
+        return num_examples
 
     def train(self, tasks: list["ClientTask"]) -> Iterator["ClientUpdate | ClientFailure"]:
         """Send the tasks and yield one update or failure for each, in the order of arrival."""
@@ -76,88 +98,50 @@ class FlowerClients:
 
         unanswered = {task.client_id: task for task in tasks}
         reasons: dict[str, str] = {}
-        for _ in range(1 + self.network.task_retries):
-            self._welcome(self.network.lost_timeout)
-            for client in unanswered.keys() - self._nodes.keys():
-                rejection = self._rejected.get(self._last_nodes.get(client, -1))
-                reasons[client] = "it is not connected" if rejection is None else f"it was rejected: {rejection}"
-            for client, answer in self._requests.ask(TRAIN, self._make_requests(unanswered), self.round_timeout):
-                try:
-                    update = _read_update(client, answer)
-                except (ValueError, KeyError, TypeError) as error:
-                    reasons[client] = str(error)
-                    logger.warning("Client %s: %s", client, error)
-                else:
-                    del unanswered[client]
-                    yield update
-            if not unanswered:
-                return
+        try:
+            for _ in range(1 + self.network.task_retries):
+                self._wait_for_guests(unanswered)
+                reasons |= {client: self._guests.explain_absence(client) for client in unanswered}
+                self._requests.send(TRAIN, self._make_requests(unanswered), self.round_timeout)
+                while self._requests.unanswered:
+                    for client, answer in self._requests.receive():
+                        try:
+                            update = self._read_update(client, answer)
+                        except ValueError as error:
+                            reasons[client] = str(error)
+                            logger.warning("Client %s: %s", client, ClientFailure(client, str(error)).reason)
+                        else:
+                            del unanswered[client]
+                            yield update
+                    self._guests.attend()
+                    if self._requests.unanswered:
+                        self._requests.pause()
+                if not unanswered:
+                    return
+        finally:
+            self._requests.forget()  # the round may close before all have answered
         for client in unanswered:
             yield ClientFailure(client, reasons[client])
 
+    def _wait_for_guests(self, clients: Collection[str]) -> None:
+        """Let clients that have just come back describe themselves before the round's tasks are sent."""
+        deadline = time.monotonic() + self.network.lost_timeout
+        while True:
+            self._guests.attend()
+            missing = clients - self._guests.nodes.keys()
+            if not self._guests.may_become(missing) or time.monotonic() > deadline:
+                return
+            self._guests.pause()
+
     def _make_requests(self, tasks: Mapping[str, "ClientTask"]) -> Iterator[Request]:
         for client, task in list(tasks.items()):
-            if client in self._nodes:
-                content = {"task": task.to_bytes(), "base": self.base.fingerprint, "timeout": self.round_timeout}
-                yield Request(client, self._nodes[client], content)
+            if client in self._guests.nodes:
+                node = self._guests.nodes[client]
+                content = {"task": task.to_bytes(), "timeout": self.round_timeout, **self._guests.name_base(node)}
+                yield Request(client, node, content)
 
-    def _welcome(self, timeout: float) -> None:
-        """Ask nodes that connected, or reconnected, to describe themselves, and send the base to those without it."""
-        present = self._requests.find_nodes()
-        new = [node for node, since in present.items() if self._described.get(node) != since]
-        for client, node in list(self._nodes.items()):
-            if node not in present or node in new:  # after a reconnect a node may have another version or base
-                del self._nodes[client]
-        content: dict[str, Any] = {"base": self.base.fingerprint, "version": __version__}
-        requests = (Request(node, node, content) for node in new)
-        kind, received = DESCRIBE, dict.fromkeys(new, -1)
-        while new:
-            incomplete: dict[int, int] = {}
-            for node, answer in self._requests.ask(kind, requests, timeout):
-                if isinstance(answer, str) or "error" in answer:
-                    self._reject(node, answer, present[node])
-                elif "received" not in answer:
-                    self._register(node, json.loads(answer["clients"]), present[node])
-                elif int(answer["received"]) > received[node]:
-                    incomplete[node] = received[node] = int(answer["received"])
-                else:
-                    self._reject(node, {"error": "it does not keep the pieces of the base"}, present[node])
-            new, kind, timeout = list(incomplete), BASE, self.round_timeout
-            requests = (
-                Request(node, node, content | self.base.read(start, self.network.chunk_megabytes << 20))
-                for node, start in incomplete.items()
-            )
-
-    def _register(self, node: int, rows: Mapping[str, int], since: str) -> None:
-        taken = [client for client in rows if self._nodes.get(client, node) != node]
-        if taken:
-            other = self._nodes[taken[0]]
-            self._reject(node, {"error": f"it announces client {taken[0]!r}, which is at node {other}"}, since)
-            return
-        self._described[node] = since
-        self._rejected.pop(node, None)
-        for client, count in rows.items():
-            self._nodes[client] = self._last_nodes[client] = node
-            self.num_examples[client] = count
-
-    def _reject(self, node: int, answer: Answer, since: str) -> None:
-        """Note why a node can't train. After its own error it is not asked again until it reconnects."""
-        if not isinstance(answer, str):
-            self._described[node] = since
-        reason = answer if isinstance(answer, str) else str(answer["error"])
-        if self._rejected.get(node) != reason:
-            logger.warning("Node %d is rejected: %s", node, reason)
-        self._rejected[node] = reason
-
-
-def _read_update(client: str, answer: Answer) -> "ClientUpdate":
-    from ..wire.messages import ClientUpdate
-
-    if isinstance(answer, str):
-        raise ValueError(answer)
-    if "error" in answer:
-        raise ValueError(answer["error"])
-    update = ClientUpdate.from_bytes(answer["update"])
-    if update.client_id != client:
-        raise ValueError(f"it answered as client {update.client_id!r}")
-    return update
+    def _read_update(self, client: str, answer: Answer) -> "ClientUpdate":
+        update = read_update(client, answer, self.limit)
+        if self._guests.is_withdrawn(client):
+            raise ValueError("its key was withdrawn")
+        return update

@@ -29,6 +29,13 @@ class NetworkConfig:
         default=None,
         metadata={"help": "Server: directory of an exported base, if no full model is given."},
     )
+    mark_key: str | None = field(
+        default=None,
+        metadata={
+            "help": "Server: the owner's secret key file. Each client is then sent its own marked copy of the base, and "
+            "`fedlpp-hf trace` tells whose copy a leaked one is."
+        },
+    )
     join_timeout: float = field(
         default=900.0, metadata={"help": "Seconds that the server waits for `num_clients` clients to join."}
     )
@@ -94,6 +101,11 @@ def read_settings(
     arguments = ["--config", str(config), *flags]
     task, args, network = parse_args((types[0], types[1], NetworkConfig), arguments, other_options=other_options)
     return make_trainer, task, args, network
+
+
+def is_given(config: str | os.PathLike, flags: Sequence[str], option: str) -> bool:
+    """Whether an option is set in the configuration or by a flag."""
+    return option in read_yaml(Path(config)) or any(flag.split("=")[0] == f"--{option}" for flag in flags)
 
 
 def load_function(reference: str, directory: Path) -> Callable[..., Any]:

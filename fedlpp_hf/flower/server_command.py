@@ -21,7 +21,7 @@ from .addresses import (
 from .certificates import CA_CERTIFICATE, SERVER_CERTIFICATE, SERVER_KEY, make_certificates
 from .environment import check_flower, make_environment
 from .process_group import exit_on_sigterm, run_group
-from .superlink_control import register_clients, run_app, write_app
+from .superlink_control import register_clients, run_app, watch_keys, write_app
 
 
 SUPERLINK_PID = "superlink.pid"
@@ -51,7 +51,8 @@ def run_server(
         port: the one port that clients connect to.
         hosts: names and addresses of this machine that clients connect to; they go into the certificate. By default that
             of `listen`.
-        client_keys: directory with the public keys (`*.pub`) that clients sent.
+        client_keys: directory with the public keys that clients sent, each named after its client's id (`ID.pub`). Files
+            can be added and removed while the server runs.
         insecure: neither TLS nor node keys; on loopback only.
 
     Raises:
@@ -69,6 +70,13 @@ def run_server(
         raise ValueError(
             f"--client_keys `{client_keys}` is not a directory; expected that of the clients' *.pub files."
         )
+    if client_keys is None and not insecure:
+        raise ValueError(
+            "--client_keys is not given, so no client could connect; expected the directory of the clients' *.pub files, "
+            "each named after its client's id. It may be empty at first."
+        )
+    if client_keys is not None and insecure:
+        raise ValueError("--client_keys with --insecure: without TLS no node shows its key. Leave one of them out.")
     state = Path(state_dir).resolve()
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     own = find_own_address(listen)
@@ -84,15 +92,17 @@ def run_server(
         command += ["--ssl-ca-certfile", files[0], "--ssl-certfile", files[1], "--ssl-keyfile", files[2]]
         command += ["--enable-supernode-auth"]
         connection["root-certificates"] = files[0]
-    write_app(state, connection, config, flags)
+    write_app(state, connection, config, flags, client_keys)
     environment = make_environment(state)
     exit_on_sigterm()
     with run_group(command, environment, state / "superlink.log", state / SUPERLINK_PID) as superlink:
         wait_for_port(port, superlink, state / "superlink.log", own)
-        register_clients(state, client_keys, environment)
+        if client_keys is not None:
+            register_clients(state, client_keys, environment)
         address = str(Address(hosts[0], port))
         print(_describe_client_command(config, address, None if insecure else state), flush=True)
-        return run_app(state, environment)
+        with watch_keys(state, client_keys, environment):
+            return run_app(state, environment)
 
 
 def read_addresses(listen: str, port: int, hosts: Sequence[str], insecure: bool) -> tuple[str, list[str]]:
@@ -162,5 +172,5 @@ def _describe_client_command(config: str, address: str, state: Path | None) -> s
         return f"Clients run: {command} --insecure"
     return (
         f"Clients run: {command} --certificate ca.crt\n"
-        f"They need `{state / CA_CERTIFICATE}`; you need their node.pub files in the directory of --client_keys."
+        f"They need `{state / CA_CERTIFICATE}`; you need each one's node.pub, as ID.pub, in the directory of --client_keys."
     )

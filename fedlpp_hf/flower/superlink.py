@@ -3,13 +3,16 @@
 
 Flower serves three APIs on one port. The Fleet API asks for node keys. The Control API (`flwr run`, register a node) and
 the Runtime API (fetch the ServerApp's task) ask for nothing, so anyone who reaches the port could run code next to the
-owner's full model. The gate keeps these two for this machine.
+owner's full model. The gate keeps these two for this machine. What clients send to the Fleet API has limits, too
+(`fleet_limits.py`).
 
     python -m fedlpp_hf.flower.superlink [arguments of flower-superlink]
 """
 
 import argparse
 import ipaddress
+import os
+from pathlib import Path
 from typing import Any
 
 from flwr.superlink import extensions
@@ -17,10 +20,8 @@ from flwr.superlink.cli import flower_superlink
 from starlette.middleware import Middleware
 
 from .addresses import is_wildcard
-from .environment import check_flower
-
-
-FLEET_PREFIX = "/v1/fleet/"
+from .environment import SERVER_FILE, check_flower
+from .fleet_limits import FLEET_PREFIX, FleetLimits
 
 
 class FleetOnly:
@@ -51,12 +52,16 @@ class FleetOnly:
 
 
 def main() -> None:
-    """Run `flower-superlink` with the gate as its outermost layer."""
+    """Run `flower-superlink` with the gate and the limits as its outermost layers."""
     check_flower()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--host", default="0.0.0.0")
     host = parser.parse_known_args()[0].host
-    extensions.get_middleware = lambda: (Middleware(FleetOnly, one_interface=not is_wildcard(host)),)
+    server_file = Path(os.environ[SERVER_FILE]) if SERVER_FILE in os.environ else None
+    extensions.get_middleware = lambda: (
+        Middleware(FleetOnly, one_interface=not is_wildcard(host)),
+        Middleware(FleetLimits, server_file=server_file),
+    )
     flower_superlink()
 
 

@@ -1,15 +1,21 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Control a running SuperLink through Flower's command `flwr`: register clients, start the app, wait for its end."""
 
+import contextlib
 import json
 import subprocess
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..tensors.atomic import write_atomically
+from .client_keys import read_public_key
+
 
 _CONNECTION = "fedlpp"
+_WATCH_SECONDS = 2.0
 # The app that `flwr run` sends; `recipes/flower` has the same one for users' own SuperLinks.
 APP_FILES = {
     "pyproject.toml": """\
@@ -37,14 +43,17 @@ client_app = make_client_app()
 }
 
 
-def write_app(state_dir: Path, connection: dict[str, Any], config: str, flags: Sequence[str]) -> None:
-    """Write into `state_dir` what the other functions and the ServerApp read.
+def write_app(
+    state_dir: Path, connection: dict[str, Any], config: str, flags: Sequence[str], client_keys: str | None
+) -> None:
+    """Write into `state_dir` what the other functions, the ServerApp and the gate read.
 
     Args:
         state_dir: the server's directory; gets `app/`, `flwr/config.toml` and `server.json`.
         connection: how `flwr` reaches the SuperLink: `address`, `insecure` and perhaps `root-certificates`.
         config: YAML file of the federation.
         flags: flags that override it.
+        client_keys: directory of the clients' keys; None where ids are not bound to keys.
     """
     (state_dir / "app").mkdir(exist_ok=True)
     for name, text in APP_FILES.items():
@@ -54,26 +63,58 @@ def write_app(state_dir: Path, connection: dict[str, Any], config: str, flags: S
     (state_dir / "flwr" / "config.toml").write_text(
         "\n".join(["[superlink]", f'default = "{_CONNECTION}"', f"[superlink.{_CONNECTION}]", *lines, ""])
     )
-    server = {"config": str(Path(config).resolve()), "flags": list(flags)}
+    server: dict[str, Any] = {"config": str(Path(config).resolve()), "flags": list(flags)}
+    if client_keys is not None:
+        server["client_keys"] = str(Path(client_keys).resolve())
+    (state_dir / "server.limit").unlink(missing_ok=True)  # of another adapter, perhaps
     (state_dir / "server.json").write_text(json.dumps(server, indent=2) + "\n", encoding="utf-8")
 
 
 def register_clients(state_dir: Path, client_keys: str | None, environment: dict[str, str]) -> None:
-    """Register the `*.pub` files of `client_keys` that are not registered yet.
+    """Register the keys in the `*.pub` files of `client_keys` that are not registered yet.
 
     Raises:
+        ValueError: if a file holds no key.
         RuntimeError: if Flower refuses one.
     """
     registered = state_dir / "registered"
     registered.mkdir(exist_ok=True)
+    seen = {read_public_key(path) for path in registered.glob("*.pub")}
     for path in sorted(Path(client_keys).glob("*.pub")) if client_keys else ():
-        text = path.read_text()
-        if any(text == seen.read_text() for seen in registered.iterdir()):
+        if (key := read_public_key(path)) in seen:
             continue
         answer = _flwr(environment, "supernode", "register", str(path), _CONNECTION, "--name", path.stem)
         if not answer.get("success"):
             raise RuntimeError(f"The key `{path}` can't be registered: {answer}")
-        (registered / path.name).write_text(text)
+        seen.add(key)
+        write_atomically(registered / path.name, path.read_bytes())
+
+
+@contextlib.contextmanager
+def watch_keys(state_dir: Path, client_keys: str | None, environment: dict[str, str]) -> Iterator[None]:
+    """Register keys that are added meanwhile. Those that are removed need nothing here: the gate reads the directory."""
+    if client_keys is None:
+        yield
+        return
+    over = threading.Event()
+
+    def watch() -> None:
+        told = ""
+        while not over.wait(_WATCH_SECONDS):
+            try:
+                register_clients(state_dir, client_keys, environment)
+            except (ValueError, RuntimeError, OSError) as error:
+                if str(error) != told:  # the owner may be writing the file; it is tried again
+                    told = str(error)
+                    print(told, flush=True)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def run_app(state_dir: Path, environment: dict[str, str]) -> int:

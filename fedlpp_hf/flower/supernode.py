@@ -12,25 +12,17 @@ import sys
 import traceback
 from typing import Any
 
-import httpx
 from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supernode import fleet_http_connection
 from flwr.supernode.cli import flower_supernode
 
 from .environment import check_flower
+from .patience import make_patient_
 
 
 def make_patient_invoker() -> Any:
     """Flower's invoker of requests, which also retries after an outage."""
-    invoker: Any = make_simple_http_retry_invoker()
-    gives_up = invoker.should_giveup
-    invoker.should_giveup = lambda error: not _is_outage(error) and gives_up(error)
-    return invoker
-
-
-def _is_outage(error: Exception) -> bool:
-    # An interrupted handshake reports `[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred in violation of protocol`.
-    return isinstance(error, httpx.TimeoutException) or "EOF occurred" in str(error)
+    return make_patient_(make_simple_http_retry_invoker())
 
 
 def main() -> None:

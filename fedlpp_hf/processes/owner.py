@@ -53,9 +53,14 @@ class OwnerProcess:
         self.selects = blueprint.selection_dataset is not None
         self._service = Service("owner", OwnerHandler, blueprint)
 
-    def export_base(self, output_dir: str | os.PathLike) -> dict[str, Any]:
-        """Write the quantized base to `output_dir`; returns the totals of its manifest."""
-        return self._ask("export_base", output_dir=str(output_dir))[0]
+    def export_base(self, output_dir: str | os.PathLike, mark: tuple[str, str] | None = None) -> dict[str, Any]:
+        """Write the quantized base to `output_dir`; returns the totals of its manifest.
+
+        Args:
+            output_dir: A directory.
+            mark: The owner's key file, and whose copy this is.
+        """
+        return self._ask("export_base", output_dir=str(output_dir), mark=mark)[0]
 
     def initial_adapter(self) -> dict[str, torch.Tensor]:
         """The adapter as it starts on the full model: LoRA at its init, `modules_to_save` as the full model has them."""

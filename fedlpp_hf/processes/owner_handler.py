@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftConfig
 
 from ..aggregation.products import join_residual
@@ -17,12 +18,15 @@ from ..aggregation.variate import average_variates
 from ..base.calibration import Calibration, measure_moments
 from ..base.export import export_base
 from ..base.full_model import FullModel
+from ..base.marking import prepare_mark
 from ..base.model_class import change_config, list_float_modules
+from ..base.modules import build_meta_model
 from ..base.reader import BaseReader
 from ..client.checks import find_peft_model
 from ..client.memory import ClientMemory
 from ..hub.push import push_merged
 from ..merge.merge import check_merge, merge_adapter
+from ..privacy.marks import Mark
 from ..tensors.adapters import load_adapter_, split_tensors, write_adapter
 from ..wire.encoding import restore_tensors
 from ..wire.messages import ClientTask, LocalOptions
@@ -45,22 +49,24 @@ class OwnerHandler:
         self._trainer: Any = None
         self._base_trainer: Any = None
 
-    def export_base(self, tensors, output_dir: str):
+    def export_base(self, tensors, output_dir: str, mark: list[str] | None):
         args, blueprint = self.blueprint.args, self.blueprint
         check_adapter_fits(self.source, self.config, self.model_class, blueprint.peft_config)
         configs = list_module_configs(self.source) if is_sentence_trainer(blueprint.trainer_class) else {}
         calibration = self._calibrate() if args.calibration_rows else None
+        skip = list_float_modules(self.config, self.model_class, blueprint.peft_config.modules_to_save)
         manifest = export_base(
             blueprint.full_model,
             output_dir,
             bits=args.base_bits,
             block_size=args.base_block_size,
             embedding_bits=args.embedding_bits,
-            skip_modules=list_float_modules(self.config, self.model_class, blueprint.peft_config.modules_to_save),
+            skip_modules=skip,
             model_class=self.model_class,
             revision=blueprint.init_kwargs.get("revision"),
             overwrite=True,
             calibration=calibration,
+            mark=None if mark is None else self._prepare_mark(mark[0], mark[1], skip),
         )
         shutil.rmtree(self._moments_dir, ignore_errors=True)
         copy_configs(configs, Path(output_dir))
@@ -78,6 +84,27 @@ class OwnerHandler:
     @property
     def _moments_dir(self) -> Path:
         return self.scratch / "moments"
+
+    def _prepare_mark(self, key_file: str, holder: str, skip: list[str] | None) -> Mark:
+        args = self.blueprint.args
+        if args.base_bits not in (1, 2, 3, 4):
+            raise ValueError(
+                f"base_bits={args.base_bits}: only a base of 1 to 4 bits has the levels that a mark needs; leave mark_key out."
+            )
+        kind = type(build_meta_model(self.config, self.model_class))
+        if getattr(transformers, kind.__name__, None) is not kind:
+            raise ValueError(
+                f"{kind.__name__} is no class of transformers, so its copies could not be traced; leave mark_key out."
+            )
+        # As `fedlpp-hf quantize --mark` has it, so that both can make copies with one key.
+        name = None if [kind.__name__] == self.config.architectures else kind.__name__
+        settings = {
+            "bits": args.base_bits,
+            "block_size": args.base_block_size,
+            "skip_modules": skip,
+            "model_class": name,
+        }
+        return prepare_mark(key_file, holder, self.blueprint.full_model, settings)
 
     def initial_adapter(self, tensors):
         return {}, self.trainer.guard.initial

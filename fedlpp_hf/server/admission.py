@@ -1,7 +1,6 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Which updates a round takes. Nothing from a client is trusted: each is checked, or rejected by its client's name."""
 
-import math
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,11 @@ from ..privacy.clipping import check_norm
 from ..tensors.files import TensorFile, close_files
 from ..wire.compression import decompress_update
 from ..wire.messages import ClientFailure, ClientTask, ClientUpdate
+from ..wire.text import make_printable
+
+
+_MAX_EXAMPLES = 2**53  # from there on a float64 skips numbers
+_MAX_STEPS = 10**9  # of a client in one round
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,9 @@ class Admission:
 
     Memory is flat in the number of clients: one update is held at a time. `adapter` gives keys and shapes;
     `num_examples` maps each client to its number of rows, where the server knows them, else to None.
+
+    Raises:
+        ValueError: for a number of rows that is none, or an id that can't be stored.
     """
 
     def __init__(
@@ -44,6 +51,7 @@ class Admission:
         num_examples: Mapping[str, int | None],
         updates_dir: Path,
     ):
+        check_clients(num_examples)
         self.args = args
         self.shapes = {key: torch.empty_like(tensor, device="meta") for key, tensor in adapter.items()}
         self.num_examples = num_examples
@@ -87,7 +95,7 @@ class Admission:
                 try:
                     delta = self.open_update(answer, tasks[client])
                 except ValueError as error:
-                    rejected[client] = str(error)
+                    rejected[client] = make_printable(str(error))  # it quotes what the client sent
                     continue
                 # By number: what a client is called must never become a path.
                 file = self.updates_dir / f"{len(accepted):05d}.safetensors"
@@ -118,16 +126,32 @@ class Admission:
             if getattr(update, name) != getattr(task, name):
                 raise ValueError(f"its {name} is {getattr(update, name)!r}; the task's is {getattr(task, name)!r}")
         limit = self.num_examples.get(update.client_id)
-        if update.num_examples < 1 or (limit is not None and update.num_examples > limit):
-            expected = "1 or more" if limit is None else f"1 to {limit}"
-            raise ValueError(f"it claims {update.num_examples} examples; expected {expected}")
+        limit = _MAX_EXAMPLES if limit is None else limit
+        if not 1 <= update.num_examples <= limit:
+            raise ValueError(f"it claims {update.num_examples} examples; expected 1 to {limit}")
         for name in ("loss", "steps"):
             if name not in update.metrics:
                 raise ValueError(f"its metrics have no `{name}`; expected `loss` and `steps`")
-        if not 1 <= update.metrics["steps"] < math.inf:
-            raise ValueError(f"it claims {update.metrics['steps']} steps; expected 1 or more")
+        if not 1 <= update.metrics["steps"] <= _MAX_STEPS:
+            raise ValueError(f"it claims {update.metrics['steps']} steps; expected 1 to {_MAX_STEPS}")
         trained = {key: self.shapes[key] for key in trainable_keys(self.args.aggregation, self.shapes)}
         delta = decompress_update(update.delta, trained)
         if self.args.max_update_norm is not None:
             check_norm(delta, self.args.max_update_norm)
         return delta
+
+
+def check_clients(num_examples: Mapping[str, int | None]) -> None:
+    """Refuse what a federation could not store, weigh by, or resume with.
+
+    Raises:
+        ValueError: naming the client.
+    """
+    for client, count in num_examples.items():
+        if type(client) is not str or not client or any("\ud800" <= letter <= "\udfff" for letter in client):
+            raise ValueError(f"{client!r:.120} is no client id; expected text that can be stored as UTF-8.")
+        if count is not None and (type(count) is not int or not 0 <= count <= _MAX_EXAMPLES):
+            raise ValueError(
+                f"Client {client!r:.120} has {count!r:.40} rows; expected a number from 0 to {_MAX_EXAMPLES}, or None where it "
+                "is unknown."
+            )

@@ -10,6 +10,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,6 +33,14 @@ _MAX_DIMENSIONS = 64  # torch's own limit
 LARGEST = 2**63 - 1  # what a reader's arithmetic and torch's shapes can hold
 
 Payload = Mapping[str, torch.Tensor | QuantizedTensor]
+
+
+@dataclass(frozen=True, slots=True)
+class MessageLimit:
+    """How large a message may be, in bytes, and the header in it, which costs many times its size to parse."""
+
+    num_bytes: int
+    header_bytes: int
 
 
 def restore_tensors(payload: Payload) -> dict[str, torch.Tensor]:
@@ -103,14 +112,20 @@ def _lay_out(kind: str, header: dict[str, Any], payload: Payload) -> tuple[dict[
     return {"kind": kind, "schema": SCHEMA_VERSION, **header, "quantized": quantized}, tensors
 
 
-def decode_message(kind: str, data: bytes) -> tuple[dict[str, Any], dict[str, torch.Tensor | QuantizedTensor]]:
+def decode_message(
+    kind: str, data: bytes, limit: MessageLimit | None = None
+) -> tuple[dict[str, Any], dict[str, torch.Tensor | QuantizedTensor]]:
     """The inverse of [`encode_message`].
 
     Raises:
-        ValueError: if `data` is no intact message of that kind.
+        ValueError: if `data` is no intact message of that kind, or above the limit.
     """
+    if limit is not None and len(data) > limit.num_bytes:
+        raise ValueError(f"The {kind} has {len(data)} bytes; expected at most {limit.num_bytes}.")
     if len(data) < 8 or (header_size := struct.unpack("<Q", data[:8])[0]) > min(len(data) - 8, MAX_HEADER_BYTES):
-        raise ValueError(f"A {kind} of {len(data)} bytes is truncated, or its header claims more than there is.")
+        raise ValueError(f"The {kind} of {len(data)} bytes is truncated, or its header claims more than there is.")
+    if limit is not None and header_size > limit.header_bytes:
+        raise ValueError(f"The {kind} has a header of {header_size} bytes; expected at most {limit.header_bytes}.")
     try:
         body = _parse_json(_parse_json(data[8 : 8 + header_size])["__metadata__"][_METADATA_KEY])
         tensors = load(data)

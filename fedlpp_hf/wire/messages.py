@@ -1,12 +1,19 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """What the server and its clients send each other: tasks to clients, updates to the server."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 
-from .encoding import LARGEST, Payload, decode_message, encode_message, measure_message, restore_tensors
+from .encoding import LARGEST, MessageLimit, Payload, decode_message, encode_message, measure_message, restore_tensors
+from .text import make_printable
+
+
+_MAX_STRING = 1000  # characters; a client's id is the longest
+_MAX_METRICS, _MAX_METRIC_NAME = 100, 100
+_ENVELOPE = {"kind", "schema", "quantized"}  # what every message's header has
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +111,13 @@ class ClientTask:
 
 @dataclass(frozen=True, slots=True)
 class ClientFailure:
-    """In place of an update: a client that failed, or gave an unreadable answer, and why."""
+    """In place of an update: a client that failed, or gave an unreadable answer, and why, in one printable line."""
 
     client_id: str
     reason: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", make_printable(self.reason))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,16 +156,36 @@ class ClientUpdate:
         return "update", header, self.delta
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "ClientUpdate":
+    def from_bytes(cls, data: bytes, limit: MessageLimit | None = None) -> "ClientUpdate":
         """
         Raises:
-            ValueError: if `data` is no intact update.
+            ValueError: if `data` is no intact update, or above the limit (see [`limit_update`]).
         """
-        header, payload = decode_message("update", data)
+        header, payload = decode_message("update", data, limit)
+        if unknown := header.keys() - _ENVELOPE - _UPDATE_TYPES.keys() - {"metrics"}:
+            raise ValueError(
+                f"The update has {len(unknown)} fields that no update has, such as {min(unknown)!r:.100}."
+            )
         metrics = header.get("metrics")
         if not isinstance(metrics, dict) or not all(map(_is_number, metrics.values())):
             raise ValueError(f"The update's `metrics` are {metrics!r:.100}; expected a mapping of names to numbers.")
+        if len(metrics) > _MAX_METRICS:
+            raise ValueError(f"The update has {len(metrics)} metrics; expected at most {_MAX_METRICS}.")
+        for name in metrics:
+            if not (0 < len(name) <= _MAX_METRIC_NAME and name.isprintable()):
+                raise ValueError(
+                    f"The update has a metric named {name!r:.100}; expected up to {_MAX_METRIC_NAME} printable characters."
+                )
         return cls(**_read_fields(header, _UPDATE_TYPES, "update"), delta=payload, metrics=metrics)
+
+
+def limit_update(adapter: Mapping[str, torch.Tensor]) -> MessageLimit:
+    """How large an update of `adapter` can be, whatever its compression: twice what float32 would take, at the most."""
+    # Kept values with their distances take 5 bytes each, beside an escape in 255; float64, which may be sent, takes 8.
+    values = sum(8 * tensor.numel() for tensor in adapter.values())
+    # A tensor is up to three entries, and one in the JSON in the header's JSON, where quotes and backslashes double.
+    header = (1 << 16) + sum(8 * len(key.encode()) + 1000 for key in adapter)
+    return MessageLimit(8 + header + values, header)
 
 
 _TASK_TYPES: dict[str, type] = {
@@ -183,6 +213,10 @@ def _read_fields(header: dict[str, Any], types: dict[str, type], kind: str) -> d
             raise ValueError(f"The {kind}'s `{name}` is {value!r:.100}; expected a value of type {expected.__name__}.")
         if isinstance(value, int) and not 0 <= value <= LARGEST:
             raise ValueError(f"The {kind}'s `{name}` is {value!r:.40}; expected a number from 0 to 2**63 - 1.")
+        if isinstance(value, str) and len(value) > _MAX_STRING:
+            raise ValueError(
+                f"The {kind}'s `{name}` has {len(value)} characters; expected at most {_MAX_STRING}: {value!r:.100}."
+            )
         if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
             raise ValueError(
                 f"The {kind}'s `{name}` is {value!r:.100}; half a surrogate pair can't be printed or stored."

@@ -7,7 +7,7 @@ import stat
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from fedlpp_hf import export_base, load_base, merge_adapter
 from fedlpp_hf.base.manifest import check_base, read_manifest
@@ -16,23 +16,6 @@ from tests.helpers import make_llama_adapter
 
 
 SETTINGS = {"bits": 4, "block_size": 64, "skip_modules": None, "model_class": None}
-
-
-@pytest.fixture(scope="module")
-def wide_llama(tmp_path_factory):
-    """A Llama with enough weights for a mark: 200,000 of them, of which 2,000 are marked."""
-    directory = tmp_path_factory.mktemp("models") / "wide-llama"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ OPTIONS = {
     "trainer": f"{TASK}:make_trainer",
     "num_rounds": 3,
     "num_clients": 3,
+    "weighting": "uniform",
     "max_steps": 2,
     "per_device_train_batch_size": 4,
     "learning_rate": 1e-2,
@@ -34,7 +35,7 @@ OPTIONS = {
     "adapter_bits": 2,
     "lost_timeout": 0.3,
     "round_timeout": 30,
-    "join_timeout": 1,
+    "join_timeout": 30,
 }
 
 

@@ -72,13 +72,22 @@ class Machines:
         self.server_options = (*self.server_options, "--client_keys", "keys")
 
     def start(self, side, *arguments):
+        return self._start(side, "fedlpp_hf.cli.main", side, "--config", str(self.config), *arguments)
+
+    def start_hostile(self, client, seed, count):
+        """A client that breaks the rules, `count` of them before it joins; what it did is in `hostile.log`."""
+        key = str(self.directory / client / "node.key")
+        arguments = [f"127.0.0.1:{self.port}", "server/ca.crt", key, client, str(seed), str(count), "hostile.log"]
+        return self._start("hostile", "tests.flower.hostile", *arguments)
+
+    def _start(self, side, module, *arguments):
         # Without the launcher's own directory in front, a checkout that is not installed would not be found.
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "FLWR_TELEMETRY_ENABLED": "1",  # as it is by default
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         }
-        command = [sys.executable, "-m", "fedlpp_hf.cli.main", side, "--config", str(self.config), *arguments]
+        command = [sys.executable, "-m", module, *arguments]
         with open(self.directory / f"{side}-{len(self.processes)}.log", "wb") as log:
             process = subprocess.Popen(command, cwd=self.directory, env=environment, stdout=log, stderr=log)
         self.processes.append(process)

@@ -18,7 +18,7 @@ class TestBaseInPieces:
 
     @pytest.fixture
     def packed(self, llama_base, tmp_path):
-        return PackedBase(llama_base, tmp_path / "base.packed")
+        return PackedBase.pack(llama_base, tmp_path / "base.packed")
 
     def test_arrives_as_it_was(self, packed, llama_base, tmp_path):
         assert find_base(tmp_path / "cache", packed.fingerprint) is None

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import pytest
 
 from fedlpp_hf import RoundStore
-from fedlpp_hf.flower.base_transfer import PackedBase
+from fedlpp_hf.flower.base_copies import CommonBase
 from fedlpp_hf.flower.client_settings import ClientSettings
 from fedlpp_hf.flower.client_trainer import make_client_trainer
 from fedlpp_hf.flower.loading import NetworkConfig, load_trainer
 from fedlpp_hf.tensors.adapters import read_adapter
+from fedlpp_hf.wire.messages import limit_update
 from tests.helpers import CLIENTS, assert_equal, run_in_process
 
 
@@ -82,6 +83,7 @@ class Network:
             SimpleNamespace(
                 node_id=node,
                 last_activated_at=self.since[node],
+                public_key=b"",
                 online_until=time.time() + (5 if self.is_away(node) else 40),
             )
             for node in online
@@ -128,8 +130,9 @@ def run_over(network, config, output_dir, llama_base, *flags):
     """The server's side as the ServerApp does it, but for the process."""
     flags = ["--output_dir", str(output_dir), *flags]
     trainer, network_config = load_trainer(config, flags, model=None, train_dataset={})
-    base = PackedBase(llama_base, output_dir / "base.packed")
-    clients = FlowerClients(network, network_config, base, trainer.args.round_timeout)
+    base = CommonBase(llama_base, output_dir / "base.packed")
+    limit = limit_update(trainer.guard.initial)
+    clients = FlowerClients(network, network_config, base, limit, round_timeout=trainer.args.round_timeout)
     trainer.train_remotely(clients.train, clients.gather(3), trainer.args.resume_from_checkpoint)
     return read_adapter(output_dir)[0]
 
@@ -280,7 +283,7 @@ class TestTransport:
         assert_equal(adapter, run_in_process(config, rows, tmp_path / "process"))
 
     def test_who_is_refused_and_why(self, tmp_path, write_config, rows, llama_base, full_llama):
-        config = write_config()
+        config = write_config(join_timeout=2)
         network = Network(tmp_path, config, rows, clients=["site-0", "site-0", "site-1"])
         network.settings[3] = replace(network.settings[3], base=str(full_llama))
         with pytest.raises(RuntimeError, match=r"1 of 3 clients joined.*site-0") as error:
@@ -292,14 +295,15 @@ class TestTransport:
         network = Network(tmp_path, write_config(), rows)
         network.offline = {3}
         network_config = NetworkConfig("", join_timeout=1.0, lost_timeout=0.1)
-        base = PackedBase(llama_base, tmp_path / "base.packed")
+        base = CommonBase(llama_base, tmp_path / "base.packed")
         with pytest.raises(RuntimeError, match="2 of 3 clients joined"):
-            FlowerClients(network, network_config, base).gather(3)
-        assert sorted(FlowerClients(network, network_config, base).gather(3, at_least=2)) == ["site-0", "site-1"]
+            FlowerClients(network, network_config, base, limit_update({})).gather(3)
+        here = FlowerClients(network, network_config, base, limit_update({})).gather(3, at_least=2)
+        assert sorted(here) == ["site-0", "site-1"]
 
     def test_another_version_is_refused(self, tmp_path, write_config, rows, llama_base, monkeypatch):
         monkeypatch.setattr("fedlpp_hf.flower.client_app.__version__", "0.0.1")
-        config = write_config()
+        config = write_config(join_timeout=1)
 
         def pretend(client, message):
             message.content["fedlpp_hf"]["version"] = "0.0.2"

@@ -56,6 +56,13 @@ def test_client_without_certificate_makes_its_key(tmp_path, rows, write_config, 
     assert "the earlier one was lost" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("client_id", ["a\nb", " a", "x" * 101])
+def test_client_id_must_be_one_that_servers_take(tmp_path, rows, write_config, client_id):
+    with pytest.raises(ValueError, match="--client_id: .* is no client id"):
+        run_client(str(write_config()), str(rows / "site-0.jsonl"), client_id=client_id, state_dir=str(tmp_path / "s"))
+    assert not (tmp_path / "s").exists()
+
+
 @pytest.mark.parametrize(
     "options, flags, message",
     [

@@ -83,10 +83,10 @@ def test_gate_stands_in_front_of_a_real_superlink(tmp_path):
     """Flower's own code decides whether the gate is asked; another version may not."""
     address, port = find_address(), find_port()
 
-    def ask(host, path):
+    def ask(host, path, body=b""):
         connection = http.client.HTTPConnection(host, port, timeout=30)
         with contextlib.closing(connection):
-            connection.request("POST", path)
+            connection.request("POST", path, body)
             return connection.getresponse().status
 
     command = [
@@ -106,6 +106,9 @@ def test_gate_stands_in_front_of_a_real_superlink(tmp_path):
             assert ask(address, path) == 403
             assert ask("127.0.0.1", path) != 403
         assert ask(address, "/v1/fleet/pull-messages") != 403
+        # The limits of what clients send stand in front of it, too.
+        assert ask(address, "/v1/fleet/push-object", b"x" * 100_000) == 413
+        assert ask(address, "/v1/fleet/push-messages", b"\xff") == 400
 
 
 slow = pytest.mark.slow
@@ -138,7 +141,8 @@ def test_server_starts_on_any_of_its_addresses(tmp_path, monkeypatch, capsys, li
 def test_port_of_another_process_is_refused(tmp_path):
     (tmp_path / "federation.yaml").touch()
     with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(ValueError, match="choose another --port"):
-        run_server(str(tmp_path / "federation.yaml"), state_dir=str(tmp_path / "state"), port=other.getsockname()[1])
+        options = {"client_keys": str(tmp_path), "port": other.getsockname()[1]}
+        run_server(str(tmp_path / "federation.yaml"), state_dir=str(tmp_path / "state"), **options)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +154,8 @@ def test_port_of_another_process_is_refused(tmp_path):
         ({"hosts": ["a.org:9000"]}, "[Ss]et --port 9000"),
         ({"hosts": ["fl.example.org"], "insecure": True}, "only loopback"),
         ({"client_keys": "absent"}, "is not a directory"),
+        ({}, "--client_keys is not given"),
+        ({"client_keys": ".", "insecure": True}, "no node shows its key"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_written(tmp_path, options, message):

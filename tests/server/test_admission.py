@@ -8,6 +8,7 @@ import struct
 import pytest
 import torch
 
+from fedlpp_hf.server.admission import check_clients
 from fedlpp_hf.wire.messages import ClientFailure, ClientUpdate
 
 from .small_server import KEY_A, KEY_B, answer, answer_all, make_server, read_record
@@ -131,3 +132,20 @@ def test_clients_are_timed_from_the_begin_of_their_runs(tmp_path, monkeypatch):
     assert {client: cost["seconds"] for client, cost in costs.items()} == {"a": 2, "b": 3, "c": None}
     assert costs["a"]["bytes_up"] > 0 and costs["b"]["bytes_up"] == costs["c"]["bytes_up"] == 0
     assert min(cost["bytes_down"] for cost in costs.values()) > 0
+
+
+@pytest.mark.parametrize(
+    "clients",
+    [
+        *({"a": 1, "b": count} for count in ("many", math.nan, 10**18, -1, True, [1], 1.0)),
+        {"\ud800": 1},
+        {"": 1},
+        {5: 1},
+    ],
+    ids=repr,
+)
+def test_clients_that_could_not_be_stored_or_weighed_are_refused_at_the_start(clients):
+    """They were written into federation.json, and broke every resume, or made one update the whole mean."""
+    with pytest.raises(ValueError, match="is no client id|rows; expected a number"):
+        check_clients(clients)
+    check_clients({"a": 0, "b": None, "klinik-ä": 2**53})
