@@ -16,6 +16,7 @@ from .. import __version__
 from .base_transfer import count_received, find_base, receive_piece
 from .client_settings import ClientSettings
 from .client_trainer import describe_trainer, make_client_trainer, train_task
+from .errors import SayableError, describe_error
 from .grid_requests import BASE, DESCRIBE, RECORD, TRAIN
 from .local_trainer import ask_trainer
 
@@ -33,9 +34,8 @@ def make_client_app() -> ClientApp:
             request = message.content.config_records[RECORD]
             content = _ANSWERS[message.metadata.message_type](settings, request)
         except Exception as error:
-            # So that `round.json` has the reason; from Flower the server would only learn that the ClientApp failed.
-            logger.exception("The request can't be answered.")
-            content = {"error": f"{type(error).__name__}: {error}"}
+            # So that `round.json` has a reason; from Flower the server would only learn that the ClientApp failed.
+            content = {"error": describe_error(error, logger)}
         return Message(RecordDict({RECORD: ConfigRecord(content)}), reply_to=message)
 
     app.query("describe")(answer)
@@ -47,7 +47,7 @@ def make_client_app() -> ClientApp:
 def _describe(settings: ClientSettings, request: Mapping[str, Any]) -> dict[str, Any]:
     """The client's number of rows or, without the whole base, the bytes of it received so far."""
     if request["version"] != __version__:
-        raise ValueError(
+        raise SayableError(
             f"this client runs fedlpp_hf {__version__}, the server {request['version']}; install the same version"
         )
     fingerprint, copy = _read_base(request)
@@ -69,7 +69,7 @@ def _train(settings: ClientSettings, request: Mapping[str, Any]) -> dict[str, An
     fingerprint, copy = _read_base(request)
     base_dir = find_base(settings.cache_dir, fingerprint, settings.base, copy)
     if base_dir is None:
-        raise ValueError(f"this client no longer has the base {fingerprint[:12]}…; restart it")
+        raise SayableError(f"this client no longer has the base {fingerprint[:12]}…; restart it")
     if settings.warm:
         return {"update": ask_trainer(settings, base_dir, "train", task, float(request["timeout"]))[1]}
     return {"update": train_task(make_client_trainer(settings, base_dir), task)}

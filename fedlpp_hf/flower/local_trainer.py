@@ -19,6 +19,7 @@ from typing import Any
 from . import local_socket
 from .base_transfer import read_fingerprint
 from .client_settings import ClientSettings
+from .errors import SayableError
 from .local_socket import CALL_TIMEOUT
 from .process_group import runs_command
 
@@ -54,8 +55,8 @@ def ask_trainer(
             answer, data = call_trainer(settings, command, payload, timeout)
         except TimeoutError as error:
             os.kill(status["pid"], signal.SIGKILL)
-            raise RuntimeError(
-                f"The client's trainer did not answer within {timeout:.0f} s and was killed."
+            raise SayableError(
+                f"the client's trainer did not answer within {timeout:.0f} s and was killed."
             ) from error
         except (OSError, EOFError) as error:
             if last_attempt:
@@ -64,7 +65,7 @@ def ask_trainer(
                 ) from error
             continue
         if "error" in answer:
-            raise RuntimeError(f"The client's trainer: {answer['error']}")
+            raise SayableError(f"the client's trainer: {answer['error']}")
         return answer, data
     raise AssertionError("unreachable")
 
@@ -99,7 +100,7 @@ def ensure_trainer(settings: ClientSettings, base_dir: str | os.PathLike) -> dic
                 raise RuntimeError(f"The client's trainer did not start. {_read_log_end(settings)}")
             time.sleep(0.1)
         process.kill()
-    raise RuntimeError(f"The client's trainer was not ready within {settings.start_timeout:.0f} s.")
+    raise SayableError(f"the client's trainer was not ready within {settings.start_timeout:.0f} s.")
 
 
 def stop_trainer(settings: ClientSettings) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from . import local_socket
 from .client_settings import ClientSettings
 from .client_trainer import describe_trainer, make_client_trainer, train_task
+from .errors import describe_error
 from .process_group import is_alive
 
 
@@ -53,8 +54,7 @@ class TrainerService:
         try:
             return {}, train_task(self.trainer, task)
         except Exception as error:
-            logger.exception("A task failed.")
-            return {"error": f"{type(error).__name__}: {error}"}, b""
+            return {"error": describe_error(error, logger)}, b""
 
     def _accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):  # the listener is closed
