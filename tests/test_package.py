@@ -102,7 +102,10 @@ def test_wheel_has_the_package_and_nothing_else(distributions):
         commands = configparser.ConfigParser()
         commands.read_string(wheel.read(f"{info}/entry_points.txt").decode())
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fedlpp_hf").rglob("*.py")}
-    assert {name for name in names if not name.startswith(info)} == package | {"fedlpp_hf/py.typed"}
+    assert {name for name in names if not name.startswith(info)} == package | {
+        "fedlpp_hf/py.typed",
+        "fedlpp_hf/report/page.html",
+    }
     assert f"{info}/licenses/LICENSE" in names
     assert commands["console_scripts"]["fedlpp-hf"] == "fedlpp_hf.cli.main:main"
     assert metadata["Version"] == __version__ and metadata["License-Expression"] == "Apache-2.0"

@@ -137,7 +137,7 @@ def check_configurations(base_dir: Path, manifest: Mapping[str, Any]) -> None:
             most = len(manifest["tensors"]) + _MORE_THAN_TENSORS
             if _COUNTS.search(key) and isinstance(value, int) and value > most:
                 raise ValueError(f"`{path}` has {key}={value}, and the base has {len(manifest['tensors'])} tensors.")
-            if name == "generation_config.json" and isinstance(value, dict) and value:
+            if name == "generation_config.json" and isinstance(value, dict) and not _are_numbers(key, value):
                 raise ValueError(f"`{path}` has {key}={value!r:.80}; expected numbers and names.")
     config = read_json(base_dir / _CONFIG)
     method = (config.get("quantization_config") or {}).get("quant_method") if isinstance(config, dict) else None
@@ -146,6 +146,11 @@ def check_configurations(base_dir: Path, manifest: Mapping[str, Any]) -> None:
             f"`{base_dir / _CONFIG}` has quant_method={method!r:.60}; a base is quantized with bitsandbytes. Ask the owner for "
             "another copy."
         )
+
+
+def _are_numbers(key: str, value: Mapping[str, Any]) -> bool:
+    """Whether a mapping holds ids of tokens, as Whisper's languages, and not a configuration of something else."""
+    return not value or (not key.endswith("_config") and all(type(part) is int for part in value.values()))
 
 
 def _walk(value: Any, key: str) -> Iterator[tuple[str, Any]]:

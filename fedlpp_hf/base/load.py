@@ -1,6 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Loading a base as a model to train adapters on."""
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ from .manifest import check_base, read_manifest
 from .modules import build_meta_model, check_missing, default_skip_modules
 from .shards import read_shards
 from .tensor_plan import plan_tensors
+
+
+_SPARE_VALUES = 1 << 24  # that a tensor may have beyond the base's, as a new head does
 
 
 def load_base(
@@ -65,8 +69,7 @@ def load_base(
         config.quantization_config["bnb_4bit_compute_dtype"] = str(compute_dtype).removeprefix("torch.")
     model_class = model_class or _find_class(manifest["architecture"])
     meta = build_meta_model(config, model_class)
-    if not kwargs.get("ignore_mismatched_sizes"):
-        _check_shapes(meta, manifest)
+    _check_sizes(meta, manifest)
     new = _find_new_modules(meta, manifest, new_modules)
     if type(meta).__name__ != manifest["architecture"]:  # its heads are not on the skip list of the export
         skip = config.quantization_config["llm_int8_skip_modules"]
@@ -103,12 +106,15 @@ def _check_shards(base_dir: Path, manifest: dict[str, Any]) -> None:
         raise ValueError(f"`{base_dir}` has weights in `{stray[0]}`, which its manifest does not list. Copy it again.")
 
 
-def _check_shapes(meta: PreTrainedModel, manifest: dict[str, Any]) -> None:
-    """Refuse a configuration that asks for other sizes than the base has, before anything is allocated."""
+def _check_sizes(meta: PreTrainedModel, manifest: dict[str, Any]) -> None:
+    """Refuse a configuration that asks for far more than the base has, before it is allocated.
+
+    Other differences, such as a head of another size, are `from_pretrained`'s to judge.
+    """
     shapes = {entry["name"]: entry["shape"] for entry in manifest["tensors"]}
     for name, parameter in meta.named_parameters():
         shape = shapes.get(name)
-        if shape is not None and list(parameter.shape) != shape:
+        if shape is not None and parameter.numel() > 2 * math.prod(shape) + _SPARE_VALUES:
             raise ValueError(
                 f"By the base's configuration `{name}` has the shape {list(parameter.shape)}, by its manifest {shape}. Copy "
                 "the base again."

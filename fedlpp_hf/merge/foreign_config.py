@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from peft import LoraConfig, PeftConfig
+from peft import PeftConfig, PeftType
 
 
 _LARGEST_RANK = 1 << 16
@@ -39,14 +39,14 @@ def check_foreign_config(config: PeftConfig, modules: Sequence[str]) -> None:
     Raises:
         ValueError: naming the field.
     """
-    if isinstance(config, LoraConfig):
+    if config.peft_type == PeftType.LORA:
         for name, value, expected, right in _judge_fields(config):
             if not right:
                 raise ValueError(f"adapter_config.json has {name}={value!r:.80}; expected {expected}.")
     _check_patterns(config, modules)
 
 
-def _judge_fields(config: LoraConfig) -> Iterator[tuple[str, Any, str, bool]]:
+def _judge_fields(config: Any) -> Iterator[tuple[str, Any, str, bool]]:
     """Each field with its value, what is expected, and whether that is so."""
     rank, alpha = f"a whole number from 1 to {_LARGEST_RANK}", "a finite number"
     yield "r", config.r, rank, _is_rank(config.r)

@@ -13,8 +13,10 @@ from accelerate import PartialState
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, PreTrainedModel
 
+from ..base.contents import check_configurations
 from ..base.heads import initialize_new_parameters_
 from ..base.load import load_base
+from ..base.manifest import read_manifest
 from ..base.model_class import choose_model_class, is_headless
 from ..client.checks import ADAPTER, find_transformer
 from ..config.federated import FederatedConfig
@@ -153,6 +155,7 @@ class TrainerBlueprint:
     def load_base(self) -> torch.nn.Module:
         """The base, as the same class and with the same start of what it does not have."""
         options = {name: value for name, value in self.init_kwargs.items() if name != "revision"}
+        check_configurations(Path(self.base_dir), read_manifest(self.base_dir))
         config, _ = AutoConfig.from_pretrained(self.base_dir, return_unused_kwargs=True, **options)
         modules = self.peft_config.modules_to_save or ()
         with self._explaining_sizes():

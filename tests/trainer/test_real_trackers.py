@@ -56,9 +56,7 @@ def test_tensorboard_has_one_run_in_groups_and_resumes_it(llama_base, lora, tmp_
     assert len(list((output_dir / "runs").iterdir())) == 2  # another federation is another run
 
 
-def test_trackio_has_one_run_in_groups_and_resumes_it(llama_base, lora, tmp_path, monkeypatch):
-    # trackio reads its directory when it is imported.
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+def test_trackio_has_one_run_in_groups_and_resumes_it(llama_base, lora, tmp_path):
     trackio = pytest.importorskip("trackio", reason="needs the extra [trackers]")
     directory = Path(trackio.utils.TRACKIO_DIR)
     project = f"project-{tmp_path.name}"

@@ -39,7 +39,7 @@ def test_trackers_see_rounds_and_no_client_runs(llama_base, lora, tmp_path, monk
     make_trainer(load_base(llama_base), tmp_path, lora, eval_dataset=make_rows(), logging_steps=1).train()
     assert (seen[0], seen[-1]) == ("begin", "end")
     assert [step for step, _ in seen[1:-1]] == [0, 1, 2]
-    assert {"proxy/eval_loss", "clients/loss", "bytes_down", "bytes_up"} <= seen[2][1].keys()
+    assert {"proxy/eval_loss", "clients/loss", "bytes/down", "bytes/up"} <= seen[2][1].keys()
 
 
 def test_diverged_client_is_rejected_by_name(llama_base, lora, tmp_path):
