@@ -9,7 +9,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
 # trackio reads it when it is imported, whoever does that first; else it would write into the user's home.
-os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")
+_TRACKIO = tempfile.TemporaryDirectory(prefix="trackio-")
+os.environ["TRACKIO_DIR"] = _TRACKIO.name
 
 from pathlib import Path
 
