@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from benchmarks.convergence import SHARED
 from benchmarks.privacy_frontier import SETTINGS, STORIES, prepare_stories, read_lines, warm_up, write_lines
@@ -78,7 +78,6 @@ def make_base(name: str, full_model: str, scratch: Path) -> Path:
         source = scratch / "changed"
         model.save_pretrained(source)
     export_base(source, scratch / "base", bits=bits, embedding_bits=bits, overwrite=True)
-    AutoTokenizer.from_pretrained(SHARED / "models" / "stories260K").save_pretrained(scratch / "base")
     return scratch / "base"
 
 
