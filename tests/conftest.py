@@ -30,39 +30,25 @@ from tests.helpers import VOCABULARY
 torch.set_num_threads(1)
 
 
+def save_llama(directory: Path, **sizes: int) -> Path:
+    """A Llama of 2 layers with random weights, saved in full precision."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0, **sizes)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture(scope="session")
 def full_llama(tmp_path_factory) -> Path:
     """A Llama of 2 layers with an untied head, saved in full precision."""
     directory = tmp_path_factory.mktemp("models") / "full-llama"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
+    return save_llama(directory, hidden_size=64, intermediate_size=96, max_position_embeddings=64)
 
 
 @pytest.fixture(scope="session")
 def wide_llama(tmp_path_factory) -> Path:
     """A Llama with enough weights for a mark: 200,000 of them, of which 2,000 are marked."""
-    directory = tmp_path_factory.mktemp("models") / "wide-llama"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
+    return save_llama(tmp_path_factory.mktemp("models") / "wide-llama", hidden_size=128, intermediate_size=192)
 
 
 @pytest.fixture(scope="session")

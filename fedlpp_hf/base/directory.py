@@ -1,7 +1,6 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Writing the directory of a base: whole or not at all, in shards, without what tells of the owner."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..tensors.atomic import hash_file
+from .contents import read_json
 from .manifest import BASE_MANIFEST, write_json
 from .shards import WEIGHTS, WEIGHTS_INDEX
 
@@ -121,7 +121,7 @@ def write_companions(paths: Sequence[Path], config: dict[str, Any], directory: P
     write_json(directory / "config.json", scrub(config, secrets))
     for path in paths:
         if path.name.endswith("config.json"):
-            write_json(directory / path.name, scrub(json.loads(path.read_text(encoding="utf-8")), secrets))
+            write_json(directory / path.name, scrub(read_json(path), secrets))
         else:
             shutil.copyfile(path, directory / path.name)
 
