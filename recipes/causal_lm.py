@@ -141,6 +141,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if args.push_to_hub:
         trainer.push_to_hub()
+    trainer.end()
 
 
 if __name__ == "__main__":

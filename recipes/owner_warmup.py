@@ -134,6 +134,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(args.output_dir)
         tokenizer.save_pretrained(args.output_dir)
+    trainer.end()
 
 
 if __name__ == "__main__":

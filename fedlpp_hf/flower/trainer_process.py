@@ -88,6 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         TrainerService(settings, trainer).serve()
     else:
         trainer.follow()
+    trainer.end()  # a rank whose process group nobody destroyed can abort while it exits
 
 
 if __name__ == "__main__":

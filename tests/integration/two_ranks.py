@@ -27,6 +27,7 @@ def main(base: str, output_dir: str) -> None:
     adapter = copy_adapter(trainer.guard.parameters)
     adapter |= {"world_size": torch.tensor(args.world_size), "loss": torch.tensor(loss, dtype=torch.float64)}
     save_file(adapter, f"{output_dir}/rank-{args.process_index}.safetensors")
+    trainer.end()  # threads of a process group that nobody destroyed can abort a rank while it exits
 
 
 if __name__ == "__main__":
