@@ -113,7 +113,7 @@ def test_wheel_has_the_package_and_nothing_else(distributions):
     assert {"Typing :: Typed", "Operating System :: POSIX :: Linux"} <= set(metadata.get_all("Classifier"))
     links = dict(line.split(", ") for line in metadata.get_all("Project-URL"))
     assert {"Homepage", "Documentation", "Changelog", "Issues", "Paper"} == set(links)
-    assert {"demo", "docs", "lm", "sentences", "speech", "trackers", "trl", "flower", "test", "dev"} == set(
+    assert {"demo", "docs", "lm", "sentences", "speech", "trackers", "trl", "flower", "privacy", "test", "dev"} == set(
         metadata.get_all("Provides-Extra")
     )
 
