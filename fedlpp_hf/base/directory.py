@@ -1,7 +1,6 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Writing the directory of a base: whole or not at all, in shards, without what tells of the owner."""
 
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..tensors.atomic import hash_file
+from ..tensors.scratch import working_directory
 from .contents import read_json
 from .manifest import BASE_MANIFEST, write_json
 from .shards import WEIGHTS, WEIGHTS_INDEX
@@ -27,25 +27,24 @@ def new_base_directory(output_dir: Path, overwrite: bool) -> Iterator[Path]:
 
     Raises:
         ValueError: if `output_dir` exists, unless it is a base and `overwrite` is set.
+        RuntimeError: if another process is writing it.
     """
-    if output_dir.exists() and not overwrite:
-        raise ValueError(f"`{output_dir}` exists; pass overwrite=True to replace the base in it.")
-    if output_dir.exists() and not (output_dir / BASE_MANIFEST).is_file():
-        raise ValueError(
-            f"`{output_dir}` has no `{BASE_MANIFEST}`, so it is not a base and is not overwritten. Choose "
-            "another directory."
-        )
-    partial = output_dir.parent / f".{output_dir.name}.{os.getpid()}.partial"
-    partial.mkdir(parents=True)
-    try:
+    with working_directory(output_dir, "writing") as partial:
+        old = partial.with_suffix(".replaced")
+        if old.exists():  # left by a process that was killed between the two renamings below
+            shutil.rmtree(old) if output_dir.exists() else old.rename(output_dir)
+        if output_dir.exists() and not overwrite:
+            raise ValueError(f"`{output_dir}` exists; pass overwrite=True to replace the base in it.")
+        if output_dir.exists() and not (output_dir / BASE_MANIFEST).is_file():
+            raise ValueError(
+                f"`{output_dir}` has no `{BASE_MANIFEST}`, so it is not a base and is not overwritten. Choose "
+                "another directory."
+            )
         yield partial
-        old = partial.with_suffix(".old")
         if output_dir.exists():
             output_dir.rename(old)
         partial.rename(output_dir)
         shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 class ShardWriter:

@@ -17,6 +17,7 @@ from ..tensors.codebooks import codebook, nf4_subset
 from ..tensors.files import read_tensor
 from ..tensors.packing import look_up
 from ..tensors.quantization import restore_from_levels, round_to_levels
+from ..tensors.scratch import working_directory
 from ..tensors.threads import map_in_order, tensor_threads
 from .contents import check_file_name
 from .directory import new_base_directory
@@ -35,15 +36,13 @@ def pack_base(base_dir: str | os.PathLike, file: str | os.PathLike) -> int:
 
     Raises:
         ValueError: if the base differs from its manifest.
-        RuntimeError: if a tensor would not come back bit-identical.
+        RuntimeError: if a tensor would not come back bit-identical, or another process packs into `file`.
     """
     base_dir, file = Path(base_dir), Path(file)
     manifest = check_base(base_dir)
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "base_manifest": json.dumps(manifest)}}
-    body = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    whole = body.with_suffix(".whole")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with working_directory(file, "packing") as work:
+        body, whole = work / "body", work / "whole"
         with body.open("wb") as stream, tensor_threads() as pool:
             for name, data in _pack_files(base_dir, manifest, pool):
                 header[name] = {"dtype": "U8", "shape": [len(data)], "data_offsets": [stream.tell()] * 2}
@@ -56,9 +55,6 @@ def pack_base(base_dir: str | os.PathLike, file: str | os.PathLike) -> int:
             while chunk := source.read(1 << 20):
                 stream.write(chunk)
         whole.replace(file)
-    finally:
-        body.unlink(missing_ok=True)
-        whole.unlink(missing_ok=True)
     return file.stat().st_size
 
 

@@ -2,11 +2,8 @@
 """The directory of the result: it appears under its name when it is complete, or not at all."""
 
 import errno
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from ..tensors.atomic import sync_path
@@ -31,37 +28,6 @@ def check_destination(output_dir: Path, full_model: str | os.PathLike) -> None:
         raise ValueError(
             f"One of `{output_dir}` and the full model `{full_model}` is inside the other; choose a place beside."
         )
-
-
-@contextmanager
-def working_directory(output_dir: Path) -> Iterator[Path]:
-    """Make a hidden sibling of `output_dir` to write into; it is removed unless it was published.
-
-    One that a killed merge left is emptied and used again.
-
-    Raises:
-        RuntimeError: if another process is merging into `output_dir`.
-    """
-    output_dir.absolute().parent.mkdir(parents=True, exist_ok=True)
-    work = output_dir.absolute().parent / f".{output_dir.name}.merging"
-    work.mkdir(exist_ok=True)
-    lock = os.open(work, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RuntimeError(f"Another process is merging into `{output_dir}` right now.") from error
-        if not work.is_dir() or not os.path.samestat(os.fstat(lock), work.stat()):
-            raise RuntimeError(f"Another process has just finished merging into `{output_dir}`.")
-        for path in work.iterdir():
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        try:
-            yield work
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
-    finally:
-        os.close(lock)
 
 
 def scratch_directory(work: Path) -> Path:

@@ -18,8 +18,9 @@ from ..base.full_model import FullModel
 from ..base.reader import BaseReader
 from ..base.shards import WEIGHTS, WEIGHTS_INDEX, Shard
 from ..base.tensor_plan import TensorPlan, plan_tensors
+from ..tensors.scratch import working_directory
 from .adapter_reader import AdapterReader, open_adapters
-from .destination import VIEW_MARK, check_destination, publish, scratch_directory, working_directory
+from .destination import VIEW_MARK, check_destination, publish, scratch_directory
 from .jobs import plan_jobs
 from .layouts import plan_layouts
 from .loading import check_loads, read_shapes
@@ -86,7 +87,7 @@ def merge_adapter(
     check_destination(destination, full_model)
     adapters, shares = open_adapters(adapter, weights, token)
     report = MergeReport(str(destination), base_weight, verified=verify)
-    with working_directory(destination) as work:
+    with working_directory(destination, "merging into") as work:
         source = FullModel(full_model, revision, token, scratch_directory(work) if delete_source_shards else None)
         found = _find_changes(source, adapters, model_class, base_dir)
         _warn_of_nothing(adapters)

@@ -11,15 +11,14 @@ import os
 import pickle
 import signal
 import sys
-import tempfile
 import traceback
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..tensors.scratch import temporary_directory
 from ..wire.encoding import decode_message, encode_message
 
 
@@ -64,8 +63,8 @@ def main(descriptor: int) -> None:
         pipe.send_bytes(json.dumps(f"{type(error).__name__}: {error}").encode())
         return
     pipe.send_bytes(b"null")
-    with tempfile.TemporaryDirectory(prefix=f"fedlpp-{name.replace(' ', '-')}-") as scratch:
-        handler = make_handler(setup, Path(scratch))
+    with temporary_directory(f"fedlpp-{name.replace(' ', '-')}-") as scratch:
+        handler = make_handler(setup, scratch)
         del setup
         while answer_request(pipe, handler):
             pass
