@@ -6,9 +6,11 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ class RoundStore:
     """
 
     def __init__(self, output_dir: str | os.PathLike):
-        self.output_dir = Path(output_dir)
+        self.output_dir = Path(output_dir).absolute()  # a script may change its working directory later
         self.root = self.output_dir / FEDERATION_DIR
 
     @property
@@ -59,17 +61,22 @@ class RoundStore:
         Raises:
             ValueError: if another one has it.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
-        with open(self.root / LOCK_FILE, "w") as file:
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.root.mkdir(mode=0o700, exist_ok=True)  # every client's rows and losses are this user's alone
+        with open(self.root / LOCK_FILE, "a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
+                file.seek(0)
                 raise ValueError(
-                    f"Another process is running a federation in `{self.output_dir}`. Wait for it, end it, or choose another "
-                    "output_dir. Does each process of a launch run one by itself?"
+                    f"Another process is running a federation in `{self.output_dir}` ({file.read(200).strip() or 'unknown'}). "
+                    "Wait for it, end it, or choose another output_dir. Does each process of a launch run one by itself?"
                 ) from error
             except OSError as error:  # some network file systems have no locks
                 logger.warning(f"`{self.root}` can't be locked ({error}). Run one federation there at a time.")
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
+            file.flush()
             yield
 
     def create(self, federation: Mapping[str, Any], overwrite: bool = False) -> None:
@@ -87,22 +94,26 @@ class RoundStore:
                 )
             if (self.root / "rounds").exists():
                 shutil.rmtree(self.root / "rounds")
-        _write_json(self.root / FEDERATION_FILE, {"schema": SCHEMA_VERSION, **federation})
+        written = {"schema": SCHEMA_VERSION, **federation}
+        _write_json(self.root / FEDERATION_FILE, written | {"sha256": _digest_record(written)})
 
     def read(self) -> dict[str, Any]:
         """What [`create`] wrote.
 
         Raises:
-            ValueError: if there is no federation, or one of another schema.
+            ValueError: if there is no federation, it is damaged, or its schema is another one.
         """
         if not self.exists:
             raise ValueError(f"`{self.output_dir}` holds no federation to resume; start one without resuming.")
-        federation = _read_json(self.root / FEDERATION_FILE)
+        federation = _read_json(path := self.root / FEDERATION_FILE)
         if federation.get("schema") != SCHEMA_VERSION:
             raise ValueError(
                 f"The federation in `{self.output_dir}` has schema {federation.get('schema')}; this version of "
                 f"fedlpp_hf reads {SCHEMA_VERSION}. Resume it with the version that began it, or start another one."
             )
+        digest = federation.pop("sha256", None)  # earlier versions wrote none
+        if digest is not None and digest != _digest_record(federation):
+            raise ValueError(f"`{path}` is damaged or was changed by hand. Restore it, or start another federation.")
         return federation
 
     def round_dir(self, number: int) -> Path:
@@ -131,6 +142,8 @@ class RoundStore:
         save_file({key: value.contiguous() for key, value in server_state.items()}, directory / SERVER_STATE)
         for name in ROUND_FILES:
             sync_path(directory / name)
+        for parent in (directory, directory.parent, self.root):  # their entries, before the mark that counts on them
+            sync_path(parent)
         files = {name: hash_file(directory / name) for name in ROUND_FILES}
         record = {**record, "files": files}
         _write_json(directory / ROUND_FILE, record | {"sha256": _digest_record(record)})
@@ -217,6 +230,9 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"`{path}` can't be read ({error}). Restore it, or start another federation.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"`{path}` holds a {type(value).__name__}, expected an object. Restore it, or start another federation.")
+    return value

@@ -5,6 +5,7 @@ import os
 import time
 from multiprocessing import Pipe
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -162,18 +163,30 @@ class EchoService:
     hanging = ""
     refusing = ""
     loading = 0.0
+    stuck: ClassVar[set[int]] = set()  # which of them, in the order of their making, never start
+    born_dead: ClassVar[set[int]] = set()
+    made: ClassVar[list["EchoService"]] = []
+    dead = False
 
     def __init__(self, name, make_handler, setup, environment):
         self.environment = environment
         self.pipe, self._far = Pipe()
+        self.number = len(EchoService.made)
+        EchoService.made.append(self)
 
     def send(self, command, tensors=None):
+        if self.dead:
+            raise RuntimeError("The client worker's process died during `train` (exit code -9).")
+        if command == "start" and self.number in self.stuck:
+            return
         self._task = None if tensors is None else ClientTask.from_bytes(as_bytes(tensors["task"]))
         if self._task is None or self._task.client_id != EchoService.hanging:
             self._far.send(command)
 
     def receive(self):
         self.pipe.recv()
+        if self._task is None and self.number in self.born_dead:
+            raise RuntimeError("The client worker's process died during `start` (exit code -9).")
         if self._task is None:
             time.sleep(EchoService.loading)
             return {}, {}
@@ -192,6 +205,7 @@ def start_echoes(monkeypatch, **options):
     """Two workers, and tasks of three clients."""
     monkeypatch.setattr("fedlpp_hf.processes.workers.Service", EchoService)
     monkeypatch.setattr(EchoService, "killed", 0)
+    monkeypatch.setattr(EchoService, "made", [])
     rows = {name: range(count) for name, count in (("small", 1), ("large", 9), ("middle", 5))}
     args = SimpleNamespace(**{"round_timeout": None, **options})
     workers = ClientWorkers(SimpleNamespace(client_datasets=rows, args=args), 2)
@@ -222,6 +236,38 @@ def test_loading_the_base_is_no_part_of_a_rounds_time(monkeypatch):
     workers, tasks = start_echoes(monkeypatch, round_timeout=0.3)
     answers = list(workers.train_clients(tasks))
     assert {type(answer) for answer in answers} == {ClientUpdate} and len(answers) == 3
+
+
+def test_a_worker_that_dies_while_idle_costs_one_client(monkeypatch):
+    workers, tasks = start_echoes(monkeypatch)
+    assert len(list(workers.train_clients(tasks))) == 3
+    EchoService.made[0].dead = True  # the system was out of memory
+    answers = list(workers.train_clients(tasks))
+    (lost,) = [answer for answer in answers if isinstance(answer, ClientFailure)]
+    assert len(answers) == 3 and "died during `train` (exit code -9)" in lost.reason
+    assert {type(answer) for answer in workers.train_clients(tasks)} == {ClientUpdate}  # another took its place
+    assert EchoService.killed == 1 and len(EchoService.made) == 3
+
+
+@pytest.mark.parametrize("trouble", ["stuck", "born_dead"])
+def test_a_worker_that_never_starts_is_given_up(monkeypatch, trouble):
+    monkeypatch.setattr("fedlpp_hf.processes.workers._LEAST_START_SECONDS", 0.2)
+    monkeypatch.setattr(EchoService, trouble, {1})
+    workers, tasks = start_echoes(monkeypatch, round_timeout=0.2)
+    for _ in range(2):
+        assert {type(answer) for answer in workers.train_clients(tasks)} == {ClientUpdate}
+    assert EchoService.killed == 1
+
+
+@pytest.mark.parametrize(
+    ("trouble", "message"), [("stuck", "had not started after 0.2 seconds"), ("born_dead", "died during `start`")]
+)
+def test_without_a_worker_the_round_ends(monkeypatch, trouble, message):
+    monkeypatch.setattr("fedlpp_hf.processes.workers._LEAST_START_SECONDS", 0.2)
+    monkeypatch.setattr(EchoService, trouble, {0, 1})
+    workers, tasks = start_echoes(monkeypatch, round_timeout=0.2)
+    with pytest.raises(RuntimeError, match=message):
+        list(workers.train_clients(tasks))
 
 
 def test_a_refused_client_is_left_out_with_the_reason(monkeypatch):

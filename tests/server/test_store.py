@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -212,10 +213,48 @@ def test_federation_without_a_commit_is_no_obstacle(tmp_path):
 
 def test_one_process_runs_a_federation(store):
     other = RoundStore(store.output_dir)
-    with store.lock(), pytest.raises(ValueError, match="Another process is running a federation in"), other.lock():
+    holder = rf"Another process is running a federation in `.*` \(process {os.getpid()} on .*, since 20"
+    with store.lock(), pytest.raises(ValueError, match=holder), other.lock():
         pass
     with other.lock():
         pass
+
+
+def test_state_is_its_users_alone(tmp_path):
+    store = RoundStore(tmp_path / "out")
+    with store.lock():
+        assert stat.S_IMODE(store.root.stat().st_mode) == 0o700
+    assert stat.S_IMODE(store.output_dir.stat().st_mode) & 0o055  # the adapter and the report can be shared
+
+
+def test_state_stays_where_it_is_when_the_script_moves(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = RoundStore("out")
+    monkeypatch.chdir("/")
+    with store.lock():
+        store.create({"federation_id": "f"})
+    assert (tmp_path / "out" / FEDERATION_DIR / FEDERATION_FILE).is_file()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[1]", "holds a list, expected an object"), ("[" * 100_000, "can't be read"), ("null", "holds a NoneType")],
+)
+def test_federation_that_is_no_federation(store, text, message):
+    (store.root / FEDERATION_FILE).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        store.read()
+
+
+def test_federation_changed_by_hand(store):
+    path = store.root / FEDERATION_FILE
+    federation = json.loads(path.read_text())
+    path.write_text(json.dumps(federation | {"federation_id": "another"}))
+    with pytest.raises(ValueError, match="damaged or was changed by hand"):
+        store.read()
+    del federation["sha256"]  # as earlier versions wrote it
+    path.write_text(json.dumps(federation))
+    assert store.read()["federation_id"] == federation["federation_id"]
 
 
 def test_damaged_record_is_refused_by_its_path(store):
