@@ -38,6 +38,7 @@ CHOSEN = {"base_weights": [0.0, 0.25, 0.5, 0.75]}
 SETTINGS: dict[str, dict[str, Any]] = {
     "every round, 4 bits": {**EVERY, "base_bits": 4},
     "nothing, 4 bits, chosen": {**NEVER, **TWO, **CHOSEN, "base_bits": 4},
+    "nothing, 4 bits, four variates, chosen": {**NEVER, **TWO, **CHOSEN, "control_variate_runs": 4, "base_bits": 4},
     "full precision": {**EVERY, "base_bits": FULL_PRECISION, "adapter_bits": FULL_PRECISION},
     "owner alone": {**EVERY, "base_bits": FULL_PRECISION, "adapter_bits": FULL_PRECISION},
     "client alone": {**EVERY, "base_bits": 4, "adapter_bits": FULL_PRECISION},
