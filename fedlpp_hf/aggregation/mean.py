@@ -50,9 +50,18 @@ def average_updates(updates: Iterable[Update], weights: Sequence[float]) -> dict
 
 
 def sum_updates(
-    updates: Iterable[Update], factors: Sequence[float], keys: Sequence[str] | None = None
+    updates: Iterable[Update],
+    factors: Sequence[float],
+    keys: Sequence[str] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, torch.Tensor]:
-    """Σ f_i Δ_i, tensor by tensor, float32, of all tensors or of those named by `keys`; the rest is as in [`average_updates`].
+    """Σ f_i Δ_i, tensor by tensor, of all tensors or of those named by `keys`; the rest is as in [`average_updates`].
+
+    Args:
+        updates: Of the clients, in a fixed order.
+        factors: f_i.
+        keys: Of the tensors to add up.
+        dtype: Of the result; the sum is float64 in any case.
 
     Raises:
         ValueError: if updates differ in keys or shapes, or are not as many as `factors`.
@@ -81,7 +90,7 @@ def sum_updates(
             # each group leave the heap in pieces that the next ones don't fit, 150 MB of them each time.
             total, last = sums.get(key), done == len(factors)
             if last or total is None:
-                result = torch.empty(shapes[key].numel(), dtype=torch.float32 if last else torch.float64)
+                result = torch.empty(shapes[key].numel(), dtype=dtype if last else torch.float64)
             else:
                 result = total
             _add_weighted_(result, total, terms, buffers)

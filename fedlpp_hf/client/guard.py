@@ -154,8 +154,10 @@ class QuantizedBaseCallback(TrainerCallback):
         if self.current_task.goes_on and state.is_world_process_zero:
             self._open_memory().write(end)
         delta = {key: end[key].sub_(self._start[key]) for key in trainable_keys(options.rule, end)}
+        metrics: dict[str, float] = {}
         if options.clip_norm:
-            delta, _ = clip_update(delta, options.clip_norm)
+            delta, norm = clip_update(delta, options.clip_norm)
+            metrics["clipped"] = float(norm > options.clip_norm)  # what an adaptive clip follows
         payload: Payload = delta
         if options.update_bits != FULL_PRECISION or options.update_density < 1:
             payload = self._compress(delta, keep=state.is_world_process_zero)
@@ -167,7 +169,7 @@ class QuantizedBaseCallback(TrainerCallback):
             base_fingerprint=self.fingerprint,
             num_examples=_count_examples(train_dataloader.dataset, args, state),
             delta=payload,
-            metrics={"loss": logs[-1] if logs else float("nan"), "steps": state.global_step},
+            metrics={"loss": logs[-1] if logs else float("nan"), "steps": state.global_step} | metrics,
         )
         if self.update_dir is not None and state.is_world_process_zero:
             self.prove_base_unmoved()

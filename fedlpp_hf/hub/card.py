@@ -5,12 +5,16 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 
 from ..config.federated import FederatedConfig
 from ..config.options import card_labels
+from ..report.privacy import find_spent
+from ..report.tables import format_table
+from ..report.text import NOT_MEASURED, list_remarks, list_results
 from ..server.store import RoundStore
 from .metadata import read_metadata
 from .snippet import describe_loading
@@ -134,19 +138,37 @@ def _describe_federation(federation: Path | None) -> str:
     ]
     done = RoundStore(federation).latest()
     rows += [f"| rounds done | {done} |", f"| clients | {len(clients)} |"]
-    if clients and None not in clients.values():  # a stream has no known number of rows
+    # A stream has no known number of rows; an exact number would tell what noise must hide.
+    if clients and None not in clients.values() and not _is_noisy(federation):
         rows.append(f"| examples of all clients | {sum(clients.values())} |")
     rows += [f"| {name} | {version} |" for name, version in state.get("packages", {}).items()]
     return "| setting | value |\n|---|---|\n" + "\n".join(rows)
 
 
 def _read_results(federation: Path | None) -> str:
+    if federation is not None and _is_noisy(federation):
+        return _list_noisy_results(federation)
     report = None if federation is None else federation / "report.md"
     if report is None or not report.is_file():
         return "The federation's report was not available when this card was written."
     # Two levels down, below this section's heading.
     lines = [f"##{line}" if line.startswith("#") else line for line in report.read_text(encoding="utf-8").splitlines()]
     return "\n".join(lines).strip()
+
+
+def _is_noisy(federation: Path) -> bool:
+    """Whether client-level differential privacy was on: what of the clients has no noise is then left out of a card."""
+    return find_spent(RoundStore(federation).records()) is not None
+
+
+def _list_noisy_results(federation: Path) -> str:
+    """The report without what comes from clients and has no noise: their losses and numbers, attackers, references."""
+    store = RoundStore(federation)
+    config: Any = SimpleNamespace(**store.read()["config"])
+    records = store.records()
+    table = list_results(records, config)
+    lines = [*(format_table(table) if table else [NOT_MEASURED]), f"\n{len(records) - 1} rounds."]
+    return "\n".join([*lines, *(f"\n{remark}" for remark in list_remarks(records, config))])
 
 
 def _describe_privacy(federation: Path | None, audit: str | os.PathLike | None) -> str:
@@ -160,6 +182,12 @@ def _describe_privacy(federation: Path | None, audit: str | os.PathLike | None) 
             "updates of the adapter, never data."
         )
     found = Path(audit) if audit is not None else None
+    if audit is None and federation is not None and _is_noisy(federation):
+        parts.append(
+            "Clients' losses and numbers of rows, references and the audit are left out here: they are computed from clients' rows "
+            "without noise."
+        )
+        return "\n\n".join(parts)
     if audit is None and federation is not None:
         places = [federation / "audit.md", federation / "audit.json"]
         found = next((path for path in places if path.is_file()), None)

@@ -17,6 +17,7 @@ from .clients import ClientSummary, count_reasons, summarize_clients
 from .metrics import Record
 from .parties import draw_parties, tabulate_parties
 from .picture import plot_rounds
+from .privacy import find_spent, format_spent
 from .sent import SentTensor, summarize_sent
 from .svg import draw_svg
 from .tables import format_bytes
@@ -186,6 +187,8 @@ def _list_facts(content: PageContent, base_bytes: int) -> list[tuple[str, str]]:
             facts.append((f"clients hold ({what})", f"{held[name]:.3f}"))
         if best := _find_best_attacker(content, name):
             facts.append(("best attacker", f"{best.metrics[name]:.3f}"))
+    if spent := find_spent(content.records):
+        facts.append((f"spent on clients' privacy, at δ = {spent['delta']:g}", f"ε = {format_spent(spent)}"))
     if base_bytes:
         facts.append(("base, once to each client", format_bytes(base_bytes)))
     for way, label in (("bytes_down", "to clients in all rounds"), ("bytes_up", "from clients")):

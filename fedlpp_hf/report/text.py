@@ -10,6 +10,7 @@ from ..config.metrics import MetricChoice, is_number
 from ..server.best import find_published_round
 from .metrics import Record, mean_client_loss
 from .parties import Party
+from .privacy import describe_privacy, find_spent, format_spent
 from .tables import format_bytes, format_table
 
 
@@ -60,6 +61,8 @@ def describe_round(record: Record, num_rounds: int, choice: MetricChoice = _BY_N
         weights = {"λ": record.get("base_weight"), "variate": record.get("variate_weight")}
         chosen = "".join(f", {name} {value:g}" for name, value in weights.items() if value is not None)
         parts.append(f"selection loss {record['selection_loss']:.4f}{chosen}")
+    if "privacy" in record:
+        parts.append(f"ε {format_spent(record['privacy'])}")
     if record["round"]:
         parts.append(f"down {format_bytes(record['bytes_down'])}, up {format_bytes(record['bytes_up'])}")
         parts.append(f"{record['seconds']:.1f} s")
@@ -162,6 +165,7 @@ def list_remarks(records: Sequence[Record], args: FederatedConfig, attackers: Se
     remarks = (
         ["Stolen value: a share of the server's gain over local training; audit.md has more."] if attackers else []
     )
+    remarks += describe_privacy(records, args)
     remarks += describe_choice(records[published])
     if args.load_best_model_at_end:
         remarks.append(
@@ -185,7 +189,9 @@ def list_rounds(records: Sequence[Record], choice: MetricChoice = _BY_NAME) -> l
         if (name := choice.main(next((r["metrics"][view] for r in records if view in r["metrics"]), {})))
     ]
     header = ["round", "clients", "rejected", "clients' loss"]
-    header += [f"{label} {name.removeprefix('eval_')}" for _, label, name in views] + ["down", "up", "seconds"]
+    header += [f"{label} {name.removeprefix('eval_')}" for _, label, name in views]
+    noisy = find_spent(records) is not None
+    header += [*(["ε"] if noisy else []), "down", "up", "seconds"]
     rows = [header]
     for record in records:
         metrics = [record["metrics"].get(view, {}).get(name) for view, _, name in views]
@@ -196,6 +202,7 @@ def list_rounds(records: Sequence[Record], choice: MetricChoice = _BY_NAME) -> l
                 str(len(record["rejected"])),
                 f"{mean_client_loss(record):.4f}" if record["clients"] else "",
                 *(f"{value:.4f}" if is_number(value) else "" for value in metrics),
+                *([format_spent(record["privacy"]) if "privacy" in record else "0"] if noisy else []),
                 *(format_bytes(record[way]) for way in ("bytes_down", "bytes_up")),
                 f"{record['seconds']:.1f}",
             ]

@@ -80,7 +80,8 @@ class Admission:
         }
         accepted: dict[str, AcceptedUpdate] = {}
         rejected: dict[str, str] = {}
-        wanted = self.args.clients_per_round or len(tasks)
+        # Poisson sampling may ask more than `clients_per_round` as well.
+        wanted = (self.args.over_sample and self.args.clients_per_round) or len(tasks)
         for answer in answers:
             client = answer.client_id
             if client in tasks and client not in accepted:

@@ -1,22 +1,17 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """The server: the only round loop. It touches adapters only; no parameter of it could take a model."""
 
-import math
 import secrets
 import time
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftConfig
 
 from ..aggregation.optimizers import ServerOptimizer
 from ..aggregation.products import join_residual
-from ..aggregation.round import RoundUpdates
-from ..aggregation.rules import aggregate
 from ..config.federated import FederatedConfig
 from ..config.rules import check_products, trainable_keys
 from ..tensors.adapters import check_tensors, scrub_config
@@ -26,8 +21,11 @@ from ..wire.encoding import Payload, restore_tensors
 from ..wire.messages import ClientFailure, ClientTask, ClientUpdate, LocalOptions
 from .admission import AcceptedUpdate, Admission
 from .best import check_chosen, find_published_round, forget_rounds
+from .client_dp import ClientDP
+from .combine import combine_updates
 from .owner import Owner
 from .resume import check_resumable
+from .sampling import make_seed, sample_clients
 from .state import ServerState
 from .step import MeanUpdate, check_owner, is_variate_used, take_step
 from .store import RoundStore
@@ -85,6 +83,7 @@ class FederatedServer:
         self.store = RoundStore(args.output_dir)
         self.optimizer = ServerOptimizer(args.server_optimizer, args.server_learning_rate, args.server_momentum)
         self.admission = Admission(args, adapter, self.num_examples, self.store.updates_dir)
+        self.dp = ClientDP.of(args, list(self.num_examples), adapter, self.store)
 
     @property
     def adapter(self) -> Mapping[str, torch.Tensor]:
@@ -105,7 +104,7 @@ class FederatedServer:
             self.store.read()  # before the lock makes a directory
         with self.store.lock():
             done, stop = self._resume() if resume else self._begin()
-            while done < self.args.num_rounds and not stop:
+            while done < self.args.num_rounds and not stop and (self.dp is None or self.dp.affords_round(done + 1)):
                 done += 1
                 stop = self._run_round(done, train_clients)
             records = self.store.records()
@@ -116,13 +115,10 @@ class FederatedServer:
         return records
 
     def sample_clients(self, number: int) -> list[str]:
-        """The clients of a round, uniform without replacement, a function of (seed, round) alone."""
-        clients = list(self.num_examples)
-        count = len(clients)
-        if self.args.clients_per_round is not None:
-            count = min(count, math.ceil(self.args.clients_per_round * (1 + self.args.over_sample)))
-        generator = np.random.default_rng([self.args.seed, number])
-        return [clients[index] for index in sorted(generator.choice(len(clients), count, replace=False))]
+        """The clients of a round, uniform without replacement, a function of (seed, round) alone; with noise, see [`ClientDP`]."""
+        if self.dp is not None:
+            return self.dp.draw_clients()
+        return sample_clients(self.args, list(self.num_examples), number)
 
     def merged_adapter(self) -> tuple[dict[str, torch.Tensor], PeftConfig]:
         """The server's whole update as one plain adapter: what the adapter's rank can't hold makes its rank larger."""
@@ -145,6 +141,8 @@ class FederatedServer:
     def _begin(self, overwrite: bool = False) -> tuple[int, bool]:
         self.federation_id = secrets.token_hex(8)
         self.store.create(self._describe(), overwrite or self.args.overwrite)
+        if self.dp is not None:
+            self.dp.begin(self.federation_id)
         if self.args.aggregation == "freeze_a" and self.args.broadcasts:
             # Clients never move A, so the server's must be the one that they have.
             held = restore_tensors(self.make_proxy(self.adapter))
@@ -168,6 +166,8 @@ class FederatedServer:
         self.state = self._committed = state
         self.untrained = ServerState.from_tensors(*self.store.load(0))
         records = self.store.records()
+        if self.dp is not None:
+            self.dp.resume(self.federation_id, records)
         self._names = list(records[0]["metrics"].get("proxy", ()))
         check_chosen(self.args, records[-1])
         self.store.check_kept(find_published_round(self.args, records))
@@ -178,8 +178,8 @@ class FederatedServer:
         began = time.perf_counter()
         proxy = self.make_proxy(self.adapter) if self.args.broadcasts else None  # one for all, whatever their number
         tasks = {client: self._make_task(number, client, proxy) for client in self.sample_clients(number)}
-        updates, rejected = self.admission.collect(tasks, train_clients(list(tasks.values())))
-        if len(updates) < self.args.min_clients:
+        updates, rejected = self.admission.collect(tasks, train_clients(list(tasks.values())) if tasks else ())
+        if len(updates) < self.args.min_clients and self.dp is None:
             reasons = "; ".join(f"{client}: {reason}" for client, reason in rejected.items())
             raise RuntimeError(
                 f"Round {number} has {len(updates)} acceptable updates; min_clients={self.args.min_clients}. {reasons}. "
@@ -217,7 +217,7 @@ class FederatedServer:
                 rule=args.aggregation,
                 proximal_mu=args.fedprox_mu,
                 logit_adjustment=args.logit_adjustment,
-                clip_norm=args.clip_update_norm or 0.0,
+                clip_norm=self.dp.clip if self.dp is not None else args.clip_update_norm or 0.0,
                 update_bits=args.update_bits,
                 update_block_size=args.adapter_block_size,
                 update_density=args.update_density,
@@ -233,34 +233,16 @@ class FederatedServer:
         """
         args, before = self.args, self.state if proxy is not None else self.untrained
         start = before.adapter if proxy is None else proxy
-        counts = proxy is None and args.robust == "none"
-        rounds = self._count_rounds(updates) if counts else dict.fromkeys(updates, 1)
-        result = aggregate(
-            args.aggregation,
-            RoundUpdates(
-                deltas=[update.delta for update in updates.values()],
-                weights=[
-                    rounds[client] * (update.num_examples if args.weighting == "examples" else 1.0)
-                    for client, update in updates.items()
-                ],
-                start=start,
-                adapter=before.adapter,
-                peft_config=self.peft_config,
-                residual=before.residual,
-                num_attackers=args.num_attackers,
-            ),
-            args.robust,
-        )
-        runs = range(args.control_variate_runs if is_variate_used(self.store.records()) else 0)
+        records = self.store.records()
+        if self.dp is None:
+            result = combine_updates(args, updates, before, start, self.peft_config, records)
+        else:
+            result = self.dp.release(number, updates)
+        runs = range(args.control_variate_runs if is_variate_used(records) else 0)
         seeds = [make_seed(args.seed, number, f"owner {run}" if run else "owner") for run in runs]
         update = MeanUpdate(number, result.delta, result.residual, start, seeds)
         self.state, report = take_step(args, self.owner, self.optimizer, before, update)
         return dict(result.report) | report
-
-    def _count_rounds(self, clients: Iterable[str]) -> dict[str, int]:
-        """How many rounds of each client's training its update holds, as far as the server saw them: its share of the mean."""
-        earlier = self.store.records()
-        return {client: 1 + sum(client in record["clients"] for record in earlier) for client in clients}
 
     def _commit(self, number: int, record: dict[str, Any]) -> bool:
         metrics: dict[str, dict[str, Any]] = {}
@@ -289,8 +271,3 @@ class FederatedServer:
             "packages": {name: version(name) for name in packages},
             "config": config,
         }
-
-
-def make_seed(seed: int, number: int, client: str) -> int:
-    """A client's seed in one round, a function of (seed, round, client) alone."""
-    return int(np.random.SeedSequence([seed, number, zlib.crc32(client.encode())]).generate_state(1)[0] >> 1)

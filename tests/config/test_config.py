@@ -23,7 +23,8 @@ def own_options() -> list[str]:
 
 def test_own_options_stay_few():
     """Raise the bound for an option that earns its place: by a preset, a recipe, or a line of a table where it wins."""
-    assert len(own_options()) <= 42
+    # 42, and five of client-level differential privacy, which users of Flower, NVFlare and Opacus expect.
+    assert len(own_options()) <= 47
 
 
 @pytest.mark.parametrize("name", own_options())

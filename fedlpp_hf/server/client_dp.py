@@ -1,0 +1,188 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""The server's part of client-level differential privacy: who is drawn, the noise, what is spent, and when the budget ends."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..aggregation.round import AggregationResult
+from ..config.federated import FederatedConfig
+from ..config.rules import trainable_keys
+from ..privacy.accounting import ClientSampling, compute_epsilon, solve_noise
+from ..privacy.client_level import ClientMechanism
+from ..privacy.draws import draw_clients
+from ..tensors.codebooks import FULL_PRECISION
+from .admission import AcceptedUpdate
+from .ledger import Ledger, LedgerFile
+from .store import RoundStore
+
+
+logger = logging.getLogger(__name__)
+
+
+class ClientDP:
+    """Client-level differential privacy of one federation. Its noise is solved for before any client is asked.
+
+    It holds for all that leaves the server: the proxies, and the model. It does not hold against the server, which has each
+    update, each client's metrics and who was drawn.
+
+    Args:
+        args: The federation's options.
+        clients: All clients, in a fixed order.
+        adapter: The server's, for the shapes.
+        store: Of the federation.
+
+    Raises:
+        ValueError: for options that this federation's clients do not allow.
+    """
+
+    def __init__(
+        self,
+        args: FederatedConfig,
+        clients: Sequence[str],
+        adapter: Mapping[str, torch.Tensor],
+        store: RoundStore,
+    ):
+        assert args.target_delta is not None and args.clip_update_norm is not None  # the options' check
+        self.args, self.clients, self.delta = args, list(clients), args.target_delta
+        self.sampling = ClientSampling(
+            args.client_sampling, len(clients), min(args.clients_per_round or len(clients), len(clients))
+        )
+        self.shapes = {key: adapter[key].shape for key in trainable_keys(args.aggregation, adapter)}
+        self.clip: float = args.clip_update_norm
+        self._file = LedgerFile(store.root)
+        self._check_clients()
+        self._ledger = Ledger("", self._solve_noise(), "")
+        self._warn()
+
+    @classmethod
+    def of(
+        cls,
+        args: FederatedConfig,
+        clients: Sequence[str],
+        adapter: Mapping[str, torch.Tensor],
+        store: RoundStore,
+    ) -> "ClientDP | None":
+        """That of a federation; None where it has none."""
+        return cls(args, clients, adapter, store) if args.adds_noise else None
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Of the whole release of a round."""
+        return self._ledger.noise_multiplier
+
+    def begin(self, federation_id: str) -> None:
+        """Begin the ledger.
+
+        Raises:
+            ValueError: as [`LedgerFile.begin`].
+        """
+        self._ledger = self._file.begin(federation_id, self.noise_multiplier, self.args.overwrite)
+
+    def resume(self, federation_id: str, records: Sequence[Mapping[str, Any]]) -> None:
+        """Go on where the last of the `records` and the ledger ended.
+
+        Raises:
+            ValueError: as [`LedgerFile.resume`].
+        """
+        self._ledger = self._file.resume(federation_id, records)
+        if "privacy" in records[-1]:
+            self.clip = records[-1]["privacy"]["next_clip_norm"]
+
+    def affords_round(self, number: int) -> bool:
+        """Whether the budget is enough for another round; if not, say so."""
+        target, after = self.args.target_epsilon, self._spent(1)
+        if target is None or after <= target:
+            return True
+        logger.warning(
+            f"Round {number} does not start: it would bring ε to {after:.3f} at δ = {self.delta:g}, and target_epsilon is "
+            f"{target:g}. {self._spent():.3f} is spent. The federation ends here."
+        )
+        return False
+
+    def draw_clients(self) -> list[str]:
+        """The clients of the next round. After its noise was drawn, others are drawn, be it for the same round again."""
+        secret = bytes.fromhex(self._ledger.secret)
+        return draw_clients(secret, len(self._ledger.releases), self.clients, self.sampling)
+
+    def release(self, number: int, updates: Mapping[str, AcceptedUpdate]) -> AggregationResult:
+        """The round's mean update with noise, and `privacy` for the round's record. Nothing else of the updates is used."""
+        if not updates:
+            logger.warning(f"Round {number} has no update; its noise is drawn and paid for all the same.")
+        self._ledger = self._file.add(self._ledger, number)
+        mechanism = ClientMechanism(self.noise_multiplier, self.sampling.per_round, self.args.clip_quantile)
+        clip = self.clip
+        release = mechanism.release(
+            [update.delta for update in updates.values()],
+            [update.metrics.get("clipped", 0.5) for update in updates.values()],
+            clip,
+            self.shapes,
+        )
+        self.clip = release.next_clip
+        report: dict[str, Any] = {
+            "epsilon": self._spent(),
+            "epsilon_of_another_round": self._spent(1),
+            "delta": self.delta,
+            "releases": len(self._ledger.releases),
+            "noise_multiplier": self.noise_multiplier,
+            "noise_std": release.noise_std,
+            "clip_norm": clip,
+            "next_clip_norm": release.next_clip,
+            "divisor": self.sampling.per_round,
+            "analysis": self.sampling.describe(),
+        }
+        if release.below_clip is not None:
+            report["below_clip"] = release.below_clip
+        return AggregationResult(release.mean, report={"privacy": report})
+
+    def _spent(self, more: int = 0) -> float:
+        return compute_epsilon(self.noise_multiplier, self.sampling, len(self._ledger.releases) + more, self.delta)
+
+    def _solve_noise(self) -> float:
+        given, target = self.args.noise_multiplier, self.args.target_epsilon
+        if given is None:
+            assert target is not None
+            return solve_noise(target, self.delta, self.sampling, self.args.num_rounds)
+        first = compute_epsilon(given, self.sampling, 1, self.delta)
+        if target is not None and first > target:
+            raise ValueError(
+                f"noise_multiplier={given}: the first round alone spends ε = {first:.3f}, and target_epsilon={target}. Leave "
+                "noise_multiplier out, and it is solved for, or raise target_epsilon."
+            )
+        return given
+
+    def _check_clients(self) -> None:
+        number = self.sampling.clients
+        if self.delta >= 1 / number:
+            raise ValueError(
+                f"target_delta={self.delta} with {number} clients: with 1/{number} or more, to publish one client's data would "
+                f"count as private. Set it well below {1 / number:g}."
+            )
+        compresses = self.args.update_bits != FULL_PRECISION or self.args.update_density < 1
+        if compresses and self.sampling.kind == "fixed" and self.sampling.per_round < number:
+            raise ValueError(
+                f"Client-level differential privacy does not go with update_bits={self.args.update_bits}, "
+                f"update_density={self.args.update_density} and {self.sampling.per_round} of {number} clients in a round: what "
+                "a client keeps of its rounding errors depends on the rounds it was in, and so on who else was. Set "
+                "client_sampling='poisson', where each is drawn by itself, or send plain updates."
+            )
+
+    def _warn(self) -> None:
+        values = sum(math.prod(shape) for shape in self.shapes.values())
+        multiplier, _ = ClientMechanism(self.noise_multiplier, 1, self.args.clip_quantile).split_noise()
+        needed = multiplier * math.sqrt(values)
+        if needed > self.sampling.per_round:
+            logger.warning(
+                f"The noise on a round's mean is {needed / self.sampling.per_round:.1f} times as long as the clip: {values} "
+                f"values, noise multiplier {multiplier:.3g}, {self.sampling.per_round} clients in a round. It takes "
+                f"{math.ceil(needed)} clients in a round until it is no longer than one client's update. Train fewer values "
+                "(a lower rank, aggregation='freeze_a'), or see docs/data-privacy.md for few clients."
+            )
+        if self.args.aggregation != "freeze_a":
+            logger.warning(
+                "With noise, aggregation='freeze_a' is the better choice: noise on both factors is multiplied in B·A, and half "
+                "as many values get noise."
+            )

@@ -1,0 +1,57 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""From a round's accepted updates to their mean, without noise."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PeftConfig
+
+from ..aggregation.round import AggregationResult, RoundUpdates
+from ..aggregation.rules import aggregate
+from ..config.federated import FederatedConfig
+from .admission import AcceptedUpdate
+from .state import ServerState
+
+
+def combine_updates(
+    args: FederatedConfig,
+    updates: Mapping[str, AcceptedUpdate],
+    before: ServerState,
+    start: Mapping[str, torch.Tensor],
+    peft_config: PeftConfig,
+    earlier: Sequence[Mapping[str, Any]],
+) -> AggregationResult:
+    """The mean of a round's updates by the options' rules.
+
+    Args:
+        args: The federation's options.
+        updates: By client.
+        before: The server that the step starts from.
+        start: What the clients started from.
+        peft_config: Of the adapter.
+        earlier: The records of the rounds before.
+    """
+    counts = not args.broadcasts and args.robust == "none"
+    rounds = _count_rounds(updates, earlier) if counts else dict.fromkeys(updates, 1)
+    return aggregate(
+        args.aggregation,
+        RoundUpdates(
+            deltas=[update.delta for update in updates.values()],
+            weights=[
+                rounds[client] * (update.num_examples if args.weighting == "examples" else 1.0)
+                for client, update in updates.items()
+            ],
+            start=start,
+            adapter=before.adapter,
+            peft_config=peft_config,
+            residual=before.residual,
+            num_attackers=args.num_attackers,
+        ),
+        args.robust,
+    )
+
+
+def _count_rounds(clients: Iterable[str], earlier: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How many rounds of each client's training its update holds, as far as the server saw them: its share of the mean."""
+    return {client: 1 + sum(client in record["clients"] for record in earlier) for client in clients}
