@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from .client_settings import ClientSettings
+from .errors import SayableError
 
 
 def make_client_trainer(settings: ClientSettings, base_dir: str | os.PathLike) -> Any:
     """Make the trainer of a client from the base in `base_dir` and the rows in `settings.data`.
 
     Raises:
-        ValueError: if the base contains a linear layer in full precision, or the data can't be read.
+        ValueError: if the base contains a linear layer in full precision, or the data or the client's policy can't be read.
     """
     from ..base.manifest import read_manifest
+    from ..client.gate import ClientGate
+    from ..client.policy import ClientPolicy
     from ..config.federated import FederatedConfig
     from ..config.options import options_beside
     from .loading import load_rows, load_trainer
@@ -37,6 +40,10 @@ def make_client_trainer(settings: ClientSettings, base_dir: str | os.PathLike) -
     trainer, _ = load_trainer(
         settings.config, settings.flags, model=str(base_dir), train_dataset=rows, overrides=overrides
     )
+    if settings.policy is not None:
+        policy = ClientPolicy.read(settings.policy)
+        trainer.guard.gate = ClientGate(policy, settings.ledger_dir, settings.dry_run)
+    trainer.dry_run_file = settings.dry_run_file if settings.dry_run else None
     return trainer
 
 
@@ -50,10 +57,20 @@ def train_task(trainer: Any, task: bytes) -> bytes:
     """Train one client's task: the bytes of a [`ClientTask`] in, those of a [`ClientUpdate`] out.
 
     Raises:
-        RuntimeError: if the base has changed in memory.
+        RuntimeError: if the base has changed in memory, the client's policy refuses the task, or this is a dry run, which
+            sends nothing.
     """
+    from ..client.outgoing import describe_update
+    from ..tensors.atomic import write_atomically
     from ..wire.messages import ClientTask
 
     trainer.guard.prove_base_unmoved()
+    received = ClientTask.from_bytes(task)
+    trainer.guard.admit(received)
     trainer.share("train", lambda: task)  # with the other ranks under `accelerate launch`
-    return trainer.train_client(ClientTask.from_bytes(task)).to_bytes()
+    update = trainer.train_client(received)
+    if trainer.dry_run_file is None:
+        return update.to_bytes()
+    text = describe_update(update, trainer.guard.initial)
+    write_atomically(trainer.dry_run_file, f"{text}\n".encode(), mode=0o600)
+    raise SayableError("this client makes a dry run: it trained the task and sends nothing")

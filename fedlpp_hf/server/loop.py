@@ -177,7 +177,8 @@ class FederatedServer:
         """Run and commit a round; returns whether it shall be the last."""
         began = time.perf_counter()
         proxy = self.make_proxy(self.adapter) if self.args.broadcasts else None  # one for all, whatever their number
-        tasks = {client: self._make_task(number, client, proxy) for client in self.sample_clients(number)}
+        asked = self.sample_clients(number)
+        tasks = {client: self._make_task(number, client, proxy, len(asked)) for client in asked}
         updates, rejected = self.admission.collect(tasks, train_clients(list(tasks.values())))
         if len(updates) < self.args.min_clients:
             reasons = "; ".join(f"{client}: {reason}" for client, reason in rejected.items())
@@ -203,7 +204,7 @@ class FederatedServer:
         forget_rounds(self.args, self.store)
         return stop
 
-    def _make_task(self, number: int, client: str, proxy: Payload | None) -> ClientTask:
+    def _make_task(self, number: int, client: str, proxy: Payload | None, num_clients: int) -> ClientTask:
         args = self.args
         return ClientTask(
             federation_id=self.federation_id,
@@ -213,6 +214,7 @@ class FederatedServer:
             seed=make_seed(args.seed, number, client),
             base_fingerprint=self.base_fingerprint,
             proxy=proxy,
+            num_clients=num_clients,
             options=LocalOptions(
                 rule=args.aggregation,
                 proximal_mu=args.fedprox_mu,
