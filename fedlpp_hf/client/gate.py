@@ -16,7 +16,7 @@ from .proxy_check import check_proxy, is_rank_one
 
 Tensors = Mapping[str, torch.Tensor]
 
-METRICS = {"loss", "steps"}  # that a client's update may have
+METRICS = {"loss", "steps", "clipped", "record_epsilon", "record_noise_multiplier"}  # that an update may have
 _ROUNDING = 1 + 1e-5  # of float32 sums
 
 
@@ -75,7 +75,7 @@ class ClientGate:
             self.ledger.write()
 
     def check_update(self, update: ClientUpdate, reference: Tensors) -> None:
-        """Check an update before it is sent: nothing but the adapter's change and two metrics, and no longer than the clip.
+        """Check an update before it is sent: nothing but the adapter's change and known metrics, and no longer than the clip.
 
         Raises:
             PolicyRefusal: naming what must not leave.

@@ -85,10 +85,15 @@ class QuantizedBaseCallback(TrainerCallback):
                     "`policy` needs `memory_dir`: a directory that stays between rounds, for the client's ledger."
                 )
             read = policy if isinstance(policy, ClientPolicy) else ClientPolicy.read(policy)
+            if read.record_epsilon is not None and task_dir is not None:
+                raise ValueError(
+                    "record_epsilon needs FederatedTrainer: a callback can't replace a script's batches and gradients."
+                )
             self.gate = ClientGate(read, Path(memory_dir), dry_run)
         self.allow_full_precision = allow_full_precision
         self.task: ClientTask | None = None
         self.update: ClientUpdate | None = None
+        self.private_metrics: dict[str, float] = {}  # in place of those that tell rows without noise
         self.parameters: dict[str, torch.nn.Parameter] = {}
         self.trained = torch.nn.ParameterList()  # by the task's rule
         self.initial: dict[str, torch.Tensor] = {}
@@ -198,7 +203,7 @@ class QuantizedBaseCallback(TrainerCallback):
             base_fingerprint=self.fingerprint,
             num_examples=_count_examples(train_dataloader.dataset, args, state),
             delta=payload,
-            metrics={"loss": logs[-1] if logs else float("nan"), "steps": state.global_step},
+            metrics={"loss": logs[-1] if logs else float("nan"), "steps": state.global_step} | self.private_metrics,
         )
         if self.gate is not None:
             self.gate.check_update(self.update, delta)

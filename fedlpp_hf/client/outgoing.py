@@ -22,7 +22,7 @@ _EXAMPLES = 3  # values of each tensor
 
 def pack_update(
     delta: Tensors, options: LocalOptions, left: Tensors, own_clip: float | None = None
-) -> tuple[Payload, Tensors]:
+) -> tuple[Payload, dict[str, torch.Tensor]]:
     """The update as it is sent, and what compression left of it.
 
     Without a clip of the client's own, the task's bounds the change, before what earlier updates left is added to it. With one,
@@ -72,8 +72,8 @@ def describe_update(update: ClientUpdate, reference: Tensors) -> str:
     lines += ["", "| tensor | shape | sent as | norm | first values |", "|---|---|---|---|---|"]
     for key, tensor in sorted(tensors.items()):
         stored = update.delta[key if key in update.delta else key + VALUES]
-        quantized = isinstance(stored, QuantizedTensor)
-        form = f"{stored.bits} bits" if quantized else str(stored.dtype).removeprefix("torch.")
+        bits = f"{stored.bits} bits" if isinstance(stored, QuantizedTensor) else str(stored.dtype)
+        form = bits.removeprefix("torch.")
         form += "" if key in update.delta else f", {stored.shape[0]:,} places"
         values = ", ".join(f"{value:.4g}" for value in tensor.flatten()[:_EXAMPLES].tolist())
         shape = " × ".join(map(str, tensor.shape))

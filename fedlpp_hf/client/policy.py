@@ -9,6 +9,7 @@ from typing import Any
 from ..config.arguments import read_yaml
 from ..config.rules import RULES
 from ..config.spelling import suggest
+from ..privacy.record_accounting import RecordBudget
 from ..wire.messages import ClientTask
 
 
@@ -30,6 +31,9 @@ class ClientPolicy:
         rules: Aggregation rules that a task may name.
         max_update_bits: Bits per value that a task may ask for.
         check_proxy: Refuse an adapter that looks made to leak (see [`check_proxy`]).
+        record_epsilon: ε that any row may be exposed to, in `max_rounds` rounds together: each local run is then DP-SGD.
+        record_delta: δ beside it.
+        record_clip: Norm to which each row's gradient is scaled down.
         max_proxy_change: How far the adapter may move from round to round, in multiples of this client's own last update.
 
     Raises:
@@ -46,6 +50,9 @@ class ClientPolicy:
     max_update_bits: int | None = None
     check_proxy: bool = True
     max_proxy_change: float = 10.0
+    record_epsilon: float | None = None
+    record_delta: float | None = None
+    record_clip: float = 1.0
 
     def __post_init__(self) -> None:
         for name, value in ((entry.name, getattr(self, entry.name)) for entry in fields(self)):
@@ -58,12 +65,26 @@ class ClientPolicy:
                 _require(value is None or (type(value) is int and value > 0), name, value, "a whole number above 0")
             else:
                 number = type(value) in (int, float) and math.isfinite(value) and value > 0
-                _require(number or (value is None and name != "max_proxy_change"), name, value, "a number above 0")
+                _require(number or (value is None and name not in _NEEDED), name, value, "a number above 0")
         if self.min_local_steps and self.max_local_steps and self.min_local_steps > self.max_local_steps:
             raise ValueError(
                 f"The policy has min_local_steps={self.min_local_steps} and max_local_steps={self.max_local_steps}; expected a "
                 "range that some run can be in."
             )
+
+        given = (self.record_epsilon is not None, self.record_delta is not None)
+        if any(given) and not (all(given) and self.max_rounds):
+            raise ValueError(
+                f"The policy has record_epsilon={self.record_epsilon}, record_delta={self.record_delta} and max_rounds="
+                f"{self.max_rounds}; expected all three: the noise follows from them."
+            )
+
+    @property
+    def record_budget(self) -> RecordBudget | None:
+        """What any row may be exposed to, if the policy says it."""
+        if self.record_epsilon is None or self.record_delta is None or self.max_rounds is None:
+            return None
+        return RecordBudget(self.record_epsilon, self.record_delta, self.record_clip, self.max_rounds)
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "ClientPolicy":
@@ -115,6 +136,7 @@ class ClientPolicy:
             raise PolicyRefusal(f"The local run would have {steps} steps; the policy allows {least} to {most}.")
 
 
+_NEEDED = {"max_proxy_change", "record_clip"}
 _COUNTS = {"max_rounds", "min_clients", "min_local_steps", "max_local_steps", "max_update_bits"}
 
 

@@ -16,7 +16,8 @@ def make_client_trainer(settings: ClientSettings, base_dir: str | os.PathLike) -
     """Make the trainer of a client from the base in `base_dir` and the rows in `settings.data`.
 
     Raises:
-        ValueError: if the base contains a linear layer in full precision, or the data or the client's policy can't be read.
+        ValueError: if the base contains a linear layer in full precision, the data or the client's policy can't be read, or the
+            policy asks for record-level privacy that this trainer can't have.
     """
     from ..base.manifest import read_manifest
     from ..client.gate import ClientGate
@@ -43,6 +44,8 @@ def make_client_trainer(settings: ClientSettings, base_dir: str | os.PathLike) -
     if settings.policy is not None:
         policy = ClientPolicy.read(settings.policy)
         trainer.guard.gate = ClientGate(policy, settings.ledger_dir, settings.dry_run)
+        if policy.record_budget is not None:
+            trainer.check_record_training()
     trainer.dry_run_file = settings.dry_run_file if settings.dry_run else None
     return trainer
 

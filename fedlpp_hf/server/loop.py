@@ -177,8 +177,7 @@ class FederatedServer:
         """Run and commit a round; returns whether it shall be the last."""
         began = time.perf_counter()
         proxy = self.make_proxy(self.adapter) if self.args.broadcasts else None  # one for all, whatever their number
-        asked = self.sample_clients(number)
-        tasks = {client: self._make_task(number, client, proxy, len(asked)) for client in asked}
+        tasks = {client: self._make_task(number, client, proxy) for client in self.sample_clients(number)}
         updates, rejected = self.admission.collect(tasks, train_clients(list(tasks.values())))
         if len(updates) < self.args.min_clients:
             reasons = "; ".join(f"{client}: {reason}" for client, reason in rejected.items())
@@ -204,7 +203,7 @@ class FederatedServer:
         forget_rounds(self.args, self.store)
         return stop
 
-    def _make_task(self, number: int, client: str, proxy: Payload | None, num_clients: int) -> ClientTask:
+    def _make_task(self, number: int, client: str, proxy: Payload | None) -> ClientTask:
         args = self.args
         return ClientTask(
             federation_id=self.federation_id,
@@ -214,7 +213,7 @@ class FederatedServer:
             seed=make_seed(args.seed, number, client),
             base_fingerprint=self.base_fingerprint,
             proxy=proxy,
-            num_clients=num_clients,
+            num_clients=args.clients_per_round or len(self.num_examples),
             options=LocalOptions(
                 rule=args.aggregation,
                 proximal_mu=args.fedprox_mu,

@@ -5,11 +5,11 @@ import gc
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import Trainer, set_seed
+from transformers import set_seed
 from transformers.integrations.neftune import deactivate_neftune
 from transformers.utils import logging
 
@@ -19,19 +19,17 @@ from ..report.metrics import keep_values
 from ..tensors.adapters import load_adapter_
 from ..wire.messages import ClientFailure, ClientTask, ClientUpdate
 from .callbacks import EventHandler
+from .record_run import RecordRunMixin
 from .rounds import Rounds
 
 
 logger = logging.get_logger(__name__)
 
-# For type checkers the mixin is the Trainer that it will be mixed with.
-_Parent: Any = Trainer if TYPE_CHECKING else object
-
 _FREEZE_EVERY = 100  # clients
 _TIMINGS = ("_runtime", "_samples_per_second", "_steps_per_second", "model_preparation_time")
 
 
-class LocalRunMixin(_Parent):
+class LocalRunMixin(RecordRunMixin):
     """The part of [`FederatedMixin`] that is a client.
 
     `client_datasets` maps client ids to rows that are ready to train on; `guard` is the [`QuantizedBaseCallback`].
@@ -81,7 +79,7 @@ class LocalRunMixin(_Parent):
         # The samplers of TRL's online trainers and of sentence-transformers start at this seed.
         seed, self.args.seed = self.args.seed, task.seed
         try:
-            with self.callback_handler.local_run():
+            with self.record_run(is_client=rows is None), self.callback_handler.local_run():
                 super().train()
         finally:
             self.args.seed = seed

@@ -51,7 +51,7 @@ class ClientTask:
         proxy: The quantized adapter by key (plain tensors where the federation runs unquantized), or None where nothing
             is broadcast: then the client starts from the untouched base, and continues from its own adapter.
         options: How to train and what to send.
-        num_clients: Clients that are asked in this round, as the server says; 0 where it does not say. Like the next, it is
+        num_clients: Clients that a round asks, as the server says; 0 where it does not say. Like the next, it is
             a claim that no client can verify.
         noise_multiplier: Standard deviation of the noise that is added to the round's sum, as a multiple of the clip; 0 for
             none.

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 import pytest
 
 from fedlpp_hf.client.policy import ClientPolicy, PolicyRefusal
+from fedlpp_hf.privacy.record_accounting import RecordBudget
 from fedlpp_hf.wire.messages import ClientTask, LocalOptions
 from tests.helpers import ROOT
 
@@ -46,6 +47,10 @@ def test_file(tmp_path):
         ("rules: [[fedavg]]", r"rules=.* expected a list"),
         ("check_proxy: 1", "check_proxy=1; expected true or false"),
         ("{min_local_steps: 5, max_local_steps: 4}", "min_local_steps=5 and max_local_steps=4"),
+        ("record_epsilon: 1", "record_epsilon=1, record_delta=None and max_rounds=None; expected all three"),
+        ("{record_epsilon: 1, record_delta: 1e-5}", "record_delta=1e-05 and max_rounds=None; expected all three"),
+        ("{record_delta: 1e-5, max_rounds: 3}", "record_epsilon=None, record_delta=1e-05 and max_rounds=3"),
+        ("record_clip:", "record_clip=None; expected a number above 0"),
         ("clip_norm: 1\nclip_norm: 2", "`clip_norm` stands 2 times"),
         ("[clip_norm]", "holds a list"),
     ],
@@ -55,6 +60,12 @@ def test_wrong_file(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         ClientPolicy.read(path)
+
+
+def test_budget_of_records():
+    assert ClientPolicy(max_rounds=3).record_budget is None
+    policy = ClientPolicy(max_rounds=3, record_epsilon=2, record_delta=1e-5, record_clip=0.5)
+    assert policy.record_budget == RecordBudget(2, 1e-5, 0.5, 3)
 
 
 def test_sample_has_every_key():

@@ -23,7 +23,8 @@ def own_options() -> list[str]:
 
 def test_own_options_stay_few():
     """Raise the bound for an option that earns its place: by a preset, a recipe, or a line of a table where it wins."""
-    assert len(own_options()) <= 42
+    # 45 with record-level differential privacy: ε, δ and the clip are the guarantee, and none follows from the others.
+    assert len(own_options()) <= 45
 
 
 @pytest.mark.parametrize("name", own_options())

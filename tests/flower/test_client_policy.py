@@ -3,6 +3,7 @@
 
 import json
 import logging
+import math
 import re
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from fedlpp_hf.flower import client_command
 from fedlpp_hf.flower.client_settings import ClientSettings
 from fedlpp_hf.flower.client_trainer import make_client_trainer, train_task
 from fedlpp_hf.flower.errors import SayableError, describe_error
-from fedlpp_hf.wire.messages import ClientTask, LocalOptions
+from fedlpp_hf.trainer import record_run
+from fedlpp_hf.wire.messages import ClientTask, ClientUpdate, LocalOptions
 
 
 @pytest.fixture
@@ -61,6 +63,19 @@ def test_refusal_tells_a_class_and_a_number(client, caplog):
     assert re.fullmatch("PolicyRefusal; the client's log has its text under [0-9a-f]{8}", told)
     assert "answered 1 rounds, and its policy allows 1" in caplog.text
     assert len(ClientLedger.open(settings.ledger_dir).rounds) == 1
+
+
+def test_record_level_privacy_is_the_clients(client):
+    pytest.importorskip("opacus", reason="needs the extra `privacy`")
+    _, trainer, task = client("{max_rounds: 1, record_epsilon: 3, record_delta: 0.1}")
+    update = ClientUpdate.from_bytes(train_task(trainer, task.to_bytes()))
+    assert 2.9 < update.metrics["record_epsilon"] <= 3 and math.isnan(update.metrics["loss"])
+
+
+def test_record_level_privacy_that_can_not_be_had_stops_the_trainer(client, monkeypatch):
+    monkeypatch.setattr(record_run, "check_record_model", lambda model: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        client("{max_rounds: 1, record_epsilon: 3, record_delta: 0.1}")
 
 
 def test_dry_run_shows_the_update_and_sends_a_sentence(client):
