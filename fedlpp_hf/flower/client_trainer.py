@@ -20,7 +20,6 @@ def make_client_trainer(settings: ClientSettings, base_dir: str | os.PathLike) -
             policy asks for record-level privacy that this trainer can't have.
     """
     from ..base.manifest import read_manifest
-    from ..client.gate import ClientGate
     from ..client.policy import ClientPolicy
     from ..config.federated import FederatedConfig
     from ..config.options import options_beside
@@ -42,10 +41,7 @@ def make_client_trainer(settings: ClientSettings, base_dir: str | os.PathLike) -
         settings.config, settings.flags, model=str(base_dir), train_dataset=rows, overrides=overrides
     )
     if settings.policy is not None:
-        policy = ClientPolicy.read(settings.policy)
-        trainer.guard.gate = ClientGate(policy, settings.ledger_dir, settings.dry_run)
-        if policy.record_budget is not None:
-            trainer.check_record_training()
+        trainer.obey(ClientPolicy.read(settings.policy), settings.ledger_dir, settings.dry_run)
     trainer.dry_run_file = settings.dry_run_file if settings.dry_run else None
     return trainer
 

@@ -2,9 +2,11 @@
 """One client's run through the Trainer's own `train()`, and what makes many of them in one process cheap."""
 
 import gc
+import os
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,9 @@ from transformers import set_seed
 from transformers.integrations.neftune import deactivate_neftune
 from transformers.utils import logging
 
+from ..client.gate import ClientGate
 from ..client.guard import BaseMovedError, QuantizedBaseCallback
+from ..client.policy import ClientPolicy
 from ..processes.workers import failure_reason, late_reason
 from ..report.metrics import keep_values
 from ..tensors.adapters import load_adapter_
@@ -50,6 +54,23 @@ class LocalRunMixin(RecordRunMixin):
         self._horizon = (0, 1)
         self._decay_names: list[str] | None = None
         self._trimmed: set[str] = set()  # clients whose rows have only the columns that the model takes
+
+    def obey(self, policy: ClientPolicy, ledger_dir: str | os.PathLike, dry_run: bool = False) -> None:
+        """Hold this trainer's client to a policy of its own, whatever its tasks say.
+
+        Args:
+            policy: The client's.
+            ledger_dir: Directory for the client's ledger; it must stay between runs.
+            dry_run: Count nothing, because nothing will be sent.
+
+        Raises:
+            ValueError: if several clients are here, or the policy asks for record-level privacy that can't be had.
+        """
+        if len(self.client_datasets) != 1:
+            raise ValueError(f"A policy is of one client, and this trainer has {len(self.client_datasets)}.")
+        self.guard.gate = ClientGate(policy, Path(ledger_dir), dry_run)
+        if policy.record_budget is not None:
+            self.check_record_training()
 
     def train_client(self, task: ClientTask, rows: Any = None) -> ClientUpdate:
         """One client's local run: from the task's proxy, on the client's rows, by the parent's `train()`.

@@ -4,6 +4,7 @@
 import hashlib
 import itertools
 import math
+import random
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
@@ -132,6 +134,7 @@ class RecordRunMixin(_Parent):
             RecordGradients(self.model, list(self.guard.trained), budget.clip, noise, expected, self.read_bytes),
             steps,
         )
+        _seed_secretly(self.read_bytes)
         try:
             yield
         finally:
@@ -218,6 +221,17 @@ class RecordRunMixin(_Parent):
         exact = not self.args.bf16 and kernels <= {torch.float32} and self.args.device.type == "cpu"
         run.gradients.verify(self._compute_record_loss, batch, _EXACT if exact else _ROUGH)
         run.verified = True
+
+
+def _seed_secretly(read_bytes: ReadBytes) -> None:
+    """Seed dropout and random collators anew.
+
+    The task's seed is the server's. With it, one row more would give known other masks to all rows after it, and their
+    gradients would move by more than the clip.
+    """
+    random.seed(read_bytes(32))
+    np.random.seed(np.frombuffer(read_bytes(32), "<u4"))
+    torch.manual_seed(int.from_bytes(read_bytes(8), "little", signed=True))
 
 
 class _CollateSome:

@@ -52,6 +52,11 @@ def test_own_clip_stands_whatever_the_task_says(trainer, task, tmp_path, clip, o
         assert 0.3 * limit < norm_of(update, trainer.guard.initial) <= limit * (1 + 1e-5)
 
 
+def test_policy_is_of_one_client(trainer, tmp_path):
+    with pytest.raises(ValueError, match="A policy is of one client, and this trainer has 3"):
+        trainer.obey(ClientPolicy(), tmp_path)
+
+
 def test_without_a_policy_the_task_decides(trainer, task):
     update = trainer.train_client(replace(task, options=LocalOptions(clip_norm=0.0)))
     assert norm_of(update, trainer.guard.initial) > 5e-3

@@ -166,6 +166,17 @@ def test_noise_is_not_of_the_tasks_seed(make):
         assert_equal(trainer.train_client(task).delta, trainer.train_client(task).delta)
 
 
+def test_dropout_is_not_of_the_tasks_seed(make, monkeypatch):
+    """Known masks that move with every row before them would be known differences between neighbours."""
+    hide_noise(monkeypatch)
+    trainer, seen = make(per_device_train_batch_size=8, max_steps=1), []
+    finish = record_run.RecordGradients.finish
+    monkeypatch.setattr(record_run.RecordGradients, "finish", lambda self: seen.append(torch.rand(4)) or finish(self))
+    for _ in range(2):
+        trainer.train_client(task_of(trainer))
+    assert not torch.equal(*seen)
+
+
 class OwnLoss(FederatedTrainer):
     def compute_loss(self, model, inputs, **kwargs):
         return super().compute_loss(model, inputs, **kwargs)
