@@ -60,16 +60,28 @@ def train_task(trainer: Any, task: bytes) -> bytes:
             sends nothing.
     """
     from ..client.outgoing import describe_update
-    from ..tensors.atomic import write_atomically
     from ..wire.messages import ClientTask
 
     trainer.guard.prove_base_unmoved()
     received = ClientTask.from_bytes(task)
-    trainer.guard.admit(received)
-    trainer.share("train", lambda: task)  # with the other ranks under `accelerate launch`
-    update = trainer.train_client(received)
     if trainer.dry_run_file is None:
-        return update.to_bytes()
-    text = describe_update(update, trainer.guard.initial)
-    write_atomically(trainer.dry_run_file, f"{text}\n".encode(), mode=0o600)
+        return _train(trainer, received, task).to_bytes()
+    try:
+        text = describe_update(_train(trainer, received, task), trainer.guard.initial)
+    except Exception as error:
+        _show(trainer.dry_run_file, f"The task was not trained: {type(error).__name__}: {error}")
+        raise
+    _show(trainer.dry_run_file, text)
     raise SayableError("this client makes a dry run: it trained the task and sends nothing")
+
+
+def _train(trainer: Any, task: Any, data: bytes) -> Any:
+    trainer.guard.admit(task)
+    trainer.share("train", lambda: data)  # with the other ranks under `accelerate launch`
+    return trainer.train_client(task)
+
+
+def _show(file: Path, text: str) -> None:
+    from ..tensors.atomic import write_atomically
+
+    write_atomically(file, f"{text}\n".encode(), mode=0o600)

@@ -14,6 +14,7 @@ import pytest
 
 from fedlpp_hf.cli.main import main
 from fedlpp_hf.client.ledger import ClientLedger
+from fedlpp_hf.client.policy import PolicyRefusal
 from fedlpp_hf.flower import client_command
 from fedlpp_hf.flower.client_settings import ClientSettings
 from fedlpp_hf.flower.client_trainer import make_client_trainer, train_task
@@ -89,6 +90,14 @@ def test_dry_run_shows_the_update_and_sends_a_sentence(client):
     assert "the change's norm is 0.01." in text and "| num_examples | 4 |" in text
     assert "lora_B.weight | 64 × 4 | float32" in text and "lora_A" not in text
     assert settings.dry_run_file.stat().st_mode & 0o077 == 0 and not settings.ledger_dir.exists()
+
+
+def test_dry_run_shows_why_a_task_was_refused(client):
+    settings, trainer, task = client("rules: [freeze_a]\n", dry_run=True)
+    with pytest.raises(PolicyRefusal):
+        train_task(trainer, task.to_bytes())
+    shown = settings.dry_run_file.read_text()
+    assert shown.startswith("The task was not trained: PolicyRefusal: The task has the rule 'fedavg'")
 
 
 def test_command_ends_after_the_dry_run(tmp_path, monkeypatch, capsys):

@@ -172,8 +172,9 @@ def test_dropout_is_not_of_the_tasks_seed(make, monkeypatch):
     trainer, seen = make(per_device_train_batch_size=8, max_steps=1), []
     finish = record_run.RecordGradients.finish
     monkeypatch.setattr(record_run.RecordGradients, "finish", lambda self: seen.append(torch.rand(4)) or finish(self))
+    task = task_of(trainer)
     for _ in range(2):
-        trainer.train_client(task_of(trainer))
+        trainer.train_client(task)
     assert not torch.equal(*seen)
 
 
