@@ -26,6 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--processes", type=parse_count, default=1, help="number of GPUs to train on, by accelerate launch (default 1)"
     )
     parser.add_argument("--cold", action="store_true", help="keep no trainer running: load everything for each task")
+    parser.add_argument(
+        "--policy", help="YAML file of this client's own conditions, which stand whatever the server says"
+    )
+    parser.add_argument(
+        "--dry_run",
+        "--dry-run",
+        action="store_true",
+        help="train one task, show what would leave, send nothing, and end",
+    )
     parser.add_argument("--insecure", action="store_true", help="no TLS and no node key; on loopback only")
 
 
@@ -40,8 +49,11 @@ def run(arguments: argparse.Namespace) -> None:
 
     check_file("--config", arguments.config)
     parse_server(arguments.server)
-    if arguments.flags:  # the file is the federation's, which the server has checked; a flag is this client's own
-        check_settings(arguments.config, arguments.flags, list(arguments.parser.list_options()))
+    if arguments.policy:
+        check_file("--policy", arguments.policy)
+    # The file is the federation's, which the server has checked; a flag and the policy are this client's own.
+    if arguments.flags or arguments.policy:
+        check_settings(arguments.config, arguments.flags, list(arguments.parser.list_options()), arguments.policy)
     code = run_client(
         arguments.config,
         arguments.data,
@@ -54,6 +66,8 @@ def run(arguments: argparse.Namespace) -> None:
         base=arguments.base,
         processes=arguments.processes,
         cold=arguments.cold,
+        policy=arguments.policy,
+        dry_run=arguments.dry_run,
         insecure=arguments.insecure,
     )
     sys.exit(code)

@@ -8,27 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast
 from peft import PeftConfig
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from ..base.kernels import keep_layout_
 from ..base.manifest import base_fingerprint
 from ..config.rules import trainable_keys
-from ..privacy.clipping import clip_update
-from ..tensors.adapters import adapter_parameters, copy_adapter, load_adapter_
+from ..tensors.adapters import adapter_parameters, copy_adapter, global_norm, load_adapter_
 from ..tensors.atomic import write_atomically
 from ..tensors.codebooks import FULL_PRECISION
-from ..wire.compression import compress_update
 from ..wire.encoding import Payload
 from ..wire.messages import ClientTask, ClientUpdate
 from .checks import ADAPTER, check_model, find_manifest, find_peft_model
 from .fedprox import add_proximal_gradient_
+from .gate import ClientGate
 from .logit_adjustment import adjust_logits
 from .memory import ClientMemory
+from .outgoing import describe_update, pack_update
 from .partition import is_stream
+from .policy import ClientPolicy
 
+
+logger = logging.get_logger(__name__)
 
 TASK_FILE = "task.safetensors"
 UPDATE_FILE = "update.safetensors"
@@ -51,6 +56,9 @@ class QuantizedBaseCallback(TrainerCallback):
     `memory_dir` is where a client keeps what it needs in its next round: what compression left of its updates (error
     feedback), or, where nothing is broadcast, its own adapter.
 
+    `policy`, a [`ClientPolicy`] or the path of its YAML file, holds the client to its own conditions, whatever the task says;
+    it needs `memory_dir`. With `dry_run` the update is made and described in the log, and not written.
+
     `allow_full_precision` lets an unquantized base pass: for the owner's own process, and for baselines.
     """
 
@@ -60,6 +68,8 @@ class QuantizedBaseCallback(TrainerCallback):
         update_dir: str | os.PathLike | None = None,
         *,
         memory_dir: str | os.PathLike | None = None,
+        policy: ClientPolicy | str | os.PathLike | None = None,
+        dry_run: bool = False,
         allow_full_precision: bool = False,
     ):
         if (task_dir is None) != (update_dir is None):
@@ -67,9 +77,23 @@ class QuantizedBaseCallback(TrainerCallback):
         self.task_dir = None if task_dir is None else Path(task_dir)
         self.update_dir = None if update_dir is None else Path(update_dir)
         self.memory_dir = self.update_dir if memory_dir is None else Path(memory_dir)
+        self.dry_run = dry_run
+        self.gate: ClientGate | None = None
+        if policy is not None:
+            if memory_dir is None:
+                raise ValueError(
+                    "`policy` needs `memory_dir`: a directory that stays between rounds, for the client's ledger."
+                )
+            read = policy if isinstance(policy, ClientPolicy) else ClientPolicy.read(policy)
+            if read.record_epsilon is not None and task_dir is not None:
+                raise ValueError(
+                    "record_epsilon needs FederatedTrainer: a callback can't replace a script's batches and gradients."
+                )
+            self.gate = ClientGate(read, Path(memory_dir), dry_run)
         self.allow_full_precision = allow_full_precision
         self.task: ClientTask | None = None
         self.update: ClientUpdate | None = None
+        self.private_metrics: dict[str, float] = {}  # in place of those that tell rows without noise
         self.parameters: dict[str, torch.nn.Parameter] = {}
         self.trained = torch.nn.ParameterList()  # by the task's rule
         self.initial: dict[str, torch.Tensor] = {}
@@ -77,6 +101,7 @@ class QuantizedBaseCallback(TrainerCallback):
         self.frozen: list[tuple[str, torch.Tensor]] = []
         self._versions: list[int] = []
         self._digest = ""
+        self._admitted: ClientTask | None = None
         self._start: dict[str, torch.Tensor] = {}
         self._hook: RemovableHandle | None = None  # that adjusts logits
 
@@ -109,22 +134,37 @@ class QuantizedBaseCallback(TrainerCallback):
 
         Raises:
             ValueError: if the task is for another base.
+            PolicyRefusal: if the client's policy does not allow it.
         """
         if task.base_fingerprint != self.fingerprint:
             raise ValueError(
                 f"The task is for the base {task.base_fingerprint[:12]}…, but this client holds "
                 f"{self.fingerprint[:12]}…. Load the base that this federation shares."
             )
-        self.task, self.update = task, None
+        if self.gate is not None and task is not self._admitted:
+            self.admit(task)
+        self.task, self.update, self._admitted = task, None, None
         trained = set(trainable_keys(task.options.rule, self.parameters))
         self.trained = torch.nn.ParameterList(p for key, p in self.parameters.items() if key in trained)
         for key, parameter in self.parameters.items():
             parameter.requires_grad_(key in trained)
 
+    def admit(self, task: ClientTask) -> None:
+        """Ask the client's policy, if there is one, before other ranks are told of the task. [`accept`] does it otherwise.
+
+        Raises:
+            PolicyRefusal: if the policy does not allow the task.
+        """
+        if self.gate is not None and PartialState().is_main_process:
+            self.gate.admit(task, self.initial)
+        self._admitted = task
+
     @torch.no_grad()
     def on_train_begin(self, args, state, control, *, model: torch.nn.Module, train_dataloader: Any, **kwargs):
         if self.task_dir is not None:
             self.accept(_read_task(self.task_dir / TASK_FILE))
+        if self.gate is not None:
+            self.gate.policy.check_steps(state.max_steps)
         load_adapter_(self.parameters, self.current_task.proxy_tensors() or self.initial)
         # Read back, since an adapter that trains in bfloat16 starts at the rounded proxy.
         self._start = copy_adapter(self.parameters)
@@ -154,14 +194,11 @@ class QuantizedBaseCallback(TrainerCallback):
         if self.current_task.goes_on and state.is_world_process_zero:
             self._open_memory().write(end)
         delta = {key: end[key].sub_(self._start[key]) for key in trainable_keys(options.rule, end)}
-        metrics: dict[str, float] = {}
-        if options.clip_norm:
-            delta, norm = clip_update(delta, options.clip_norm)
-            metrics["clipped"] = float(norm > options.clip_norm)  # what an adaptive clip follows
-        payload: Payload = delta
-        if options.update_bits != FULL_PRECISION or options.update_density < 1:
-            payload = self._compress(delta, keep=state.is_world_process_zero)
         logs = [entry["train_loss"] for entry in state.log_history if "train_loss" in entry]
+        metrics: dict[str, float] = {"loss": logs[-1] if logs else float("nan"), "steps": state.global_step}
+        if options.clip_norm:  # what an adaptive clip follows
+            metrics["clipped"] = float(global_norm(delta) > options.clip_norm)
+        payload = self._pack(delta, keep=state.is_world_process_zero)
         self.update = ClientUpdate(
             federation_id=self.current_task.federation_id,
             round=self.current_task.round,
@@ -169,9 +206,13 @@ class QuantizedBaseCallback(TrainerCallback):
             base_fingerprint=self.fingerprint,
             num_examples=_count_examples(train_dataloader.dataset, args, state),
             delta=payload,
-            metrics={"loss": logs[-1] if logs else float("nan"), "steps": state.global_step} | metrics,
+            metrics=metrics | self.private_metrics,
         )
-        if self.update_dir is not None and state.is_world_process_zero:
+        if self.gate is not None:
+            self.gate.check_update(self.update, delta)
+        if self.dry_run and state.is_world_process_zero:
+            logger.warning(f"A dry run: nothing is sent.\n{describe_update(self.update, delta)}")
+        elif self.update_dir is not None and state.is_world_process_zero:
             self.prove_base_unmoved()
             write_atomically(self.update_dir / UPDATE_FILE, self.update.to_bytes())
 
@@ -193,14 +234,14 @@ class QuantizedBaseCallback(TrainerCallback):
             )
         return self.task
 
-    def _compress(self, delta: dict[str, torch.Tensor], keep: bool) -> Payload:
-        """The update as it is sent; the rest is kept for the next one, unless the next one is the whole way again."""
-        task = self.current_task
-        options, memory = task.options, None if task.goes_on else self._open_memory()
-        left = {} if memory is None else memory.read()
-        payload, error = compress_update(
-            delta, options.update_bits, options.update_block_size, options.update_density, left
-        )
+    def _pack(self, delta: dict[str, torch.Tensor], keep: bool) -> Payload:
+        """The update as it is sent. What compression left is kept for the next one, unless that is the whole way again."""
+        task, clip = self.current_task, None if self.gate is None else self.gate.policy.clip_norm
+        compresses = task.options.update_bits != FULL_PRECISION or task.options.update_density < 1
+        memory = self._open_memory() if compresses and not task.goes_on else None
+        payload, error = pack_update(delta, task.options, {} if memory is None else memory.read(), clip)
+        if keep and self.gate is not None:
+            self.gate.note_change(delta)
         if keep and memory is not None:
             memory.write(error)
         return payload

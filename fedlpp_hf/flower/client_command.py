@@ -4,6 +4,7 @@
 import contextlib
 import os
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -35,11 +36,13 @@ def run_client(
     base: str | None = None,
     processes: int = 1,
     cold: bool = False,
+    policy: str | None = None,
+    dry_run: bool = False,
     insecure: bool = False,
 ) -> int:
     """Be a client of the federation until interrupted: run a SuperNode, restart it when it ends, train on demand.
 
-    Returns 130 after ^C.
+    Returns 130 after ^C, and 0 after a dry run.
 
     Args:
         config: YAML file of the federation.
@@ -53,6 +56,8 @@ def run_client(
         base: directory or Hub id of the base, if the server should not send it.
         processes: GPUs to train on, by `accelerate launch`.
         cold: keep no trainer running; load everything for each task.
+        policy: YAML file of the client's own conditions.
+        dry_run: train one task, show what would leave, send nothing, and end.
         insecure: neither TLS nor a node key; on loopback only.
 
     Raises:
@@ -82,6 +87,8 @@ def run_client(
         warm=not cold,
         launch=[] if processes == 1 else ["accelerate", "launch", "--num_processes", str(processes)],
         parent=os.getpid(),
+        policy=None if policy is None else str(Path(policy).resolve()),
+        dry_run=dry_run,
     )
     command = [sys.executable, "-m", "fedlpp_hf.flower.supernode", "--superlink", str(address)]
     command += [
@@ -95,7 +102,8 @@ def run_client(
     exit_on_sigterm()
     with contextlib.suppress(KeyboardInterrupt):
         try:
-            _keep_running(command, state)
+            _keep_running(command, settings)
+            return 0
         finally:
             stop_trainer(settings)
     return 130
@@ -119,17 +127,34 @@ def _prepare_credentials(state: Path, client_id: str, certificate: str | None) -
     return ["--root-certificates", str(Path(certificate).resolve()), "--auth-supernode-private-key", str(key)]
 
 
-def _keep_running(command: Sequence[str], state: Path) -> None:
+def _keep_running(command: Sequence[str], settings: ClientSettings) -> None:
+    """Restart the SuperNode whenever it ends; return after a dry run's task."""
+    state = Path(settings.state_dir)
     environment = make_environment(state)
+    settings.dry_run_file.unlink(missing_ok=True)  # of an earlier one
     while True:
         with run_group(command, environment, state / "supernode.log", state / SUPERNODE_PID) as node:
-            code = node.wait()
+            code = _wait_for_dry_run(node, settings.dry_run_file) if settings.dry_run else node.wait()
+        if code is None:
+            return
         print(
             f"The SuperNode ended with code {code} and restarts in {_RESTART_SECONDS} s. Is the server up, and does it know "
             f"this client's key? See `{state / 'supernode.log'}`.",
             flush=True,
         )
         time.sleep(_RESTART_SECONDS)
+
+
+def _wait_for_dry_run(node: subprocess.Popen, file: Path) -> int | None:
+    """The SuperNode's exit code, or None once `file` is there and was shown."""
+    while not file.exists():
+        if node.poll() is not None:
+            return node.returncode
+        time.sleep(0.2)
+    print(file.read_text(encoding="utf-8"), flush=True)
+    print(f"Nothing was sent. The same is in `{file}`.", flush=True)
+    time.sleep(_RESTART_SECONDS)  # for the SuperNode to tell the server so, which would wait for this client
+    return None
 
 
 def _find_free_port() -> int:

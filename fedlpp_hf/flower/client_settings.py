@@ -26,6 +26,8 @@ class ClientSettings:
         launch: the command that starts the trainer; by default this interpreter.
         parent: id of a process; the trainer ends when this process ends.
         start_timeout: seconds until the trainer must be ready.
+        policy: YAML file of the client's own conditions.
+        dry_run: train, show what would leave, and send nothing.
     """
 
     config: str
@@ -39,6 +41,8 @@ class ClientSettings:
     launch: list[str] = field(default_factory=list)
     parent: int | None = None
     start_timeout: float = 600.0
+    policy: str | None = None
+    dry_run: bool = False
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "ClientSettings":
@@ -70,6 +74,16 @@ class ClientSettings:
     def log_file(self) -> Path:
         """The output of the trainer."""
         return Path(self.state_dir) / "trainer.log"
+
+    @property
+    def dry_run_file(self) -> Path:
+        """What would have left in the last task of a dry run."""
+        return Path(self.state_dir) / "dry_run.md"
+
+    @property
+    def ledger_dir(self) -> Path:
+        """The directory of the ledger that a policy needs."""
+        return Path(self.state_dir) / "ledger"
 
     @property
     def pid_file(self) -> Path:

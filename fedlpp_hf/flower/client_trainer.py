@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from .client_settings import ClientSettings
+from .errors import SayableError
 
 
 def make_client_trainer(settings: ClientSettings, base_dir: str | os.PathLike) -> Any:
     """Make the trainer of a client from the base in `base_dir` and the rows in `settings.data`.
 
     Raises:
-        ValueError: if the base contains a linear layer in full precision, or the data can't be read.
+        ValueError: if the base contains a linear layer in full precision, the data or the client's policy can't be read, or the
+            policy asks for record-level privacy that this trainer can't have.
     """
     from ..base.manifest import read_manifest
+    from ..client.policy import ClientPolicy
     from ..config.federated import FederatedConfig
     from ..config.options import options_beside
     from .loading import load_rows, load_trainer
@@ -37,6 +40,9 @@ def make_client_trainer(settings: ClientSettings, base_dir: str | os.PathLike) -
     trainer, _ = load_trainer(
         settings.config, settings.flags, model=str(base_dir), train_dataset=rows, overrides=overrides
     )
+    if settings.policy is not None:
+        trainer.obey(ClientPolicy.read(settings.policy), settings.ledger_dir, settings.dry_run)
+    trainer.dry_run_file = settings.dry_run_file if settings.dry_run else None
     return trainer
 
 
@@ -50,10 +56,32 @@ def train_task(trainer: Any, task: bytes) -> bytes:
     """Train one client's task: the bytes of a [`ClientTask`] in, those of a [`ClientUpdate`] out.
 
     Raises:
-        RuntimeError: if the base has changed in memory.
+        RuntimeError: if the base has changed in memory, the client's policy refuses the task, or this is a dry run, which
+            sends nothing.
     """
+    from ..client.outgoing import describe_update
     from ..wire.messages import ClientTask
 
     trainer.guard.prove_base_unmoved()
-    trainer.share("train", lambda: task)  # with the other ranks under `accelerate launch`
-    return trainer.train_client(ClientTask.from_bytes(task)).to_bytes()
+    received = ClientTask.from_bytes(task)
+    if trainer.dry_run_file is None:
+        return _train(trainer, received, task).to_bytes()
+    try:
+        text = describe_update(_train(trainer, received, task), trainer.guard.initial)
+    except Exception as error:
+        _show(trainer.dry_run_file, f"The task was not trained: {type(error).__name__}: {error}")
+        raise
+    _show(trainer.dry_run_file, text)
+    raise SayableError("this client makes a dry run: it trained the task and sends nothing")
+
+
+def _train(trainer: Any, task: Any, data: bytes) -> Any:
+    trainer.guard.admit(task)
+    trainer.share("train", lambda: data)  # with the other ranks under `accelerate launch`
+    return trainer.train_client(task)
+
+
+def _show(file: Path, text: str) -> None:
+    from ..tensors.atomic import write_atomically
+
+    write_atomically(file, f"{text}\n".encode(), mode=0o600)

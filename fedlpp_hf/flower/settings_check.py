@@ -11,18 +11,21 @@ import sys
 from collections.abc import Sequence
 
 
-def check_settings(config: str, flags: Sequence[str], other_options: Sequence[str] = ()) -> None:
-    """Read the configuration as server and clients will.
+def check_settings(
+    config: str, flags: Sequence[str], other_options: Sequence[str] = (), policy: str | None = None
+) -> None:
+    """Read the configuration as server and clients will, and a client's policy.
 
     Args:
         config: YAML file of the federation.
         flags: flags that override it.
         other_options: of the command, parsed already; a mistyped flag may mean one of them.
+        policy: YAML file of a client's own conditions.
 
     Raises:
-        ValueError: with the reason, if the configuration or a flag is wrong.
+        ValueError: with the reason, if the configuration, a flag or the policy is wrong.
     """
-    request = json.dumps([config, list(flags), list(other_options)])
+    request = json.dumps([config, list(flags), list(other_options), policy])
     command = [sys.executable, "-m", "fedlpp_hf.flower.settings_check", request]
     result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if result.returncode:
@@ -32,10 +35,14 @@ def check_settings(config: str, flags: Sequence[str], other_options: Sequence[st
 
 def main() -> None:
     """Read the settings; the last line of standard error says what is wrong with them."""
+    from ..client.policy import ClientPolicy
     from .loading import read_settings
 
+    config, flags, other_options, policy = json.loads(sys.argv[1])
     try:
-        read_settings(*json.loads(sys.argv[1]))
+        read_settings(config, flags, other_options)
+        if policy is not None:
+            ClientPolicy.read(policy)
     except ValueError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

@@ -50,7 +50,10 @@ NOT_MEASURED = "No `eval_dataset` was given, so nothing was measured."
 def describe_round(record: Record, num_rounds: int, choice: MetricChoice = _BY_NAME) -> str:
     """One line: clients' loss, the metric of proxy and server, bytes, and who was left out."""
     parts = [f"round {record['round']}/{num_rounds}"]
-    if record["clients"]:
+    epsilons = [client["record_epsilon"] for client in record["clients"].values() if "record_epsilon" in client]
+    if epsilons:  # whose losses are not told
+        parts.append(f"clients' rows: ε up to {max(epsilons):.3g}")
+    elif record["clients"]:
         parts.append(f"clients' loss {mean_client_loss(record):.4f}")
     for view, label in (("proxy", "base + proxy"), ("server", "server")):
         metrics = record["metrics"].get(view, {})

@@ -213,6 +213,7 @@ class FederatedServer:
             seed=make_seed(args.seed, number, client),
             base_fingerprint=self.base_fingerprint,
             proxy=proxy,
+            num_clients=args.clients_per_round or len(self.num_examples),
             options=LocalOptions(
                 rule=args.aggregation,
                 proximal_mu=args.fedprox_mu,

@@ -2,36 +2,38 @@
 """One client's run through the Trainer's own `train()`, and what makes many of them in one process cheap."""
 
 import gc
+import os
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import Trainer, set_seed
+from transformers import set_seed
 from transformers.integrations.neftune import deactivate_neftune
 from transformers.utils import logging
 
+from ..client.gate import ClientGate
 from ..client.guard import BaseMovedError, QuantizedBaseCallback
+from ..client.policy import ClientPolicy
 from ..processes.workers import failure_reason, late_reason
 from ..report.metrics import keep_values
 from ..tensors.adapters import load_adapter_
 from ..wire.messages import ClientFailure, ClientTask, ClientUpdate
 from .callbacks import EventHandler
+from .record_run import RecordRunMixin
 from .rounds import Rounds
 
 
 logger = logging.get_logger(__name__)
 
-# For type checkers the mixin is the Trainer that it will be mixed with.
-_Parent: Any = Trainer if TYPE_CHECKING else object
-
 _FREEZE_EVERY = 100  # clients
 _TIMINGS = ("_runtime", "_samples_per_second", "_steps_per_second", "model_preparation_time")
 
 
-class LocalRunMixin(_Parent):
+class LocalRunMixin(RecordRunMixin):
     """The part of [`FederatedMixin`] that is a client.
 
     `client_datasets` maps client ids to rows that are ready to train on; `guard` is the [`QuantizedBaseCallback`].
@@ -52,6 +54,23 @@ class LocalRunMixin(_Parent):
         self._horizon = (0, 1)
         self._decay_names: list[str] | None = None
         self._trimmed: set[str] = set()  # clients whose rows have only the columns that the model takes
+
+    def obey(self, policy: ClientPolicy, ledger_dir: str | os.PathLike, dry_run: bool = False) -> None:
+        """Hold this trainer's client to a policy of its own, whatever its tasks say.
+
+        Args:
+            policy: The client's.
+            ledger_dir: Directory for the client's ledger; it must stay between runs.
+            dry_run: Count nothing, because nothing will be sent.
+
+        Raises:
+            ValueError: if several clients are here, or the policy asks for record-level privacy that can't be had.
+        """
+        if len(self.client_datasets) != 1:
+            raise ValueError(f"A policy is of one client, and this trainer has {len(self.client_datasets)}.")
+        self.guard.gate = ClientGate(policy, Path(ledger_dir), dry_run)
+        if policy.record_budget is not None:
+            self.check_record_training()
 
     def train_client(self, task: ClientTask, rows: Any = None) -> ClientUpdate:
         """One client's local run: from the task's proxy, on the client's rows, by the parent's `train()`.
@@ -81,7 +100,7 @@ class LocalRunMixin(_Parent):
         # The samplers of TRL's online trainers and of sentence-transformers start at this seed.
         seed, self.args.seed = self.args.seed, task.seed
         try:
-            with self.callback_handler.local_run():
+            with self.record_run(is_client=rows is None), self.callback_handler.local_run():
                 super().train()
         finally:
             self.args.seed = seed

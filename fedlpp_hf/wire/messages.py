@@ -51,6 +51,10 @@ class ClientTask:
         proxy: The quantized adapter by key (plain tensors where the federation runs unquantized), or None where nothing
             is broadcast: then the client starts from the untouched base, and continues from its own adapter.
         options: How to train and what to send.
+        num_clients: Clients that a round asks, as the server says; 0 where it does not say. Like the next, it is
+            a claim that no client can verify.
+        noise_multiplier: Standard deviation of the noise that is added to the round's sum, as a multiple of the clip; 0 for
+            none.
     """
 
     federation_id: str
@@ -61,6 +65,8 @@ class ClientTask:
     base_fingerprint: str
     proxy: Payload | None
     options: LocalOptions = LocalOptions()
+    num_clients: int = 0
+    noise_multiplier: float = 0.0
 
     def to_bytes(self) -> bytes:
         return encode_message(*self._message())
@@ -71,7 +77,8 @@ class ClientTask:
         return measure_message(*self._message())
 
     def _message(self) -> tuple[str, dict[str, Any], Payload]:
-        header = {name: getattr(self, name) for name in _TASK_TYPES} | {"broadcast": self.proxy is not None}
+        header = {name: getattr(self, name) for name in (*_TASK_TYPES, *_CLAIM_TYPES)}
+        header["broadcast"] = self.proxy is not None
         return "task", header | {"options": asdict(self.options)}, self.proxy or {}
 
     @classmethod
@@ -81,7 +88,8 @@ class ClientTask:
             ValueError: if `data` is no intact task.
         """
         header, payload = decode_message("task", data)
-        values = _read_fields(header, _TASK_TYPES, "task")
+        claims = {name: kind for name, kind in _CLAIM_TYPES.items() if name in header}  # older servers make none
+        values = _read_fields(header, _TASK_TYPES | claims, "task")
         options = header.get("options")
         if not isinstance(options, dict) or options.keys() != _OPTION_TYPES.keys():
             raise ValueError(
@@ -196,6 +204,7 @@ _TASK_TYPES: dict[str, type] = {
     "seed": int,
     "base_fingerprint": str,
 }
+_CLAIM_TYPES: dict[str, type] = {"num_clients": int, "noise_multiplier": float}
 _OPTION_TYPES: dict[str, type] = {entry.name: type(entry.default) for entry in fields(LocalOptions)}
 _UPDATE_TYPES: dict[str, type] = {
     "federation_id": str,
