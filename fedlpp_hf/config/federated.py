@@ -14,22 +14,25 @@ from .metrics import lower_is_better
 from .precision import PrecisionOptions
 from .rounds import RoundOptions
 from .run import RunOptions
+from .secure_sums import SecureSumOptions
 
 
 logger = logging.get_logger(__name__)
 
-GROUPS = (RoundOptions, PrecisionOptions, AggregationOptions, AuditOptions, RunOptions)
+GROUPS = (RoundOptions, PrecisionOptions, AggregationOptions, SecureSumOptions, AuditOptions, RunOptions)
 
 
 @dataclass
-class FederatedConfig(RunOptions, AuditOptions, AggregationOptions, PrecisionOptions, RoundOptions, TrainingArguments):
+class FederatedConfig(
+    RunOptions, AuditOptions, SecureSumOptions, AggregationOptions, PrecisionOptions, RoundOptions, TrainingArguments
+):
     """Arguments of a federation, on top of [`~transformers.TrainingArguments`], which describe one client's local run.
 
     The options of each group are documented there: [`RoundOptions`], [`PrecisionOptions`], [`AggregationOptions`],
-    [`AuditOptions`], [`RunOptions`]. `num_train_epochs` (1 by default) or `max_steps`, the optimizer, the schedule and the
-    batch size hold for each client and round. Local runs neither checkpoint nor evaluate: the federation commits and
-    evaluates every round. `load_best_model_at_end` publishes the best round by `metric_for_best_model` of the server's
-    metrics.
+    [`SecureSumOptions`], [`AuditOptions`], [`RunOptions`]. `num_train_epochs` (1 by default) or `max_steps`, the optimizer,
+    the schedule and the batch size hold for each client and round. Local runs neither checkpoint nor evaluate: the federation
+    commits and evaluates every round. `load_best_model_at_end` publishes the best round by `metric_for_best_model` of the
+    server's metrics.
 
     Raises:
         ValueError: for options that are out of range or do not go together.

@@ -26,9 +26,12 @@ _MAX_STEPS = 10**9  # of a client in one round
 
 @dataclass(frozen=True, slots=True)
 class AcceptedUpdate:
-    """What a round keeps of an update: `delta` is in the server's shapes, float32; `num_bytes` is of the message."""
+    """What a round keeps of an update: `delta` is in the server's shapes, float32; `num_bytes` is of the message.
 
-    num_examples: int
+    `num_examples` is None where the server does not learn it.
+    """
+
+    num_examples: int | None
     metrics: dict[str, float]
     num_bytes: int
     delta: TensorFile
@@ -59,6 +62,7 @@ class Admission:
         # What the round under way has cost: by client that was asked, bytes down, bytes up of an accepted update, and seconds
         # from its run's begin to its answer, None without one.
         self.traffic: dict[str, dict[str, Any]] = {}
+        self.report: dict[str, Any] = {}  # what else the round's record says of its updates
         self._began: dict[str, float] = {}
 
     def begin(self, client_id: str) -> None:

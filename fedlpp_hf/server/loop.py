@@ -19,21 +19,23 @@ from ..aggregation.round import RoundUpdates
 from ..aggregation.rules import aggregate
 from ..config.federated import FederatedConfig
 from ..config.rules import check_products, trainable_keys
+from ..privacy.secure_sums.rounds import RoundSum
 from ..tensors.adapters import check_tensors, scrub_config
 from ..tensors.codebooks import FULL_PRECISION
 from ..tensors.quantization import quantize_tensors
 from ..wire.encoding import Payload, restore_tensors
 from ..wire.messages import ClientFailure, ClientTask, ClientUpdate, LocalOptions
-from .admission import AcceptedUpdate, Admission
+from .admission import AcceptedUpdate
 from .best import check_chosen, find_published_round, forget_rounds
 from .owner import Owner
 from .resume import check_resumable
 from .state import ServerState
 from .step import MeanUpdate, check_owner, is_variate_used, take_step
 from .store import RoundStore
+from .sums import make_admission
 
 
-TrainClients = Callable[[list[ClientTask]], Iterable[ClientUpdate | ClientFailure]]
+TrainClients = Callable[[list[ClientTask]], Iterable[ClientUpdate | ClientFailure | RoundSum]]
 
 _SECRET = {"hub_token", "push_to_hub_token", "full_model"}
 
@@ -84,7 +86,7 @@ class FederatedServer:
         self._names: list[str] = []  # of metrics, in their order
         self.store = RoundStore(args.output_dir)
         self.optimizer = ServerOptimizer(args.server_optimizer, args.server_learning_rate, args.server_momentum)
-        self.admission = Admission(args, adapter, self.num_examples, self.store.updates_dir)
+        self.admission = make_admission(args, adapter, self.num_examples, self.store.updates_dir)
 
     @property
     def adapter(self) -> Mapping[str, torch.Tensor]:
@@ -196,6 +198,7 @@ class FederatedServer:
             "bytes_down": sum(cost["bytes_down"] for cost in traffic.values()),
             "bytes_up": sum(update.num_bytes for update in updates.values()),
             "seconds": time.perf_counter() - began,
+            **self.admission.report,
             **report,
         }
         stop = self._commit(number, record)
@@ -240,7 +243,7 @@ class FederatedServer:
             RoundUpdates(
                 deltas=[update.delta for update in updates.values()],
                 weights=[
-                    rounds[client] * (update.num_examples if args.weighting == "examples" else 1.0)
+                    rounds[client] * ((update.num_examples or 0) if args.weighting == "examples" else 1.0)
                     for client, update in updates.items()
                 ],
                 start=start,
