@@ -83,12 +83,11 @@ def _check_others(options: Any) -> None:
             "secure_aggregation=True needs a bound on updates, so that their sum can't overflow. Set clip_update_norm, or "
             "max_update_norm, above which a client refuses to send its update."
         )
-    if None not in (options.clip_update_norm, options.max_update_norm):
-        if options.clip_update_norm > options.max_update_norm:
-            raise ValueError(
-                f"clip_update_norm={options.clip_update_norm} with max_update_norm={options.max_update_norm}: under "
-                "secure_aggregation clients refuse to send what is longer. Lower clip_update_norm."
-            )
+    if (options.clip_update_norm or 0.0) > (options.max_update_norm or float("inf")):
+        raise ValueError(
+            f"clip_update_norm={options.clip_update_norm} with max_update_norm={options.max_update_norm}: under "
+            "secure_aggregation clients refuse to send what is longer. Lower clip_update_norm."
+        )
     clients = options.clients_per_round or options.num_clients
     if clients is not None and clients < _FEWEST:
         raise ValueError(

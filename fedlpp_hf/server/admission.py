@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from ..config.federated import FederatedConfig
 from ..config.rules import trainable_keys
 from ..privacy.clipping import check_norm
+from ..privacy.secure_sums.rounds import RoundSum
 from ..tensors.files import TensorFile, close_files
 from ..wire.compression import decompress_update
 from ..wire.messages import ClientFailure, ClientTask, ClientUpdate
@@ -70,7 +71,7 @@ class Admission:
         self._began[client_id] = time.perf_counter()
 
     def collect(
-        self, tasks: Mapping[str, ClientTask], answers: Iterable[ClientUpdate | ClientFailure]
+        self, tasks: Mapping[str, ClientTask], answers: Iterable[ClientUpdate | ClientFailure | RoundSum]
     ) -> tuple[dict[str, AcceptedUpdate], dict[str, str]]:
         """Acceptable updates in the order of the tasks, and the reason for every client without one.
 
@@ -86,6 +87,8 @@ class Admission:
         rejected: dict[str, str] = {}
         wanted = self.args.clients_per_round or len(tasks)
         for answer in answers:
+            if isinstance(answer, RoundSum):
+                raise ValueError("The clients sum their updates, but here secure_aggregation=False; set it to True.")
             client = answer.client_id
             if client in tasks and client not in accepted:
                 self.traffic[client]["seconds"] = round(time.perf_counter() - self._began[client], 3)

@@ -52,7 +52,8 @@ class MemberKeys:
         """
         if type(value) is not list or len(value) != 4:
             raise ValueError("a member's keys are no list of four")
-        return cls(*(read_bytes(part, KEY_BYTES) for part in value[:3]), read_bytes(value[3], 0, _MAX_SIGNATURE))
+        cipher_key, mask_key, commitment = (read_bytes(part, KEY_BYTES) for part in value[:3])
+        return cls(cipher_key, mask_key, commitment, read_bytes(value[3], 0, _MAX_SIGNATURE))
 
 
 def read_bytes(value: Any, least: int, most: int | None = None) -> bytes:

@@ -90,7 +90,7 @@ def add_mask_(total: np.ndarray, key: bytes, sign: int) -> None:
     apply = np.add if sign > 0 else np.subtract
     for start in range(0, len(total), _CHUNK):
         piece = total[start : start + _CHUNK]
-        stream.update_into(zeros[: 4 * len(piece)], buffer[: 4 * len(piece)])
+        stream.update_into(zeros[: 4 * len(piece)], buffer[: 4 * len(piece)].data)
         apply(piece, buffer[: 4 * len(piece)].view("<u4"), out=piece)
 
 
@@ -121,11 +121,11 @@ def split_secret(secret: bytes, threshold: int, count: int) -> list[bytes]:
     """Shamir's shares of 16 bytes; share i has the index i + 1, and `threshold` of them give the secret back."""
     from Crypto.Protocol.SecretSharing import Shamir
 
-    return [share for _, share in sorted(Shamir.split(threshold, count, secret))]
+    return [share for _, share in sorted(Shamir.split(threshold, count, secret, False))]
 
 
 def combine_shares(shares: Sequence[tuple[int, bytes]]) -> bytes:
     """The secret of exactly as many shares, with their indices, as its threshold."""
     from Crypto.Protocol.SecretSharing import Shamir
 
-    return Shamir.combine(list(shares))
+    return Shamir.combine(list(shares), False)
