@@ -22,8 +22,11 @@ def own_options() -> list[str]:
 
 
 def test_own_options_stay_few():
-    """Raise the bound for an option that earns its place: by a preset, a recipe, or a line of a table where it wins."""
-    assert len(own_options()) <= 42
+    """Raise the bound for an option that earns its place: by a preset, a recipe, or a line of a table where it wins.
+
+    44 with secure_aggregation and secure_threshold: users of the peers expect the one, and the other says how many may drop out.
+    """
+    assert len(own_options()) <= 44
 
 
 @pytest.mark.parametrize("name", own_options())
