@@ -25,6 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--processes", type=parse_count, default=1, help="number of GPUs to train on, by accelerate launch (default 1)"
     )
+    parser.add_argument(
+        "--peer_keys",
+        help="directory with the node.pub of every client, named by its id, from elsewhere than the server: under "
+        "secure_aggregation the server can then invent no clients",
+    )
     parser.add_argument("--cold", action="store_true", help="keep no trainer running: load everything for each task")
     parser.add_argument("--insecure", action="store_true", help="no TLS and no node key; on loopback only")
 
@@ -55,6 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
         processes=arguments.processes,
         cold=arguments.cold,
         insecure=arguments.insecure,
+        peer_keys=arguments.peer_keys,
     )
     sys.exit(code)
 

@@ -15,6 +15,7 @@ from .certificates import NODE_PUBLIC_KEY, check_authority, make_node_key
 from .client_settings import ClientSettings
 from .environment import check_flower, make_environment
 from .local_trainer import stop_trainer
+from .peers import read_peers
 from .process_group import exit_on_sigterm, run_group
 
 
@@ -36,6 +37,7 @@ def run_client(
     processes: int = 1,
     cold: bool = False,
     insecure: bool = False,
+    peer_keys: str | None = None,
 ) -> int:
     """Be a client of the federation until interrupted: run a SuperNode, restart it when it ends, train on demand.
 
@@ -54,6 +56,8 @@ def run_client(
         processes: GPUs to train on, by `accelerate launch`.
         cold: keep no trainer running; load everything for each task.
         insecure: neither TLS nor a node key; on loopback only.
+        peer_keys: directory with the public keys of all clients, under their ids. Under secure aggregation this client then
+            takes part with these alone.
 
     Raises:
         ValueError: if arguments conflict, or a file does not exist.
@@ -62,6 +66,10 @@ def run_client(
     address = parse_server(server)
     if insecure:
         check_loopback(address.host)
+        if peer_keys is not None:
+            raise ValueError("--peer_keys with --insecure: without a node key this client can't sign. Leave one out.")
+    if peer_keys is not None:
+        read_peers(peer_keys)
     for option, path in (("--config", config), ("--data", data)):
         if not Path(path).exists():
             raise ValueError(f"{option} `{path}` does not exist.")
@@ -82,6 +90,7 @@ def run_client(
         warm=not cold,
         launch=[] if processes == 1 else ["accelerate", "launch", "--num_processes", str(processes)],
         parent=os.getpid(),
+        peer_keys=None if peer_keys is None else str(Path(peer_keys).resolve()),
     )
     command = [sys.executable, "-m", "fedlpp_hf.flower.supernode", "--superlink", str(address)]
     command += [

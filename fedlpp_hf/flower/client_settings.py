@@ -26,6 +26,7 @@ class ClientSettings:
         launch: the command that starts the trainer; by default this interpreter.
         parent: id of a process; the trainer ends when this process ends.
         start_timeout: seconds until the trainer must be ready.
+        peer_keys: directory with the other clients' public keys, for secure aggregation.
     """
 
     config: str
@@ -39,6 +40,7 @@ class ClientSettings:
     launch: list[str] = field(default_factory=list)
     parent: int | None = None
     start_timeout: float = 600.0
+    peer_keys: str | None = None
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "ClientSettings":

@@ -45,13 +45,16 @@ def make_client_trainer(settings: ClientSettings, base_dir: str | os.PathLike) -
     trainer.sums = None
     if trainer.args.secure_aggregation:
         from ..client.sums import ClientSums
+        from .peers import read_identity
 
         if not settings.warm:
             raise ValueError(
                 "secure_aggregation=True with --cold: a client's keys are in the memory of its trainer alone, from its task to "
                 "the end of the round. Leave --cold out."
             )
-        trainer.sums = ClientSums(trainer.args, trainer.guard.initial, Path(settings.state_dir))
+        trainer.sums = ClientSums(
+            trainer.args, trainer.guard.initial, Path(settings.state_dir), read_identity(settings)
+        )
     return trainer
 
 
