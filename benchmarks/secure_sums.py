@@ -56,7 +56,7 @@ def measure_plain(count: int, size: int, dropped: int) -> tuple[Cost, np.ndarray
 
 def measure_secure(count: int, size: int, dropped: int, share: float) -> tuple[Cost, np.ndarray, SumTerms]:
     """The same as a secure sum."""
-    terms, cost = SumTerms("benchmark", 1, 1.0, share, size), Cost()
+    terms, cost = SumTerms("benchmark", 1, 1.0, share, size, "0" * 64), Cost()
     server, clients = SumServer(terms), {}
     for number in range(count):
         values, name = make_values(number, size), f"client-{number:04d}"

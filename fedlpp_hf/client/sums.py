@@ -14,7 +14,7 @@ from ..privacy.secure_sums.fixed_point import make_contribution
 from ..privacy.secure_sums.members import Identity
 from ..privacy.secure_sums.terms import make_terms
 from ..tensors.atomic import write_atomically
-from ..wire.messages import ClientUpdate
+from ..wire.messages import ClientTask, ClientUpdate
 
 
 LEDGER_FILE = "sums.json"
@@ -99,14 +99,18 @@ class ClientSums:
         self.ledger = SumLedger(directory / LEDGER_FILE)
         self._client: SumClient | None = None
 
-    def begin(self, update: ClientUpdate) -> bytes:
+    def begin(self, task: ClientTask, update: ClientUpdate) -> bytes:
         """Make the keys of a new sum, with which the client answers its task. A sum that was under way is given up.
+
+        Args:
+            task: Of the client, as it was trained.
+            update: What came of it.
 
         Raises:
             ValueError: if the update could overflow the sum.
             RefusedError: if a later round's sum was opened.
         """
-        federation, number = update.federation_id, update.round
+        federation, number = task.federation_id, task.round
         self._client = None
         self.ledger.check_round(federation, number)
         size = sum(tensor.numel() for tensor in self.shapes.values())
@@ -115,7 +119,7 @@ class ClientSums:
             self.ledger.enter(federation, number, survivors)
 
         self._client = SumClient(
-            make_terms(self.args, federation, number, size),
+            make_terms(self.args, task, size),
             update.client_id,
             make_contribution(update, self.shapes),
             self.identity,

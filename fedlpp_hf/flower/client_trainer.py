@@ -86,11 +86,12 @@ def train_task(trainer: Any, task: bytes) -> bytes:
 
     trainer.guard.prove_base_unmoved()
     trainer.share("train", lambda: task)  # with the other ranks under `accelerate launch`
-    update = trainer.train_client(ClientTask.from_bytes(task))
+    given = ClientTask.from_bytes(task)
+    update = trainer.train_client(given)
     if name_answer(trainer) == "update":
         return update.to_bytes()
     try:
-        return trainer.sums.begin(update)
+        return trainer.sums.begin(given, update)
     except RefusedError as error:
         raise SayableError(str(error)) from error
 

@@ -54,7 +54,7 @@ def sum_over_flower(args: "FederatedConfig", adapter: Mapping[str, Any], clients
         return clients.ask(SUM, requests, write, read)
 
     def train(tasks: "list[ClientTask]") -> "Iterator[ClientFailure | RoundSum]":
-        terms = make_terms(args, tasks[0].federation_id, tasks[0].round, size)
+        terms = make_terms(args, tasks[0], size)
         wanted = args.clients_per_round or len(tasks)
         yield from run_sum(terms, {task.client_id: task for task in tasks}, wanted, send_tasks, ask)
 

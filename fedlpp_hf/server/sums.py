@@ -12,7 +12,7 @@ from ..config.rules import trainable_keys
 from ..privacy.clipping import check_norm
 from ..privacy.secure_sums.fixed_point import unflatten_update
 from ..privacy.secure_sums.rounds import RoundSum
-from ..privacy.secure_sums.terms import SUM_BITS, make_terms
+from ..privacy.secure_sums.terms import SUM_BITS
 from ..tensors.atomic import write_atomically
 from ..tensors.files import TensorFile
 from ..wire.encoding import decode_message, encode_message
@@ -85,7 +85,7 @@ class SumAdmission(Admission):
             cost["bytes_up"] += found.bytes_up.get(client, 0)
         header |= {
             "clients": list(found.clients),
-            "report": {"sum": _describe(found, self.args, len(found.opened.mean))},
+            "report": {"sum": _describe(found)},
         }
         task = next(iter(tasks.values()))
         marks = {"federation_id": task.federation_id, "round": task.round}
@@ -109,9 +109,9 @@ def make_admission(
     return kind(args, adapter, num_examples, updates_dir)
 
 
-def _describe(found: RoundSum, args: FederatedConfig, size: int) -> dict[str, Any]:
+def _describe(found: RoundSum) -> dict[str, Any]:
     """What the round's record says of its sum: all that was learned beside the mean update."""
-    opened, terms = found.opened, make_terms(args, "", 0, size)
+    opened = found.opened
     return {
         "loss": opened.loss,
         "losses": opened.losses,
@@ -119,7 +119,7 @@ def _describe(found: RoundSum, args: FederatedConfig, size: int) -> dict[str, An
         "members": found.members,
         "threshold": found.threshold,
         "bits": SUM_BITS,
-        "largest_error": terms.resolution(found.members) / 2,
+        "largest_error": found.resolution / 2,
     }
 
 

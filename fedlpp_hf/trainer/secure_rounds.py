@@ -31,7 +31,7 @@ def sum_in_process(
     size = sum(tensor.numel() for tensor in shapes.values())
 
     def train(tasks: list[ClientTask]) -> Iterator[ClientFailure | RoundSum]:
-        terms = make_terms(args, tasks[0].federation_id, tasks[0].round, size)
+        terms = make_terms(args, tasks[0], size)
         members: dict[str, SumClient] = {}
 
         def make_keys(asked: Mapping[str, ClientTask]) -> Answers:

@@ -64,18 +64,19 @@ def test_server_fails_with_its_run(tmp_path, write_config, rows):
 
 
 @pytest.mark.slow
-def test_secure_sum_equals_that_in_process(tmp_path, write_config, rows):
+@pytest.mark.timeout(900)
+def test_secure_sum_equals_that_in_process(tmp_path, write_config, rows, llama_base):
     """Keys, shares, masked updates and openings through Flower's processes; clients have each other's keys."""
     pytest.importorskip("Crypto", reason="needs the extra [privacy]")
     options = {"secure_aggregation": True, "secure_threshold": 0.5, "clip_update_norm": 1.0, "num_rounds": 1}
-    config = write_config(join_timeout=400, lost_timeout=60, round_timeout=200, **options)
+    config = write_config(join_timeout=700, lost_timeout=60, round_timeout=600, **options)
     machines = Machines(tmp_path, config, rows)
     machines.prepare_keys(CLIENTS)
     try:
         server = machines.start_server()
         machines.wait_for("server/registered/site-2.pub", server)
         for client in CLIENTS:
-            machines.start_client(client, "--peer_keys", "keys")
+            machines.start_client(client, "--base", str(llama_base), "--peer_keys", "keys")
         assert server.wait() == 0
     finally:
         machines.stop()

@@ -165,6 +165,7 @@ class SumClient:
             "threshold": read_number,
             "bound": read_bound,
             "size": read_number,
+            "task": read_digest,
             "members": read_members(MemberKeys.from_json),
         }
         said = read_message("roster", terms, request, fields, limit_members(MOST_MEMBERS))
@@ -172,6 +173,8 @@ class SumClient:
         for name, own in (("threshold", roster.threshold), ("bound", terms.bound), ("size", terms.size)):
             if said[name] != own:
                 raise RefusedError(f"the server's {name} is {said[name]}; by this client's options it is {own}")
+        if said["task"] != terms.task:
+            raise RefusedError("the server gave others another task than this client: another proxy, or other options")
         if roster.members.get(self.client_id) != self.keys:
             raise RefusedError("the server's roster has other keys of this client than it sent, or none")
         if self.identity is not None:

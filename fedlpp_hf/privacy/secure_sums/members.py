@@ -60,7 +60,7 @@ class Roster:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything that members must agree on."""
-        parts: list[str | int] = [self.threshold, repr(self.terms.bound), self.terms.size]
+        parts: list[str | int] = [self.threshold, repr(self.terms.bound), self.terms.size, self.terms.task]
         for client in self.ids:
             parts += [client, *self.members[client].to_json()]
         return digest(make_round_context(self.terms, "roster", *parts))

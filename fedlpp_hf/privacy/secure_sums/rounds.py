@@ -27,6 +27,7 @@ class RoundSum:
         opened: What it says.
         members: Clients that were ready to take part.
         threshold: Clients that had to help to open it.
+        resolution: Step of its fixed point.
         bytes_up, bytes_down: By client, without the tasks.
     """
 
@@ -34,6 +35,7 @@ class RoundSum:
     opened: OpenedSum
     members: int
     threshold: int
+    resolution: float
     bytes_up: Mapping[str, int]
     bytes_down: Mapping[str, int]
 
@@ -108,4 +110,5 @@ def run_sum(
             yield ClientFailure(client, reasons.get(client, missing))
     for client in reasons.keys() - tasks.keys():
         yield ClientFailure(client, reasons[client])
-    yield RoundSum(survivors, opened, len(server.roster.ids), server.roster.threshold, up, down)
+    members = len(server.roster.ids)
+    yield RoundSum(survivors, opened, members, server.roster.threshold, terms.resolution(members), up, down)

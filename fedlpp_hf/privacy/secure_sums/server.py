@@ -81,6 +81,7 @@ class SumServer:
             "threshold": self.roster.threshold,
             "bound": float(self.terms.bound),
             "size": self.terms.size,
+            "task": self.terms.task,
             "members": {client: keys.to_json() for client, keys in self._keys.items()},
         }
         return dict.fromkeys(self.roster.ids, write_message("roster", self.terms, fields))

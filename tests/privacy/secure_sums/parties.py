@@ -10,8 +10,14 @@ from fedlpp_hf.privacy.secure_sums.server import SumServer
 from fedlpp_hf.privacy.secure_sums.terms import SumTerms
 
 
+TASK = "0" * 64  # its digest
+
+
 def make_terms(size=50, share=0.5, bound=1.0, number=3, **changes):
-    return SumTerms("federation", number, bound, share, size, **changes)
+    return SumTerms(
+        **{"federation_id": "federation", "round": number, "bound": bound, "share": share, "size": size, "task": TASK}
+        | changes
+    )
 
 
 def name_clients(count):

@@ -10,7 +10,7 @@ from fedlpp_hf.privacy.secure_sums.client import RefusedError, SumClient
 from fedlpp_hf.privacy.secure_sums.fixed_point import Contribution
 from fedlpp_hf.privacy.secure_sums.messages import limit_masked, limit_members, write_message
 from fedlpp_hf.privacy.secure_sums.primitives import make_context
-from tests.privacy.secure_sums.parties import make_terms, name_clients, reach, start
+from tests.privacy.secure_sums.parties import TASK, make_terms, name_clients, reach, start
 
 
 pytest.importorskip("Crypto", reason="needs the extra [privacy]")
@@ -38,9 +38,9 @@ ADDED = {"roster": "sealed shares", "survivors": "confirmation", "opening": "sha
 def test_client_refuses_forged_requests(step, data):
     server, clients, _, requests = start() if step == "roster" else reach(step)
     fields = {"roster": server.roster.digest, "survivors": name_clients(4), "sealed": {}, "signatures": {}}
-    fields |= {"threshold": 3, "bound": 1.0, "size": 20, "members": {}}
+    fields |= {"threshold": 3, "bound": 1.0, "size": 20, "task": TASK, "members": {}}
     names = {
-        "roster": ("threshold", "bound", "size", "members"),
+        "roster": ("threshold", "bound", "size", "task", "members"),
         "shares": ("roster", "sealed"),
         "survivors": ("roster", "survivors"),
         "opening": ("roster", "survivors", "signatures"),

@@ -9,6 +9,7 @@ from fedlpp_hf.privacy.secure_sums.client import RefusedError, SumClient
 from fedlpp_hf.privacy.secure_sums.fixed_point import Contribution
 from fedlpp_hf.privacy.secure_sums.members import Identity, Roster, derive_mask_key, derive_own_mask
 from fedlpp_hf.privacy.secure_sums.messages import (
+    MemberKeys,
     limit_members,
     read_members,
     read_message,
@@ -18,7 +19,8 @@ from fedlpp_hf.privacy.secure_sums.messages import (
 )
 from fedlpp_hf.privacy.secure_sums.primitives import add_mask_, agree, combine_shares, digest, make_public_key
 from fedlpp_hf.privacy.secure_sums.server import SumServer
-from tests.privacy.secure_sums.parties import make_clients, make_terms, name_clients, reach, run, start
+from fedlpp_hf.wire.encoding import decode_message
+from tests.privacy.secure_sums.parties import TASK, make_clients, make_terms, name_clients, reach, run, start
 
 
 pytest.importorskip("Crypto", reason="needs the extra [privacy]")
@@ -181,7 +183,7 @@ class TestLyingServer:
         stranger, _ = make_clients(terms, 4, seed=1)
         members = {name: client.keys.to_json() for name, client in clients.items()}
         members["site-03"] = stranger["site-03"].keys.to_json()
-        fields = {"threshold": 3, "bound": 1.0, "size": terms.size, "members": members}
+        fields = {"threshold": 3, "bound": 1.0, "size": terms.size, "task": TASK, "members": members}
         answer = clients["site-00"].answer("roster", write_message("roster", terms, fields))
         with pytest.raises(ValueError, match="it answered to another roster"):
             server.add_sealed("site-00", answer)  # an honest server would see it, too
@@ -207,9 +209,36 @@ class TestLyingServer:
     def test_own_options_decide(self, change, message):
         server, clients, _, _ = start()
         members = {name: client.keys.to_json() for name, client in clients.items()}
-        fields = {"threshold": 3, "bound": 1.0, "size": 20, "members": members} | change
+        fields = {"threshold": 3, "bound": 1.0, "size": 20, "task": TASK, "members": members} | change
         with pytest.raises(RefusedError, match=message):
             clients["site-00"].answer("roster", write_message("roster", server.terms, fields))
+
+    @pytest.mark.parametrize("says_so", [True, False])
+    def test_members_were_given_the_same_task(self, says_so):
+        """A server gives all but one client a model that learns nothing. They would have masked with other keys than it."""
+        terms, other = make_terms(20), make_terms(20, task="1" * 64)
+        clients, _ = make_clients(terms, 4)
+        target = make_clients(other, 4)[0]["site-00"]
+        server = SumServer(terms)
+        for name, client in (clients | {"site-00": target}).items():
+            server.add_keys(name, client.advertise())
+        request = server.make_rosters()["site-00"]
+        if says_so:
+            with pytest.raises(RefusedError, match="the server gave others another task than this client"):
+                target.answer("roster", request)
+            return
+        members = {name: MemberKeys.from_json(keys) for name, keys in read_roster(request)["members"].items()}
+        fields = read_roster(request) | {"task": other.task, "members": {n: k.to_json() for n, k in members.items()}}
+        with pytest.raises(ValueError, match="it answered to another roster"):
+            server.add_sealed("site-00", target.answer("roster", write_message("roster", terms, fields)))
+        for name in name_clients(4)[1:]:
+            server.add_sealed(name, clients[name].answer("roster", request))
+        deliveries = {
+            "roster": Roster(other, members).digest,
+            "sealed": {name: sealed["site-00"].hex() for name, sealed in server._sealed.items()},
+        }
+        with pytest.raises(RefusedError, match="a share can't be decrypted"):
+            target.answer("shares", write_message("deliveries", terms, deliveries))
 
     @pytest.mark.parametrize("kind", ["few", "without it", "doubled", "weak"])
     def test_rosters_that_can_not_be(self, kind):
@@ -229,7 +258,13 @@ class TestLyingServer:
             "doubled": "two clients have a key in common",
             "weak": "none that keys can be agreed with",
         }[kind]
-        fields = {"threshold": server.terms.threshold(len(members)), "bound": 1.0, "size": 20, "members": members}
+        fields = {
+            "threshold": server.terms.threshold(len(members)),
+            "bound": 1.0,
+            "size": 20,
+            "task": TASK,
+            "members": members,
+        }
         with pytest.raises(RefusedError, match=message):
             clients["site-00"].answer("roster", write_message("roster", server.terms, fields))
 
@@ -248,6 +283,12 @@ class TestLyingServer:
             other.add_keys(name, client.advertise())
         with pytest.raises(RefusedError, match="is of round 4; this round's is 3"):
             clients["site-00"].answer("roster", other.make_rosters()["site-00"])
+
+
+def read_roster(request):
+    """The fields of a roster, as they are in the message."""
+    header, _ = decode_message("sum's roster", request)
+    return {name: header[name] for name in ("threshold", "bound", "size", "task", "members")}
 
 
 def find_own_shares(answers, holders):
