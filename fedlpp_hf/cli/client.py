@@ -25,6 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--processes", type=parse_count, default=1, help="number of GPUs to train on, by accelerate launch (default 1)"
     )
+    parser.add_argument(
+        "--peer_keys",
+        help="directory with the node.pub of every client, named by its id, from elsewhere than the server: under "
+        "secure_aggregation the server can then invent no clients",
+    )
     parser.add_argument("--cold", action="store_true", help="keep no trainer running: load everything for each task")
     parser.add_argument(
         "--policy", help="YAML file of this client's own conditions, which stand whatever the server says"
@@ -69,6 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
         policy=arguments.policy,
         dry_run=arguments.dry_run,
         insecure=arguments.insecure,
+        peer_keys=arguments.peer_keys,
     )
     sys.exit(code)
 

@@ -130,6 +130,11 @@ def _check_private(options: Any) -> None:
         ("weighting", "uniform", "a client with many examples would count for more than the noise covers"),
         ("robust", "none", "it looks at single updates, and one update can change what it makes of all others"),
         ("over_sample", 0.0, "who is in the sum would depend on how fast others are"),
+        (
+            "secure_aggregation",
+            False,
+            "the server clips each update once more, and under secure aggregation it has none",
+        ),
         ("min_clients", 1, "that a round stopped would tell how many clients took part"),
     ):
         if getattr(options, name) != allowed:

@@ -16,6 +16,7 @@ from .precision import PrecisionOptions
 from .record_dp import RecordOptions
 from .rounds import RoundOptions
 from .run import RunOptions
+from .secure_sums import SecureSumOptions
 
 
 logger = logging.get_logger(__name__)
@@ -26,6 +27,7 @@ GROUPS = (
     AggregationOptions,
     ClientDPOptions,
     RecordOptions,
+    SecureSumOptions,
     AuditOptions,
     RunOptions,
 )
@@ -35,6 +37,7 @@ GROUPS = (
 class FederatedConfig(
     RunOptions,
     AuditOptions,
+    SecureSumOptions,
     RecordOptions,
     ClientDPOptions,
     AggregationOptions,
@@ -45,10 +48,10 @@ class FederatedConfig(
     """Arguments of a federation, on top of [`~transformers.TrainingArguments`], which describe one client's local run.
 
     The options of each group are documented there: [`RoundOptions`], [`PrecisionOptions`], [`AggregationOptions`],
-    [`ClientDPOptions`], [`RecordOptions`], [`AuditOptions`], [`RunOptions`]. `num_train_epochs` (1 by default) or `max_steps`, the
-    optimizer, the schedule and the batch size hold for each client and round. Local runs neither checkpoint nor evaluate: the
-    federation commits and evaluates every round. `load_best_model_at_end` publishes the best round by `metric_for_best_model` of
-    the server's metrics.
+    [`ClientDPOptions`], [`RecordOptions`], [`SecureSumOptions`], [`AuditOptions`], [`RunOptions`]. `num_train_epochs` (1 by default)
+    or `max_steps`, the optimizer, the schedule and the batch size hold for each client and round. Local runs neither checkpoint nor
+    evaluate: the federation commits and evaluates every round. `load_best_model_at_end` publishes the best round by
+    `metric_for_best_model` of the server's metrics.
 
     Raises:
         ValueError: for options that are out of range or do not go together.

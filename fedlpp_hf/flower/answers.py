@@ -24,8 +24,10 @@ class RefusalError(ValueError):
     """What a client said itself, or did not say in time: not a broken rule."""
 
 
-def read_description(answer: Answer, most: int) -> dict[str, int] | int:
+def read_description(answer: Answer, most: int) -> dict[str, int | None] | int:
     """What a node says of itself: the numbers of rows of its clients, or the bytes of the base that it has so far.
+
+    A number of rows is None where the client keeps it to itself.
 
     Args:
         answer: to `DESCRIBE` or `BASE`.
@@ -50,7 +52,8 @@ def read_description(answer: Answer, most: int) -> dict[str, int] | int:
         raise ValueError(f"its `clients` are {clients!r:.100}; expected 1 to {most} ids with their numbers of rows")
     for client, rows in clients.items():
         check_client_id(client)
-        _read_int(rows, f"rows of client {client!r}", 1, MAX_ROWS)
+        if rows is not None:
+            _read_int(rows, f"rows of client {client!r}", 1, MAX_ROWS)
     return clients
 
 
@@ -87,6 +90,19 @@ def read_update(client: str, answer: Answer, limit: "MessageLimit") -> "ClientUp
     if update.client_id != client:
         raise ValueError(f"it answered as client {update.client_id!r:.120}")
     return update
+
+
+def read_sum(answer: Answer) -> bytes:
+    """A client's answer to its task, or to a later step, under secure aggregation. [`SumServer`] reads the bytes.
+
+    Raises:
+        RefusalError: if the client did not answer, or answered that it failed.
+        ValueError: if it broke a rule.
+    """
+    data = _read_content(answer, ("sum",))["sum"]
+    if type(data) is not bytes:
+        raise ValueError(f"its `sum` is a {type(data).__name__}; expected bytes")
+    return data
 
 
 def _read_content(answer: Answer, names: Collection[str]) -> Mapping[str, Any]:

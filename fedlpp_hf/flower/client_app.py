@@ -6,6 +6,7 @@ Flower starts a new process for every message, so nothing at the top may import 
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,9 +16,9 @@ from flwr.clientapp import ClientApp
 from .. import __version__
 from .base_transfer import count_received, find_base, receive_piece
 from .client_settings import ClientSettings
-from .client_trainer import describe_trainer, make_client_trainer, train_task
+from .client_trainer import answer_sum, describe_trainer, make_client_trainer, name_answer, train_task
 from .errors import SayableError, describe_error
-from .grid_requests import BASE, DESCRIBE, RECORD, TRAIN
+from .grid_requests import BASE, DESCRIBE, RECORD, SUM, TRAIN
 from .local_trainer import ask_trainer
 
 
@@ -40,6 +41,7 @@ def make_client_app() -> ClientApp:
 
     app.query("describe")(answer)
     app.query("base")(answer)
+    app.query("sum")(answer)
     app.train()(answer)
     return app
 
@@ -65,14 +67,29 @@ def _describe(settings: ClientSettings, request: Mapping[str, Any]) -> dict[str,
 
 
 def _train(settings: ClientSettings, request: Mapping[str, Any]) -> dict[str, Any]:
-    task = bytes(request["task"])
+    task, base_dir = bytes(request["task"]), _find_base(settings, request)
+    if settings.warm:
+        header, data = ask_trainer(settings, base_dir, "train", task, float(request["timeout"]))
+        return {header["answer"]: data}
+    trainer = make_client_trainer(settings, base_dir)
+    return {name_answer(trainer): train_task(trainer, task)}
+
+
+def _sum(settings: ClientSettings, request: Mapping[str, Any]) -> dict[str, Any]:
+    """The next step of the sum that the client's trainer has begun."""
+    data, about = bytes(request["sum"]), {name: str(request[name]) for name in ("client", "step")}
+    base_dir, timeout = _find_base(settings, request), float(request["timeout"])
+    if settings.warm:
+        return {"sum": ask_trainer(settings, base_dir, "sum", data, timeout, about)[1]}
+    return {"sum": answer_sum(make_client_trainer(settings, base_dir), about["client"], about["step"], data)}
+
+
+def _find_base(settings: ClientSettings, request: Mapping[str, Any]) -> str | os.PathLike:
     fingerprint, copy = _read_base(request)
     base_dir = find_base(settings.cache_dir, fingerprint, settings.base, copy)
     if base_dir is None:
         raise SayableError(f"this client no longer has the base {fingerprint[:12]}…; restart it")
-    if settings.warm:
-        return {"update": ask_trainer(settings, base_dir, "train", task, float(request["timeout"]))[1]}
-    return {"update": train_task(make_client_trainer(settings, base_dir), task)}
+    return base_dir
 
 
 def _read_base(request: Mapping[str, Any]) -> tuple[str, str | None]:
@@ -80,4 +97,4 @@ def _read_base(request: Mapping[str, Any]) -> tuple[str, str | None]:
     return str(request["base"]), str(request["copy"]) if "copy" in request else None
 
 
-_ANSWERS = {DESCRIBE: _describe, BASE: _describe, TRAIN: _train}
+_ANSWERS = {DESCRIBE: _describe, BASE: _describe, TRAIN: _train, SUM: _sum}

@@ -16,6 +16,7 @@ from .certificates import NODE_PUBLIC_KEY, check_authority, make_node_key
 from .client_settings import ClientSettings
 from .environment import check_flower, make_environment
 from .local_trainer import stop_trainer
+from .peers import read_peers
 from .process_group import exit_on_sigterm, run_group
 
 
@@ -39,6 +40,7 @@ def run_client(
     policy: str | None = None,
     dry_run: bool = False,
     insecure: bool = False,
+    peer_keys: str | None = None,
 ) -> int:
     """Be a client of the federation until interrupted: run a SuperNode, restart it when it ends, train on demand.
 
@@ -59,6 +61,8 @@ def run_client(
         policy: YAML file of the client's own conditions.
         dry_run: train one task, show what would leave, send nothing, and end.
         insecure: neither TLS nor a node key; on loopback only.
+        peer_keys: directory with the public keys of all clients, under their ids. Under secure aggregation this client then
+            takes part with these alone.
 
     Raises:
         ValueError: if arguments conflict, or a file does not exist.
@@ -67,6 +71,10 @@ def run_client(
     address = parse_server(server)
     if insecure:
         check_loopback(address.host)
+        if peer_keys is not None:
+            raise ValueError("--peer_keys with --insecure: without a node key this client can't sign. Leave one out.")
+    if peer_keys is not None:
+        read_peers(peer_keys)
     for option, path in (("--config", config), ("--data", data)):
         if not Path(path).exists():
             raise ValueError(f"{option} `{path}` does not exist.")
@@ -89,6 +97,7 @@ def run_client(
         parent=os.getpid(),
         policy=None if policy is None else str(Path(policy).resolve()),
         dry_run=dry_run,
+        peer_keys=None if peer_keys is None else str(Path(peer_keys).resolve()),
     )
     command = [sys.executable, "-m", "fedlpp_hf.flower.supernode", "--superlink", str(address)]
     command += [

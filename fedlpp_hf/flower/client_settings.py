@@ -28,6 +28,7 @@ class ClientSettings:
         start_timeout: seconds until the trainer must be ready.
         policy: YAML file of the client's own conditions.
         dry_run: train, show what would leave, and send nothing.
+        peer_keys: directory with the other clients' public keys, for secure aggregation.
     """
 
     config: str
@@ -43,6 +44,7 @@ class ClientSettings:
     start_timeout: float = 600.0
     policy: str | None = None
     dry_run: bool = False
+    peer_keys: str | None = None
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "ClientSettings":

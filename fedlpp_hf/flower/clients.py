@@ -3,8 +3,8 @@
 
 import logging
 import time
-from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .answers import read_update
 from .base_copies import Bases
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .loading import NetworkConfig
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _ROUND_SECONDS = 3600.0  # the default of `round_timeout`
 
@@ -35,6 +36,7 @@ class FlowerClients:
         limit: of an update's size.
         round_timeout: seconds that clients have for a task, including the transport; an hour by default.
         keys: which ids each node may announce; without them, the first node that announces an id has it.
+        hides_rows: whether clients keep their numbers of rows to themselves.
     """
 
     def __init__(
@@ -46,15 +48,16 @@ class FlowerClients:
         *,
         round_timeout: float | None = None,
         keys: ClientKeys | None = None,
+        hides_rows: bool = False,
     ):
         self.network, self.limit = network, limit
         self.round_timeout = _ROUND_SECONDS if round_timeout is None else round_timeout
         self._requests = GridRequests(grid, network.lost_timeout)
-        self._guests = Guests(grid, network, bases, self.round_timeout, keys)
+        self._guests = Guests(grid, network, bases, self.round_timeout, keys, hides_rows)
 
     def gather(
-        self, count: int, at_least: int | None = None, known: Mapping[str, int] | None = None
-    ) -> dict[str, int]:
+        self, count: int, at_least: int | None = None, known: Mapping[str, int | None] | None = None
+    ) -> dict[str, int | None]:
         """Wait until `count` clients are connected and have the base; returns their numbers of rows.
 
         These are the federation's clients from then on: no other id is admitted, and none with another number of rows.
@@ -88,7 +91,8 @@ class FlowerClients:
             {client: guests.num_examples[client] for client in guests.nodes} if known is None else dict(known)
         )
         guests.expect(count, num_examples)
-        here = ", ".join(f"{client} ({num_examples[client]} rows)" for client in guests.nodes)
+        rows = {client: "" if count is None else f" ({count} rows)" for client, count in num_examples.items()}
+        here = ", ".join(client + rows[client] for client in guests.nodes)
         logger.info("Clients: %s", here)
         return num_examples
 
@@ -96,23 +100,66 @@ class FlowerClients:
         """Send the tasks and yield one update or failure for each, in the order of arrival."""
         from ..wire.messages import ClientFailure
 
-        unanswered = {task.client_id: task for task in tasks}
+        def read(client: str, answer: Answer) -> "ClientUpdate":
+            return read_update(client, answer, self.limit)
+
+        for client, update in self.send_tasks({task.client_id: task for task in tasks}, read):
+            yield ClientFailure(client, update) if isinstance(update, str) else update
+
+    def send_tasks(
+        self, tasks: Mapping[str, "ClientTask"], read: Callable[[str, Answer], T]
+    ) -> Generator[tuple[str, T | str], None, None]:
+        """Send tasks by client and yield each client with its answer, or the reason why there is none.
+
+        Args:
+            tasks: by client.
+            read: of an answer; raises ValueError for one that breaks a rule.
+        """
+
+        def write(client: str) -> dict[str, Any]:
+            return {"task": tasks[client].to_bytes()}
+
+        yield from self.ask(TRAIN, tasks, write, read, 1 + self.network.task_retries)
+
+    def ask(
+        self,
+        kind: str,
+        clients: Collection[str],
+        write: Callable[[str], Mapping[str, Any]],
+        read: Callable[[str, Answer], T],
+        tries: int = 1,
+    ) -> Generator[tuple[str, T | str], None, None]:
+        """Ask clients, and yield each with its answer, or the reason why there is none, in the order of arrival.
+
+        Args:
+            kind: of the messages.
+            clients: whom to ask.
+            write: the fields of a client's request.
+            read: of an answer.
+            tries: how often a client is asked that does not answer, or not as it should.
+        """
+        from ..wire.text import make_printable
+
+        unanswered = set(clients)
         reasons: dict[str, str] = {}
         try:
-            for _ in range(1 + self.network.task_retries):
+            for _ in range(tries):
                 self._wait_for_guests(unanswered)
                 reasons |= {client: self._guests.explain_absence(client) for client in unanswered}
-                self._requests.send(TRAIN, self._make_requests(unanswered), self.round_timeout)
+                asked = [client for client in clients if client in unanswered]
+                self._requests.send(kind, self._make_requests(asked, write), self.round_timeout)
                 while self._requests.unanswered:
                     for client, answer in self._requests.receive():
                         try:
-                            update = self._read_update(client, answer)
+                            found = read(client, answer)
+                            if self._guests.is_withdrawn(client):
+                                raise ValueError("its key was withdrawn")
                         except ValueError as error:
                             reasons[client] = str(error)
-                            logger.warning("Client %s: %s", client, ClientFailure(client, str(error)).reason)
+                            logger.warning("Client %s: %s", client, make_printable(str(error)))
                         else:
-                            del unanswered[client]
-                            yield update
+                            unanswered.discard(client)
+                            yield client, found
                     self._guests.attend()
                     if self._requests.unanswered:
                         self._requests.pause()
@@ -120,10 +167,11 @@ class FlowerClients:
                     return
         finally:
             self._requests.forget()  # the round may close before all have answered
-        for client in unanswered:
-            yield ClientFailure(client, reasons[client])
+        for client in clients:
+            if client in unanswered:
+                yield client, reasons[client]
 
-    def _wait_for_guests(self, clients: Collection[str]) -> None:
+    def _wait_for_guests(self, clients: set[str]) -> None:
         """Let clients that have just come back describe themselves before the round's tasks are sent."""
         deadline = time.monotonic() + self.network.lost_timeout
         while True:
@@ -133,15 +181,9 @@ class FlowerClients:
                 return
             self._guests.pause()
 
-    def _make_requests(self, tasks: Mapping[str, "ClientTask"]) -> Iterator[Request]:
-        for client, task in list(tasks.items()):
+    def _make_requests(self, clients: Collection[str], write: Callable[[str], Mapping[str, Any]]) -> Iterator[Request]:
+        for client in clients:
             if client in self._guests.nodes:
                 node = self._guests.nodes[client]
-                content = {"task": task.to_bytes(), "timeout": self.round_timeout, **self._guests.name_base(node)}
+                content = {**write(client), "timeout": self.round_timeout, **self._guests.name_base(node)}
                 yield Request(client, node, content)
-
-    def _read_update(self, client: str, answer: Answer) -> "ClientUpdate":
-        update = read_update(client, answer, self.limit)
-        if self._guests.is_withdrawn(client):
-            raise ValueError("its key was withdrawn")
-        return update

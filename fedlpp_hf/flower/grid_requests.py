@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
 RECORD = "fedlpp_hf"  # the name of the record in a message
-DESCRIBE, BASE, TRAIN = "query.describe", "query.base", "train"  # kinds of messages
+DESCRIBE, BASE, TRAIN, SUM = "query.describe", "query.base", "train", "query.sum"  # kinds of messages
 POLL_SECONDS = 0.2  # Flower's own `send_and_receive` polls every 3 s
 _SOON_SECONDS = 10.0  # a node sends a heartbeat every 30 s, which counts for 60 s
 _PATIENCE_SECONDS = 1.0  # for an answer that is still on its way, before others are asked for theirs
@@ -88,7 +88,7 @@ class GridRequests:
         """Send requests.
 
         Args:
-            kind: one of `DESCRIBE`, `BASE` and `TRAIN`.
+            kind: one of `DESCRIBE`, `BASE`, `TRAIN` and `SUM`.
             requests: read one by one; an iterator keeps only one content in memory.
             timeout: seconds that each node has to answer.
         """

@@ -45,6 +45,7 @@ class Guests:
         bases: the base that each node must have.
         piece_timeout: seconds that a node has to take a piece of the base.
         keys: which ids each node may announce; None where an id is whose node announces it first.
+        hides_rows: whether clients keep their numbers of rows to themselves, as under secure aggregation.
     """
 
     def __init__(
@@ -54,10 +55,12 @@ class Guests:
         bases: Bases,
         piece_timeout: float,
         keys: ClientKeys | None,
+        hides_rows: bool = False,
     ):
         self.network, self.bases, self.piece_timeout, self.keys = network, bases, piece_timeout, keys
+        self.hides_rows = hides_rows
         self.nodes: dict[str, int] = {}  # client id → node, of clients that are connected and have the base
-        self.num_examples: dict[str, int] = {}
+        self.num_examples: dict[str, int | None] = {}
         self.rejected: dict[int, str] = {}  # node → reason
         self.export_seconds = 0.0  # spent on marked copies
         self._requests = GridRequests(grid, network.lost_timeout)
@@ -68,9 +71,9 @@ class Guests:
         self._bases: dict[int, PackedBase] = {}
         self._keys: dict[str, bytes] = {}  # client id → the key of its node
         self._most = 1
-        self._known: Mapping[str, int] | None = None
+        self._known: Mapping[str, int | None] | None = None
 
-    def expect(self, count: int, known: Mapping[str, int] | None) -> None:
+    def expect(self, count: int, known: Mapping[str, int | None] | None) -> None:
         """Set how many clients there are to be, and, once that is settled, who they are, with their numbers of rows."""
         self._most, self._known = count, known
 
@@ -169,8 +172,13 @@ class Guests:
         guest.sent = received + len(piece["data"])
         self._send(BASE, number, piece, self.piece_timeout)
 
-    def _register(self, number: int, node: Node, guest: _Guest, rows: Mapping[str, int]) -> None:
+    def _register(self, number: int, node: Node, guest: _Guest, rows: Mapping[str, int | None]) -> None:
         for client, count in rows.items():
+            if (count is None) != self.hides_rows:
+                own, here = (count is None, self.hides_rows)
+                raise ValueError(
+                    f"it runs with secure_aggregation={own}, and this server with secure_aggregation={here}; set the same"
+                )
             if guest.ids is not None and client not in guest.ids:
                 raise ValueError(f"it announces client {client!r}; its key is registered for {', '.join(guest.ids)}")
             if self.nodes.get(client, number) != number:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ def ask_trainer(
     command: str,
     payload: bytes = b"",
     timeout: float = CALL_TIMEOUT,
+    about: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Any], bytes]:
     """Ask the local trainer, after starting one if none is running or the running one has another base.
 
@@ -42,9 +43,10 @@ def ask_trainer(
     Args:
         settings: the client's.
         base_dir: directory of the base that the trainer must have.
-        command: `status` or `train`.
-        payload: the bytes of the task, for `train`.
+        command: `status`, `train` or `sum`.
+        payload: the bytes of the task, for `train`, or of the server's message, for `sum`.
         timeout: seconds to wait for the answer.
+        about: the `client` and the `step`, for `sum`.
 
     Raises:
         RuntimeError: if the trainer can't be started, dies twice, does not answer in time, or reports an error.
@@ -52,7 +54,7 @@ def ask_trainer(
     for last_attempt in (False, True):
         status = ensure_trainer(settings, base_dir)
         try:
-            answer, data = call_trainer(settings, command, payload, timeout)
+            answer, data = call_trainer(settings, command, payload, timeout, about)
         except TimeoutError as error:
             os.kill(status["pid"], signal.SIGKILL)
             raise SayableError(
@@ -133,22 +135,23 @@ def find_trainer(settings: ClientSettings) -> dict[str, Any] | None:
 
 
 def call_trainer(
-    settings: ClientSettings, command: str, payload: bytes, timeout: float
+    settings: ClientSettings, command: str, payload: bytes, timeout: float, about: Mapping[str, str] | None = None
 ) -> tuple[dict[str, Any], bytes]:
     """Ask the running trainer and return its answer.
 
     Args:
         settings: the client's.
-        command: `status`, `train` or `stop`.
-        payload: the bytes of the task, for `train`.
+        command: `status`, `train`, `sum` or `stop`.
+        payload: as for [`ask_trainer`].
         timeout: seconds to wait for the answer.
+        about: as for [`ask_trainer`].
 
     Raises:
         OSError: if no trainer is running, or it does not answer in time (TimeoutError).
         EOFError: if it ends before it has answered.
     """
     key = local_socket.read_key(settings.key_file)
-    return local_socket.call(settings.socket_file, key, {"command": command}, payload, timeout)
+    return local_socket.call(settings.socket_file, key, {"command": command, **(about or {})}, payload, timeout)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from .clients import FlowerClients
 from .environment import SERVER_FILE, check_flower
 from .fleet_limits import write_limit
 from .patience import make_patient_
+from .sums import limit_sum, sum_over_flower
 
 
 if TYPE_CHECKING:
@@ -87,16 +88,20 @@ def run_federation(grid: Grid, config: str, flags: list[str], keys: ClientKeys |
     args = trainer.args
     store = RoundStore(args.output_dir)
     limit = limit_update(trainer.guard.initial)
-    write_limit(limit.num_bytes)
+    secure = args.secure_aggregation
+    write_limit(limit_sum(limit.num_bytes, args.num_clients) if secure else limit.num_bytes)
     bases = _find_bases(trainer, network, store.root, keys)
-    clients = FlowerClients(grid, network, bases, limit, round_timeout=args.round_timeout, keys=keys)
+    clients = FlowerClients(
+        grid, network, bases, limit, round_timeout=args.round_timeout, keys=keys, hides_rows=secure
+    )
     if args.resume_from_checkpoint and store.latest() is not None:
         # The same clients as at the start, whoever is connected now: sampling depends on them.
         known = store.read()["clients"]
         num_examples = clients.gather(len(known), at_least=args.min_clients, known=known)
     else:
         num_examples = clients.gather(args.num_clients)
-    trainer.train_remotely(clients.train, num_examples, args.resume_from_checkpoint)
+    train = sum_over_flower(args, trainer.guard.initial, clients) if secure else clients.train
+    trainer.train_remotely(train, num_examples, args.resume_from_checkpoint)
 
 
 def _find_bases(trainer: Any, network: "NetworkConfig", directory: Path, keys: ClientKeys | None) -> Bases:

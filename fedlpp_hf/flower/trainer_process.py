@@ -13,11 +13,12 @@ import os
 import queue
 import socket
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from . import local_socket
 from .client_settings import ClientSettings
-from .client_trainer import describe_trainer, make_client_trainer, train_task
+from .client_trainer import answer_sum, describe_trainer, make_client_trainer, name_answer, train_task
 from .errors import describe_error
 from .process_group import is_alive
 
@@ -26,12 +27,12 @@ logger = logging.getLogger(__name__)
 
 
 class TrainerService:
-    """Answers `status`, `train` and `stop` on the client's socket. Training runs in the thread that calls [`serve`]."""
+    """Answers `status`, `train`, `sum` and `stop` on the client's socket. Training runs in the thread that calls [`serve`]."""
 
     def __init__(self, settings: ClientSettings, trainer: Any):
         self.settings, self.trainer = settings, trainer
         self.key = local_socket.read_key(settings.key_file)
-        self._jobs: queue.Queue[tuple[bytes, queue.Queue] | None] = queue.Queue()
+        self._jobs: queue.Queue[tuple[Callable[[], bytes], queue.Queue] | None] = queue.Queue()
 
     def serve(self) -> None:
         """Serve until `stop`, or until the parent process has ended."""
@@ -44,15 +45,15 @@ class TrainerService:
                         job = self._jobs.get(timeout=1.0)
                         if job is None:
                             break
-                        task, answers = job
-                        answers.put(self._train(task))
+                        work, answers = job
+                        answers.put(self._do(work))
                 self.trainer.share("stop")
             finally:
                 self.settings.pid_file.unlink(missing_ok=True)
 
-    def _train(self, task: bytes) -> tuple[dict[str, Any], bytes]:
+    def _do(self, work: Callable[[], bytes]) -> tuple[dict[str, Any], bytes]:
         try:
-            return {}, train_task(self.trainer, task)
+            return {"answer": name_answer(self.trainer)}, work()
         except Exception as error:
             return {"error": describe_error(error, logger)}, b""
 
@@ -66,9 +67,13 @@ class TrainerService:
         with connection, contextlib.suppress(OSError, EOFError):
             request, payload = local_socket.receive_request(connection, self.key)
             answer: tuple[dict[str, Any], bytes] = describe_trainer(self.trainer), b""
-            if request["command"] == "train":
+            work = {
+                "train": lambda: train_task(self.trainer, payload),
+                "sum": lambda: answer_sum(self.trainer, request["client"], request["step"], payload),
+            }.get(request["command"])
+            if work is not None:
                 answers: queue.Queue = queue.Queue()
-                self._jobs.put((payload, answers))
+                self._jobs.put((work, answers))
                 answer = answers.get()
             if request["command"] == "stop":
                 self._jobs.put(None)

@@ -28,10 +28,19 @@ def flatten_record(record: Record) -> dict[str, float]:
 
 
 def mean_client_loss(record: Record) -> float:
-    """Training loss of the round's clients, weighted by their examples."""
+    """Training loss of the round's clients, weighted by their examples; under secure aggregation, by nothing."""
+    if "sum" in record:
+        return record["sum"]["loss"]
     clients = record["clients"].values()
     total = sum(client["num_examples"] for client in clients)
     return sum(client["num_examples"] * client["loss"] for client in clients) / total
+
+
+def count_steps(record: Record) -> int:
+    """Local steps of all clients of a round."""
+    if "sum" in record:
+        return record["sum"]["steps"]
+    return sum(client["steps"] for client in record["clients"].values())
 
 
 def keep_values(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from ..config.federated import FederatedConfig
 from ..config.rules import trainable_keys
 from ..privacy.clipping import check_norm
+from ..privacy.secure_sums.rounds import RoundSum
 from ..tensors.files import TensorFile, close_files
 from ..wire.compression import decompress_update
 from ..wire.messages import ClientFailure, ClientTask, ClientUpdate
@@ -26,9 +27,12 @@ _MAX_STEPS = 10**9  # of a client in one round
 
 @dataclass(frozen=True, slots=True)
 class AcceptedUpdate:
-    """What a round keeps of an update: `delta` is in the server's shapes, float32; `num_bytes` is of the message."""
+    """What a round keeps of an update: `delta` is in the server's shapes, float32; `num_bytes` is of the message.
 
-    num_examples: int
+    `num_examples` is None where the server does not learn it.
+    """
+
+    num_examples: int | None
     metrics: dict[str, float]
     num_bytes: int
     delta: TensorFile
@@ -59,6 +63,7 @@ class Admission:
         # What the round under way has cost: by client that was asked, bytes down, bytes up of an accepted update, and seconds
         # from its run's begin to its answer, None without one.
         self.traffic: dict[str, dict[str, Any]] = {}
+        self.report: dict[str, Any] = {}  # what else the round's record says of its updates
         self._began: dict[str, float] = {}
 
     def begin(self, client_id: str) -> None:
@@ -66,7 +71,7 @@ class Admission:
         self._began[client_id] = time.perf_counter()
 
     def collect(
-        self, tasks: Mapping[str, ClientTask], answers: Iterable[ClientUpdate | ClientFailure]
+        self, tasks: Mapping[str, ClientTask], answers: Iterable[ClientUpdate | ClientFailure | RoundSum]
     ) -> tuple[dict[str, AcceptedUpdate], dict[str, str]]:
         """Acceptable updates in the order of the tasks, and the reason for every client without one.
 
@@ -83,6 +88,8 @@ class Admission:
         # Poisson sampling may ask more than `clients_per_round` as well.
         wanted = (self.args.over_sample and self.args.clients_per_round) or len(tasks)
         for answer in answers:
+            if isinstance(answer, RoundSum):
+                raise ValueError("The clients sum their updates, but here secure_aggregation=False; set it to True.")
             client = answer.client_id
             if client in tasks and client not in accepted:
                 self.traffic[client]["seconds"] = round(time.perf_counter() - self._began[client], 3)

@@ -39,7 +39,7 @@ def combine_updates(
         RoundUpdates(
             deltas=[update.delta for update in updates.values()],
             weights=[
-                rounds[client] * (update.num_examples if args.weighting == "examples" else 1.0)
+                rounds[client] * ((update.num_examples or 0) if args.weighting == "examples" else 1.0)
                 for client, update in updates.items()
             ],
             start=start,

@@ -14,12 +14,13 @@ from ..aggregation.optimizers import ServerOptimizer
 from ..aggregation.products import join_residual
 from ..config.federated import FederatedConfig
 from ..config.rules import check_products, trainable_keys
+from ..privacy.secure_sums.rounds import RoundSum
 from ..tensors.adapters import check_tensors, scrub_config
 from ..tensors.codebooks import FULL_PRECISION
 from ..tensors.quantization import quantize_tensors
 from ..wire.encoding import Payload, restore_tensors
 from ..wire.messages import ClientFailure, ClientTask, ClientUpdate, LocalOptions
-from .admission import AcceptedUpdate, Admission
+from .admission import AcceptedUpdate
 from .best import check_chosen, find_published_round, forget_rounds
 from .client_dp import ClientDP
 from .combine import combine_updates
@@ -29,9 +30,10 @@ from .sampling import make_seed, sample_clients
 from .state import ServerState
 from .step import MeanUpdate, check_owner, is_variate_used, take_step
 from .store import RoundStore
+from .sums import make_admission
 
 
-TrainClients = Callable[[list[ClientTask]], Iterable[ClientUpdate | ClientFailure]]
+TrainClients = Callable[[list[ClientTask]], Iterable[ClientUpdate | ClientFailure | RoundSum]]
 
 _SECRET = {"hub_token", "push_to_hub_token", "full_model"}
 
@@ -82,7 +84,7 @@ class FederatedServer:
         self._names: list[str] = []  # of metrics, in their order
         self.store = RoundStore(args.output_dir)
         self.optimizer = ServerOptimizer(args.server_optimizer, args.server_learning_rate, args.server_momentum)
-        self.admission = Admission(args, adapter, self.num_examples, self.store.updates_dir)
+        self.admission = make_admission(args, adapter, self.num_examples, self.store.updates_dir)
         self.dp = ClientDP.of(args, list(self.num_examples), adapter, self.store)
 
     @property
@@ -196,6 +198,7 @@ class FederatedServer:
             "bytes_down": sum(cost["bytes_down"] for cost in traffic.values()),
             "bytes_up": sum(update.num_bytes for update in updates.values()),
             "seconds": time.perf_counter() - began,
+            **self.admission.report,
             **report,
         }
         stop = self._commit(number, record)

@@ -34,7 +34,10 @@ class FederatedCallback(TrainerCallback):
         """Before a client's local run. Over a network that moment is unknown: then right before `on_client_end`."""
 
     def on_client_end(self, args, state, control, *, round_number: int, client_id: str, metrics, reason, **kwargs):
-        """After a client's local run: its `metrics`, or None and the `reason` why there is no update."""
+        """After a client's local run: its `metrics`, or None and the `reason` why there is no update.
+
+        Under secure aggregation it comes when the round's sum is open, with empty `metrics`.
+        """
 
     def on_round_end(self, args, state, control, *, round_number: int, record: dict[str, Any], **kwargs):
         """After a round's commit and `on_evaluate`; `record` is its `round.json`."""

@@ -21,6 +21,7 @@ from ..client.logit_adjustment import check_labels
 from ..client.partition import check_client_sizes, count_rows, drop_column, partition_clients
 from ..config.federated import FederatedConfig
 from ..config.rules import check_products
+from ..privacy.secure_sums.rounds import RoundSum, list_answered
 from ..processes.blueprint import TrainerBlueprint
 from ..processes.owner import OwnerProcess
 from ..processes.sentence_models import LABELS, is_sentence_trainer
@@ -40,6 +41,7 @@ from .publishing import PublishingMixin
 from .ranks import RanksMixin, check_launch
 from .rounds import Rounds
 from .rows import RowsMixin
+from .secure_rounds import sum_in_process
 from .tracked_run import TrackedRun
 from .workers import WorkersMixin
 
@@ -179,10 +181,10 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, WorkersMixin, Publish
                 return TrainOutput(0, 0.0, {})
             num_examples = count_rows(self.client_datasets)
             if self.args.client_workers == 1:
-                return self.train_remotely(self.train_clients, num_examples, resume)
+                return self.train_remotely(self._mask(self.train_clients), num_examples, resume)
             workers = self.start_workers()
             try:
-                return self.train_remotely(workers.train_clients, num_examples, resume)
+                return self.train_remotely(self._mask(workers.train_clients), num_examples, resume)
             finally:
                 workers.close()
         finally:
@@ -195,6 +197,8 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, WorkersMixin, Publish
         resume_from_checkpoint: bool | str | None = None,
     ) -> TrainOutput:
         """[`train`] with clients elsewhere: `num_examples` maps each to its number of rows, `train_clients` reaches them.
+
+        Under `secure_aggregation` these clients mask their updates, and `train_clients` yields a [`RoundSum`].
 
         Raises:
             ValueError: as [`train`].
@@ -214,10 +218,11 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, WorkersMixin, Publish
             reporter.on_round(record)
             return rounds.on_round(record)
 
-        def train_and_report(tasks: list[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
+        def train_and_report(tasks: list[ClientTask]) -> Iterator[ClientUpdate | ClientFailure | RoundSum]:
             for answer in rounds.follow(train_clients)(tasks):
                 yield answer
-                reporter.on_client(answer.client_id)
+                for client in list_answered(answer):
+                    reporter.on_client(client)
 
         self.server = self._make_server(num_examples, on_round)
         rounds.start_clock = self.server.admission.begin
@@ -233,6 +238,11 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, WorkersMixin, Publish
                 self.state = rounds.state  # a local run has put its own there
                 load_adapter_(self.guard.parameters, self._client_adapter())
         return output
+
+    def _mask(self, train_clients: TrainClients) -> TrainClients:
+        if not self.args.secure_aggregation:
+            return train_clients
+        return sum_in_process(self.args, self.guard.initial, train_clients)
 
     def _client_adapter(self) -> Mapping[str, torch.Tensor]:
         """What a client holds: the last round's proxy; before the rounds, and where nothing is sent, the base's adapter."""

@@ -10,7 +10,8 @@ from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from ..config.federated import FederatedConfig
 from ..config.metrics import MetricChoice, is_number
-from ..report.metrics import flatten_record, mean_client_loss
+from ..privacy.secure_sums.rounds import RoundSum, list_answered
+from ..report.metrics import count_steps, flatten_record, mean_client_loss
 from ..server.best import read_judged
 from ..server.loop import TrainClients
 from ..server.store import RoundStore
@@ -64,14 +65,17 @@ class Rounds:
     def follow(self, train_clients: TrainClients) -> TrainClients:
         """`train_clients` with the events of rounds and clients."""
 
-        def train(tasks: list[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
+        def train(tasks: list[ClientTask]) -> Iterator[ClientUpdate | ClientFailure | RoundSum]:
             self._number, self._begun = tasks[0].round, set()
             self._call("on_round_begin", client_ids=[task.client_id for task in tasks])
             for answer in train_clients(tasks):
-                self._announce(answer.client_id)
-                metrics = None if isinstance(answer, ClientFailure) else dict(answer.metrics)
+                # Of a sum nothing is known of a single client.
+                metrics = dict(answer.metrics) if isinstance(answer, ClientUpdate) else {}
                 reason = answer.reason if isinstance(answer, ClientFailure) else None
-                self._call("on_client_end", client_id=answer.client_id, metrics=metrics, reason=reason)
+                for client in list_answered(answer):
+                    self._announce(client)
+                    told = None if reason is not None else metrics
+                    self._call("on_client_end", client_id=client, metrics=told, reason=reason)
                 yield answer
 
         return train
@@ -112,8 +116,7 @@ class Rounds:
             self._recall(records)
             self._first = len(records)
         done = records[self._first :]
-        clients = [client for record in done for client in record["clients"].values()]
-        steps = sum(client["steps"] for client in clients)
+        steps = sum(map(count_steps, done))
         batch = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         metrics = speed_metrics("train", self._started, num_samples=steps * batch, num_steps=steps)
         loss = mean_client_loss(records[-1]) if records[-1]["clients"] else float("nan")

@@ -6,6 +6,7 @@ import inspect
 import json
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fedlpp_hf.flower.client_settings import ClientSettings
+from fedlpp_hf.flower.client_trainer import make_client_trainer
 from tests.flower.machines import Machines
 from tests.helpers import CLIENTS, FINGERPRINT, make_rows
 
@@ -60,6 +62,24 @@ def base_dir(tmp_path):
     base.mkdir()
     (base / "base_manifest.json").write_text(json.dumps({"fingerprint": FINGERPRINT, "full_precision_linears": []}))
     return base
+
+
+@pytest.fixture
+def warm_trainers(monkeypatch):
+    """The trainers of clients that answer in this process, one for each, as where it is a process; by state directory."""
+    from flwr.supercore.task_identity import TaskIdentity
+
+    for name in ("run_id", "task_id", "node_id"):  # what Flower's processes learn from it, and messages ask for
+        setattr(TaskIdentity, name, 1)
+    trainers = {}
+
+    def find_or_make(settings, base_dir):
+        if settings.state_dir not in trainers:
+            trainers[settings.state_dir] = make_client_trainer(replace(settings, warm=True), base_dir)
+        return trainers[settings.state_dir]
+
+    monkeypatch.setattr("fedlpp_hf.flower.client_app.make_client_trainer", find_or_make)
+    return trainers
 
 
 @pytest.fixture(scope="module")

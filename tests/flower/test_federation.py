@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedlpp_hf import RoundStore
+from fedlpp_hf.flower.loading import load_rows, load_trainer
 from fedlpp_hf.tensors.adapters import read_adapter
 from tests.flower.machines import Machines
 from tests.helpers import CLIENTS, assert_equal, run_in_process
@@ -60,3 +61,30 @@ def test_server_fails_with_its_run(tmp_path, write_config, rows):
     log = (tmp_path / "server-0.log").read_text()
     assert "finished:failed" in log and "0 of 3 clients joined" in log
     machines.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_secure_sum_equals_that_in_process(tmp_path, write_config, rows, llama_base):
+    """Keys, shares, masked updates and openings through Flower's processes; clients have each other's keys."""
+    pytest.importorskip("Crypto", reason="needs the extra [privacy]")
+    options = {"secure_aggregation": True, "secure_threshold": 0.5, "clip_update_norm": 1.0, "num_rounds": 1}
+    config = write_config(join_timeout=700, lost_timeout=60, round_timeout=600, **options)
+    machines = Machines(tmp_path, config, rows)
+    machines.prepare_keys(CLIENTS)
+    try:
+        server = machines.start_server()
+        machines.wait_for("server/registered/site-2.pub", server)
+        for client in CLIENTS:
+            machines.start_client(client, "--base", str(llama_base), "--peer_keys", "keys")
+        assert server.wait() == 0
+    finally:
+        machines.stop()
+    (record,) = RoundStore(tmp_path / "out").records()[1:]
+    assert record["rejected"] == {} and record["clients"] == {client: {"num_examples": None} for client in CLIENTS}
+    assert (record["sum"]["members"], record["sum"]["threshold"], record["sum"]["losses"]) == (3, 2, 3)
+    datasets = {client: load_rows(rows / f"{client}.jsonl") for client in CLIENTS}
+    trainer, _ = load_trainer(config, ["--output_dir", str(tmp_path / "process")], model=None, train_dataset=datasets)
+    trainer.train()
+    assert_equal(read_adapter(tmp_path / "out")[0], read_adapter(tmp_path / "process")[0])
+    assert all((tmp_path / client / "sums.json").exists() for client in CLIENTS)

@@ -1,0 +1,82 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""What server and clients must agree on before a sum, each from its own options."""
+
+import hashlib
+import math
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import Any
+
+from ...wire.encoding import encode_message
+from ...wire.messages import ClientTask
+
+
+LEAST_MEMBERS = 3  # of two, each would learn the other's update
+MOST_MEMBERS = 1000  # Shamir's shares are made one by one: time grows with the square of the members
+# Sums are taken modulo 2^32 and stay within 2^30: a sum that was not unmasked is uniform and shows.
+WORD_BITS, SUM_BITS = 32, 30
+
+
+@dataclass(frozen=True, slots=True)
+class SumTerms:
+    """The terms of one round's sum.
+
+    Args:
+        federation_id, round: Of the tasks.
+        bound: Largest magnitude that a value of an update may have.
+        share: Share of a round's members above which shares of them open the sum, from 1/2 to below 1.
+        size: Values of an update.
+        task: Digest of what all members were given to do ([`digest_task`]).
+        max_norm: Norm above which a client refuses to send its update, or None.
+    """
+
+    federation_id: str
+    round: int
+    bound: float
+    share: float
+    size: int
+    task: str
+    max_norm: float | None = None
+
+    def threshold(self, members: int) -> int:
+        """Members whose shares open the sum: ⌊share·members⌋ + 1."""
+        return compute_threshold(self.share, members)
+
+    @staticmethod
+    def levels(members: int) -> int:
+        """Steps of the fixed point from 0 to the bound: the sum of all members stays within 2^30."""
+        return (1 << SUM_BITS) // members
+
+    def resolution(self, members: int) -> float:
+        """The step of the fixed point. A member's rounding error, and so the mean's, is at most half of it."""
+        return self.bound / self.levels(members)
+
+
+def compute_threshold(share: float, members: int) -> int:
+    """⌊share·members⌋ + 1, with 2/3 as the fraction that it is meant to be."""
+    return math.floor(Fraction(share).limit_denominator(1000) * members) + 1
+
+
+def make_terms(options: Any, task: ClientTask, size: int) -> SumTerms:
+    """The terms of a round, by one's own options.
+
+    Args:
+        options: A [`FederatedConfig`].
+        task: Any task of the round.
+        size: Values of an update.
+    """
+    bound = float(options.clip_update_norm or options.max_update_norm)
+    share, most = options.secure_threshold, options.max_update_norm
+    return SumTerms(task.federation_id, task.round, bound, share, size, digest_task(task), most)
+
+
+def digest_task(task: ClientTask) -> str:
+    """SHA-256 of what the tasks of a round have in common: the proxy, the base and how to train.
+
+    All keys of a sum are bound to it. A server could else give all members but one a model that has nothing to learn, and the
+    sum would be that one's update ("Eluding Secure Aggregation in Federated Learning via Model Inconsistency", arXiv
+    2111.07380).
+    """
+    header = {"options": asdict(task.options), "base": task.base_fingerprint, "rounds": task.num_rounds}
+    header["broadcast"] = task.proxy is not None
+    return hashlib.sha256(encode_message("task's digest", header, task.proxy or {})).hexdigest()

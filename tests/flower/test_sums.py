@@ -1,0 +1,163 @@
+# Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
+"""Secure aggregation over Flower: the sum of the federation in one process, and clients that are not lied to."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from fedlpp_hf import RoundStore
+from fedlpp_hf.flower.client_trainer import answer_sum, make_client_trainer, train_task
+from fedlpp_hf.flower.errors import SayableError
+from fedlpp_hf.wire.messages import ClientUpdate
+from tests.helpers import CLIENTS, assert_equal, load_rows, load_trainer, read_adapter
+
+
+pytest.importorskip("flwr", reason="flwr is not installed: needs the extra `flower`")
+pytest.importorskip("Crypto", reason="needs the extra [privacy]")
+
+from fedlpp_hf.flower.grid_requests import SUM, TRAIN
+from tests.flower.network import Network, rejected, run_over
+
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("warm_trainers")]
+SECURE = {"secure_aggregation": True, "secure_threshold": 0.5, "clip_update_norm": 1.0}
+
+
+def run_here(config, rows, output_dir, clients=CLIENTS, flags=()):
+    """The federation of `config` with `clients` in this process."""
+    datasets = {client: load_rows(rows / f"{client}.jsonl") for client in clients}
+    flags = ["--output_dir", str(output_dir), *flags]
+    trainer, _ = load_trainer(config, flags, model=None, train_dataset=datasets)
+    trainer.train()
+    return read_adapter(output_dir)[0]
+
+
+@pytest.mark.parametrize("options", [{}, pytest.param({"broadcast": "never"}, marks=pytest.mark.slow)], ids=str)
+def test_equals_in_process(tmp_path, write_config, rows, llama_base, options):
+    config = write_config(num_rounds=2, **SECURE | options)
+    network = Network(tmp_path, config, rows)
+    over_flower = run_over(network, config, tmp_path / "flower", llama_base)
+    assert_equal(over_flower, run_here(config, rows, tmp_path / "process"))
+    records = RoundStore(tmp_path / "flower").records()
+    assert [record["rejected"] for record in records] == [{}, {}, {}]
+    kinds = [kind for kind, _ in network.asked if kind in (TRAIN, SUM)]
+    assert kinds == ([TRAIN] * 3 + [SUM] * 12) * 2  # 4 steps with 3 clients
+    assert network.updates == [None] * len(network.updates)  # no message has had a plain update
+    # Neither rows nor losses of single clients have come to the server.
+    federation = json.loads((tmp_path / "flower" / "_federation" / "federation.json").read_text())
+    assert federation["clients"] == dict.fromkeys(CLIENTS)
+    assert records[2]["clients"] == {client: {"num_examples": None} for client in CLIENTS}
+
+
+@pytest.mark.slow
+def test_clients_that_drop_out_are_not_in_the_sum(tmp_path, write_config, rows, llama_base):
+    """One does not answer when it should mask; of three with a threshold of two the others open the sum."""
+    config = write_config(num_rounds=1, round_timeout=2, **SECURE)
+
+    def fail(client, message):
+        content = message.content["fedlpp_hf"]
+        return "silent" if client == "site-1" and content.get("step") == "shares" else None
+
+    network = Network(tmp_path, config, rows, fault=fail)
+    run_over(network, config, tmp_path / "flower", llama_base)
+    (record,) = RoundStore(tmp_path / "flower").records()[1:]
+    assert list(record["clients"]) == ["site-0", "site-2"]
+    assert record["rejected"] == {"site-1": "it did not answer within 2 s"}
+    assert (record["sum"]["members"], record["sum"]["losses"]) == (3, 2)
+
+
+@pytest.mark.slow
+def test_too_few_stop_the_federation_and_open_nothing(tmp_path, write_config, rows, llama_base, monkeypatch):
+    monkeypatch.setattr("fedlpp_hf.privacy.secure_sums.server.combine_shares", None)  # it is not called
+    config = write_config(num_rounds=1, round_timeout=1, **SECURE)
+
+    def fail(client, message):
+        return "silent" if client != "site-0" and message.content["fedlpp_hf"].get("step") == "opening" else None
+
+    network = Network(tmp_path, config, rows, fault=fail)
+    with pytest.raises(RuntimeError, match="Round 1 has 0 acceptable updates.*1 of 3 clients sent their shares"):
+        run_over(network, config, tmp_path / "flower", llama_base)
+
+
+@pytest.mark.parametrize(("here", "there"), [(True, False), (False, True)])
+def test_both_sides_must_want_it(tmp_path, write_config, rows, llama_base, here, there):
+    config = write_config(join_timeout=2, **SECURE | {"secure_aggregation": there})
+    network = Network(tmp_path, config, rows)
+    message = f"it runs with secure_aggregation={there}, and this server with secure_aggregation={here}"
+    with pytest.raises(RuntimeError, match=message):
+        run_over(network, config, tmp_path / "flower", llama_base, "--secure_aggregation", str(here))
+
+
+@pytest.mark.slow
+def test_task_never_makes_a_client_send_its_update(tmp_path, write_config, rows, llama_base, warm_trainers):
+    """A server that sends plain tasks gets keys, and later nothing, since the client's own options decide."""
+    config = write_config(num_rounds=1, **SECURE)
+    network = Network(tmp_path, config, rows)
+    run_over(network, config, tmp_path / "flower", llama_base)
+    trainer = warm_trainers[network.settings[1].state_dir]
+    task = find_task(trainer, "site-0")
+    keys = train_task(trainer, task)
+    with pytest.raises(ValueError, match="Expected a update"):
+        ClientUpdate.from_bytes(keys)
+    with pytest.raises(SayableError, match="the server asks for the opening before the roster"):
+        answer_sum(trainer, "site-0", "opening", b"")
+
+
+def find_task(trainer, client):
+    """A task of the trainer's last round, as the server would send it again."""
+    return replace(trainer.guard.task, client_id=client).to_bytes()
+
+
+@pytest.mark.slow
+def test_restarted_client_opens_nothing(tmp_path, write_config, rows, llama_base, warm_trainers, monkeypatch):
+    """Its secrets were in memory alone. The server can't get a share of the round that it was in."""
+    config = write_config(num_rounds=1, **SECURE)
+    restarted = []
+
+    def restart(client, message):
+        if client == "site-1" and message.content["fedlpp_hf"].get("step") == "opening":
+            settings = network.settings[2]
+            del warm_trainers[settings.state_dir]
+            restarted.append(client)
+
+    network = Network(tmp_path, config, rows, fault=restart)
+    run_over(network, config, tmp_path / "flower", llama_base)
+    assert restarted
+    (record,) = RoundStore(tmp_path / "flower").records()[1:]
+    assert list(record["clients"]) == CLIENTS  # its update was in the sum, which the other two opened
+
+
+def test_cold_trainers_are_refused(settings, write_config, rows, llama_base):
+    settings = replace(settings, config=str(write_config(**SECURE)), data=str(rows / "site-0.jsonl"), warm=False)
+    with pytest.raises(ValueError, match="secure_aggregation=True with --cold"):
+        make_client_trainer(settings, llama_base)
+
+
+@pytest.mark.slow
+def test_replayed_round_is_opened_for_the_same_survivors_alone(tmp_path, write_config, rows, llama_base):
+    """The server restarts after it opened a round, without its notes, and now it says that one client dropped out."""
+    config = write_config(num_rounds=1, round_timeout=2, **SECURE)
+    lying = []
+
+    def lose(client, message):
+        return (
+            "silent" if lying and client == "site-2" and message.content["fedlpp_hf"].get("step") == "shares" else None
+        )
+
+    network = Network(tmp_path, config, rows, fault=lose)
+    run_over(network, config, tmp_path / "flower", llama_base)
+    forget_round(tmp_path / "flower")
+    lying.append(True)
+    resume = ("--resume_from_checkpoint", "True")
+    with pytest.raises(
+        RuntimeError, match="Round 1 has 0.*site-0: this client has helped to open round 1 for other survivors"
+    ):
+        run_over(network, config, tmp_path / "flower", llama_base, *resume)
+    lying.clear()
+    run_over(network, config, tmp_path / "flower", llama_base, *resume)
+    assert rejected(tmp_path / "flower", 1) == {}
+
+
+def forget_round(output_dir):
+    (RoundStore(output_dir).round_dir(1) / "round.json").unlink()
