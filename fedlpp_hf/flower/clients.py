@@ -4,7 +4,7 @@
 import logging
 import time
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .answers import read_update
 from .base_copies import Bases
@@ -122,6 +122,21 @@ class FlowerClients:
             self._requests.forget()  # the round may close before all have answered
         for client in unanswered:
             yield ClientFailure(client, reasons[client])
+
+    def attend(self) -> None:
+        """Take in who comes and goes while no round is under way."""
+        self._guests.attend()
+
+    def find_network(self) -> dict[str, Any]:
+        """Who is connected and has the base (`here`), and which nodes are refused (`refused_nodes`, with the reasons).
+
+        Safe to call in another thread.
+        """
+        rejected = dict(self._guests.rejected)
+        return {
+            "here": list(dict(self._guests.nodes)),
+            "refused_nodes": {str(node): reason for node, reason in rejected.items()},
+        }
 
     def _wait_for_guests(self, clients: Collection[str]) -> None:
         """Let clients that have just come back describe themselves before the round's tasks are sent."""

@@ -90,13 +90,14 @@ def run_federation(grid: Grid, config: str, flags: list[str], keys: ClientKeys |
     write_limit(limit.num_bytes)
     bases = _find_bases(trainer, network, store.root, keys)
     clients = FlowerClients(grid, network, bases, limit, round_timeout=args.round_timeout, keys=keys)
-    if args.resume_from_checkpoint and store.latest() is not None:
-        # The same clients as at the start, whoever is connected now: sampling depends on them.
-        known = store.read()["clients"]
-        num_examples = clients.gather(len(known), at_least=args.min_clients, known=known)
-    else:
-        num_examples = clients.gather(args.num_clients)
-    trainer.train_remotely(clients.train, num_examples, args.resume_from_checkpoint)
+    with trainer.steering.listen(clients.find_network, clients.attend):
+        if args.resume_from_checkpoint and store.latest() is not None:
+            # The same clients as at the start, whoever is connected now: sampling depends on them.
+            known = store.read()["clients"]
+            num_examples = clients.gather(len(known), at_least=args.min_clients, known=known)
+        else:
+            num_examples = clients.gather(args.num_clients)
+        trainer.train_remotely(clients.train, num_examples, args.resume_from_checkpoint)
 
 
 def _find_bases(trainer: Any, network: "NetworkConfig", directory: Path, keys: ClientKeys | None) -> Bases:

@@ -59,6 +59,7 @@ class Admission:
         # What the round under way has cost: by client that was asked, bytes down, bytes up of an accepted update, and seconds
         # from its run's begin to its answer, None without one.
         self.traffic: dict[str, dict[str, Any]] = {}
+        self.rejected: dict[str, str] = {}  # of the round under way, with the reasons
         self._began: dict[str, float] = {}
 
     def begin(self, client_id: str) -> None:
@@ -80,6 +81,7 @@ class Admission:
         }
         accepted: dict[str, AcceptedUpdate] = {}
         rejected: dict[str, str] = {}
+        self.rejected = rejected
         wanted = self.args.clients_per_round or len(tasks)
         for answer in answers:
             client = answer.client_id

@@ -1,15 +1,12 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """The server: the only round loop. It touches adapters only; no parameter of it could take a model."""
 
-import math
 import secrets
 import time
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftConfig
 
@@ -28,6 +25,7 @@ from .admission import AcceptedUpdate, Admission
 from .best import check_chosen, find_published_round, forget_rounds
 from .owner import Owner
 from .resume import check_resumable
+from .sampling import draw_clients, make_seed
 from .state import ServerState
 from .step import MeanUpdate, check_owner, is_variate_used, take_step
 from .store import RoundStore
@@ -78,6 +76,9 @@ class FederatedServer:
         self.owner = owner
         self.evaluate_proxy = evaluate_proxy
         self.on_round = on_round
+        # Asked before each round, whose number it is given: whether the rounds are over. It may wait first.
+        self.is_over: Callable[[int], bool] = lambda number: False
+        self.dropped: frozenset[str] = frozenset()  # clients that are not asked, from the next round on
         self.federation_id = ""
         # After the last round, which is not always the one that is published.
         self._committed: ServerState | None = None
@@ -105,7 +106,7 @@ class FederatedServer:
             self.store.read()  # before the lock makes a directory
         with self.store.lock():
             done, stop = self._resume() if resume else self._begin()
-            while done < self.args.num_rounds and not stop:
+            while done < self.args.num_rounds and not (stop or self.is_over(done + 1)):
                 done += 1
                 stop = self._run_round(done, train_clients)
             records = self.store.records()
@@ -117,12 +118,7 @@ class FederatedServer:
 
     def sample_clients(self, number: int) -> list[str]:
         """The clients of a round, uniform without replacement, a function of (seed, round) alone."""
-        clients = list(self.num_examples)
-        count = len(clients)
-        if self.args.clients_per_round is not None:
-            count = min(count, math.ceil(self.args.clients_per_round * (1 + self.args.over_sample)))
-        generator = np.random.default_rng([self.args.seed, number])
-        return [clients[index] for index in sorted(generator.choice(len(clients), count, replace=False))]
+        return draw_clients(self.args, list(self.num_examples), number)
 
     def merged_adapter(self) -> tuple[dict[str, torch.Tensor], PeftConfig]:
         """The server's whole update as one plain adapter: what the adapter's rank can't hold makes its rank larger."""
@@ -162,6 +158,7 @@ class FederatedServer:
         if done is None:
             return self._begin(overwrite=True)  # it was stopped before its first commit
         self.federation_id = then["federation_id"]
+        self.dropped = frozenset(self.store.read_dropped())
         check_resumable(then, self._describe(), self.args)
         state = ServerState.from_tensors(*self.store.load(done))
         check_tensors(state.adapter, self.adapter)
@@ -177,7 +174,8 @@ class FederatedServer:
         """Run and commit a round; returns whether it shall be the last."""
         began = time.perf_counter()
         proxy = self.make_proxy(self.adapter) if self.args.broadcasts else None  # one for all, whatever their number
-        tasks = {client: self._make_task(number, client, proxy) for client in self.sample_clients(number)}
+        drawn, dropped = self.sample_clients(number), self.dropped
+        tasks = {client: self._make_task(number, client, proxy) for client in drawn if client not in dropped}
         updates, rejected = self.admission.collect(tasks, train_clients(list(tasks.values())))
         if len(updates) < self.args.min_clients:
             reasons = "; ".join(f"{client}: {reason}" for client, reason in rejected.items())
@@ -196,6 +194,7 @@ class FederatedServer:
             "bytes_down": sum(cost["bytes_down"] for cost in traffic.values()),
             "bytes_up": sum(update.num_bytes for update in updates.values()),
             "seconds": time.perf_counter() - began,
+            **({"dropped": sorted(dropped)} if dropped else {}),
             **report,
         }
         stop = self._commit(number, record)
@@ -289,8 +288,3 @@ class FederatedServer:
             "packages": {name: version(name) for name in packages},
             "config": config,
         }
-
-
-def make_seed(seed: int, number: int, client: str) -> int:
-    """A client's seed in one round, a function of (seed, round, client) alone."""
-    return int(np.random.SeedSequence([seed, number, zlib.crc32(client.encode())]).generate_state(1)[0] >> 1)

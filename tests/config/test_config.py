@@ -23,7 +23,7 @@ def own_options() -> list[str]:
 
 def test_own_options_stay_few():
     """Raise the bound for an option that earns its place: by a preset, a recipe, or a line of a table where it wins."""
-    assert len(own_options()) <= 42
+    assert len(own_options()) <= 44  # the last two: monitor_port and log_json, which whoever is on call expects
 
 
 @pytest.mark.parametrize("name", own_options())
