@@ -53,7 +53,7 @@ def log_to_file(path: str | os.PathLike, args: Any = None) -> Iterator[None]:
         except OSError as error:
             raise ValueError(f"log_json='{path}' can't be written ({error}). Choose another file.") from None
         handler.setFormatter(_Lines(secrets))
-        loggers = [logging.getLogger(name) for name in LOGGERS]
+        loggers = [logging.getLogger(name) for name in _list_loggers()]
         before = [logger.level for logger in loggers]
         for logger in loggers:
             logger.addHandler(handler)
@@ -67,6 +67,13 @@ def log_to_file(path: str | os.PathLike, args: Any = None) -> Iterator[None]:
                 logger.removeHandler(handler)
                 logger.setLevel(level)
             handler.close()
+
+
+def _list_loggers() -> list[str]:
+    """Those of [`LOGGERS`], and those below them that keep what they log to themselves."""
+    known = [logger for logger in logging.Logger.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+    deaf = [logger.name for logger in known if not logger.propagate and logger.name.startswith("fedlpp_hf.")]
+    return [*LOGGERS, *sorted(deaf)]
 
 
 class _PrivateFile(RotatingFileHandler):

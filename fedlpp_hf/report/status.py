@@ -1,6 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """How a federation stands: from its records on disk, and from the process that runs it, if there is one. No torch is needed."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -58,7 +59,7 @@ def summarize_status(
         if client["state"] == "idle":
             left_out = client["id"] in run["dropped"]
             client["state"] = "dropped" if left_out else "away" if client["here"] is False else "idle"
-    privacy = last.get("privacy") or {}
+    privacy: Mapping[str, Any] = next((record["privacy"] for record in reversed(records) if "privacy" in record), {})
     under_way = run.get("asked", {}).values()
     return {
         "kind": "status",
@@ -109,7 +110,7 @@ def describe_status(status: Mapping[str, Any], choice: MetricChoice | None = Non
             facts.append(f"{label} {name.removeprefix('eval_')} {metrics[name]:.4f}")
     if is_number(status["epsilon"]):
         delta = f" (δ = {status['delta']:g})" if is_number(status["delta"]) else ""
-        facts.append(f"ε = {status['epsilon']:.3g}{delta}")
+        facts.append(f"ε = {math.ceil(100 * status['epsilon']) / 100:.2f}{delta}")  # rounded up
     lines.append(" | ".join(facts))
     if status["clients"]:
         lines += ["", *_tabulate_clients(status["clients"])]

@@ -25,7 +25,7 @@ from .admission import AcceptedUpdate, Admission
 from .best import check_chosen, find_published_round, forget_rounds
 from .owner import Owner
 from .resume import check_resumable
-from .sampling import draw_clients, make_seed
+from .sampling import make_seed, sample_clients
 from .state import ServerState
 from .step import MeanUpdate, check_owner, is_variate_used, take_step
 from .store import RoundStore
@@ -118,7 +118,7 @@ class FederatedServer:
 
     def sample_clients(self, number: int) -> list[str]:
         """The clients of a round, uniform without replacement, a function of (seed, round) alone."""
-        return draw_clients(self.args, list(self.num_examples), number)
+        return sample_clients(self.args, list(self.num_examples), number)
 
     def merged_adapter(self) -> tuple[dict[str, torch.Tensor], PeftConfig]:
         """The server's whole update as one plain adapter: what the adapter's rank can't hold makes its rank larger."""

@@ -22,8 +22,8 @@ from ..processes.monitor import serve_monitor
 from ..report.exposition import render_metrics
 from ..report.json_log import log_to_file
 from ..report.status import summarize_status
+from ..server.dropping import check_dropped
 from ..server.loop import FederatedServer
-from ..server.sampling import check_dropped
 from ..server.store import RoundStore
 from ..wire.messages import ClientTask
 
@@ -94,6 +94,10 @@ class Steering:
             self._listening = True
             try:
                 yield
+            except BaseException as error:
+                # For the file of `log_json`; whoever runs the process sees the error itself.
+                logger.info(f"The run ends early: {type(error).__name__}: {error}", exc_info=True)
+                raise
             finally:
                 self._listening = False
 
@@ -154,7 +158,7 @@ class Steering:
                 f"Round {record['round']} is committed: {len(record['clients'])} updates, {len(record['rejected'])} refused"
             )
         for client, reason in record["rejected"].items():
-            logger.warning(f"Round {record['round']}: client {client!r} was refused: {reason}")
+            logger.info(f"Round {record['round']}: client {client!r} was refused: {reason}")
 
     def finish(self) -> None:
         """The rounds are over; what follows is the merge, the audit and the report."""
@@ -182,7 +186,7 @@ class Steering:
             if not isinstance(client, str) or not isinstance(undo, bool):
                 raise ValueError("`drop` needs a `client`, which is text, and perhaps `undo`, true or false.")
             return self.drop(client, undo)
-        if command not in commands:
+        if not isinstance(command, str) or command not in commands:
             raise ValueError(f"{command!r:.40} is no command; expected drop, {', '.join(commands)}.")
         answer = commands[command]()
         if command != "status":

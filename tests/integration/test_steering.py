@@ -3,7 +3,6 @@
 
 import json
 import os
-import socket
 import stat
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from fedlpp_hf import RoundStore
 from fedlpp_hf.cli.main import main
 from fedlpp_hf.processes.control import KEY_FILE, SOCKET_FILE
 from fedlpp_hf.tensors.adapters import read_adapter
-from tests.helpers import ROOT, assert_equal
+from tests.helpers import ROOT, assert_equal, find_free_port
 
 
 TOKEN = "hf_" + "s3cret" * 5
@@ -36,12 +35,6 @@ def command(capsys):
         return code, output.out, output.err
 
     return run
-
-
-def find_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def fetch(port, path) -> str:
