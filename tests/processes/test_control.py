@@ -128,9 +128,9 @@ def test_callers_that_say_nothing_keep_nobody_waiting(directory):
 
 def test_one_process_answers_for_a_directory(directory):
     with answer_commands(directory, handle):
-        with pytest.raises(ValueError, match="Another process is running a federation in"):
-            with answer_commands(directory, handle):
-                pass
+        refused = pytest.raises(ValueError, match="Another process is running a federation in")
+        with refused, answer_commands(directory, handle):
+            pass
         assert ask(directory, "status")  # the first one goes on
     with answer_commands(directory, handle):
         assert ask(directory, "status")

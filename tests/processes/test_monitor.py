@@ -60,9 +60,9 @@ def test_only_loopback_is_listened_on():
 
 def test_taken_port_is_an_error():
     with serve_monitor(0, lambda: (True, ""), str) as port:
-        with pytest.raises(ValueError, match=f"monitor_port={port}: 127.0.0.1:{port} can't be listened on"):
-            with serve_monitor(port, lambda: (True, ""), str):
-                pass
+        refused = pytest.raises(ValueError, match=f"monitor_port={port}: 127.0.0.1:{port} can't be listened on")
+        with refused, serve_monitor(port, lambda: (True, ""), str):
+            pass
 
 
 def test_callers_are_bounded_and_silent_ones_give_up(monkeypatch):

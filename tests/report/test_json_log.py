@@ -93,15 +93,14 @@ def test_loggers_that_keep_to_themselves_are_heard(tmp_path):
 
 
 def test_one_process_a_file(tmp_path):
-    with log_to_file(tmp_path / "log"):
-        with pytest.raises(ValueError, match="another process writes there. Give each process a file of its own"):
-            with log_to_file(tmp_path / "log"):
-                pass
+    refused = pytest.raises(ValueError, match="another process writes there. Give each process a file of its own")
+    with log_to_file(tmp_path / "log"), refused, log_to_file(tmp_path / "log"):
+        pass
     with log_to_file(tmp_path / "log"):
         pass
-    with pytest.raises(ValueError, match="log_json='.*' can't be written"):
-        with log_to_file(tmp_path / "log" / "below-a-file"):
-            pass
+    refused = pytest.raises(ValueError, match="log_json='.*' can't be written")
+    with refused, log_to_file(tmp_path / "log" / "below-a-file"):
+        pass
 
 
 def test_levels_and_handlers_are_as_before(tmp_path):
