@@ -7,8 +7,10 @@
 import contextlib
 import fcntl
 import logging
+import selectors
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from . import local_socket
 
 KEY_FILE = "control.key"
 SOCKET_FILE = "control.sock"
-_WAKE_SECONDS = 0.2  # closing a socket does not wake the thread that waits for callers
+_AGAIN_SECONDS = 0.2
 _MOST_CALLERS = 16  # at a time
 
 Handle = Callable[[dict[str, Any]], Mapping[str, Any]]
@@ -60,13 +62,14 @@ def answer_commands(directory: Path, handle: Handle) -> Iterator[None]:
             logger.warning(f"No command reaches this process: there can be no socket in `{directory}` ({error}).")
             yield
             return
-        over = threading.Event()
-        thread = threading.Thread(target=_accept, args=(listener, key, handle, over), daemon=True)
+        ours, theirs = socket.socketpair()  # closing a listener does not wake the thread that waits for callers
+        stack.enter_context(theirs)
+        thread = threading.Thread(target=_accept, args=(listener, theirs, key, handle), daemon=True)
         thread.start()
         try:
             yield
         finally:
-            over.set()
+            ours.close()
             thread.join()
 
 
@@ -106,22 +109,26 @@ def ask(directory: Path, command: str, timeout: float = local_socket.CALL_TIMEOU
     return answer["answer"]
 
 
-def _accept(listener: socket.socket, key: bytes, handle: Handle, over: threading.Event) -> None:
-    listener.settimeout(_WAKE_SECONDS)
+def _accept(listener: socket.socket, over: socket.socket, key: bytes, handle: Handle) -> None:
+    """Take callers until the other end of `over` is closed."""
     places = threading.Semaphore(_MOST_CALLERS)
-    while not over.is_set():
-        try:
-            connection, _ = listener.accept()
-        except TimeoutError:
-            continue
-        except OSError as error:  # out of descriptors, or a caller that has gone
-            logger.warning(f"A caller could not be heard ({error}).")
-            over.wait(_WAKE_SECONDS)
-            continue
-        if places.acquire(blocking=False):
-            threading.Thread(target=_answer, args=(connection, key, handle, places), daemon=True).start()
-        else:
-            connection.close()
+    listener.setblocking(False)
+    with selectors.DefaultSelector() as selector:
+        for end in (listener, over):
+            selector.register(end, selectors.EVENT_READ)
+        while over not in [ready.fileobj for ready, _ in selector.select()]:
+            try:
+                connection, _ = listener.accept()
+            except BlockingIOError:  # the caller has gone
+                continue
+            except OSError as error:  # out of descriptors, perhaps
+                logger.warning(f"A caller could not be heard ({error}).")
+                time.sleep(_AGAIN_SECONDS)
+                continue
+            if places.acquire(blocking=False):
+                threading.Thread(target=_answer, args=(connection, key, handle, places), daemon=True).start()
+            else:
+                connection.close()
 
 
 def _answer(connection: socket.socket, key: bytes, handle: Handle, places: threading.Semaphore) -> None:
