@@ -44,8 +44,6 @@ class Steering:
     def __init__(self, args: FederatedConfig):
         self.args = args
         self.store = RoundStore(args.output_dir)
-        self.server: FederatedServer | None = None
-        self.records: list[dict[str, Any]] = []
         self._change = threading.Condition()
         self._listening = False
         self._find_network: Callable[[], Mapping[str, Any]] | None = None
@@ -55,6 +53,8 @@ class Steering:
     def _reset(self) -> None:
         self._since = datetime.now().astimezone().isoformat(timespec="seconds")
         self._loop = threading.current_thread()
+        self.server: FederatedServer | None = None
+        self.records: list[dict[str, Any]] = []
         self._phase, self._number = "starting", 0
         self._pausing = self._stopping = self._begun = False
         self._durations: deque[float] = deque(maxlen=_ROUNDS_TIMED)

@@ -1,6 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """`status`, `stop`, `pause`, `resume` and `drop` as commands: what they print, and their exit codes."""
 
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import pytest
 
 from fedlpp_hf.processes.control import KEY_FILE, answer_commands
+from fedlpp_hf.trainer.steering import Steering
 from tests.helpers import ROOT, assert_fails_in_one_line
 from tests.server.small_server import answer_all, make_server
 
@@ -36,6 +38,23 @@ def test_json_keys_are_those_of_the_page(run, finished):
     [row] = [line for line in page.splitlines() if line.startswith("| `status`")]
     status = json.loads(run("status", finished, "--json")[1])
     assert [name for name in [*status, *status["clients"][0]] if f"`{name}`" not in row] == []
+
+
+def test_watch_follows_until_the_run_ends(run, finished, monkeypatch):
+    waits = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(answer_commands(finished / "_federation", Steering(make_server(finished).args).handle))
+
+        def wait(seconds):
+            waits.append(seconds)
+            if len(waits) == 2:
+                stack.close()
+
+        monkeypatch.setattr("fedlpp_hf.cli.status.time.sleep", wait)
+        code, out, _ = run("status", finished, "--watch", "7")
+    assert code == 0 and waits == [7, 7]
+    assert out.count("starting; 2 of 2 rounds committed") == 2 and out.count("no process is running it") == 1
+    assert "\x1b" not in out  # it is no terminal
 
 
 def allow_interrupts():
