@@ -1,6 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Builders that more than one test file uses."""
 
+import socket
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -438,6 +439,13 @@ FINGERPRINT = "a" * 64  # of a base that is only a manifest
 
 
 CLIENTS = [f"site-{number}" for number in range(3)]
+
+
+def find_free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def run_in_process(config, rows, output_dir, failures=(), flags=(), clients=CLIENTS):

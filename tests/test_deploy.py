@@ -1,7 +1,10 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""The image and the compose file, as far as a machine without Docker can tell."""
+"""The image, the compose file and the systemd units, as far as a machine without Docker can tell."""
 
 import re
+import shlex
+import shutil
+import subprocess
 
 import pytest
 import yaml
@@ -130,3 +133,84 @@ def test_page_names_every_variable():
     page = page.partition("\n## ")[0]
     for name in {match[0] for match in VARIABLE.findall((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))}:
         assert f"`{name}`" in page or name.startswith("CLIENT_B"), name
+
+
+# --- systemd
+UNITS = {side: DEPLOY / f"fedlpp-{side}.service" for side in ("server", "client")}
+INSTALLED = "/opt/fedlpp_hf/bin/fedlpp-hf"
+ENVIRONMENT = {
+    "SERVER_HOSTS": "fl.example.org",
+    "CLIENT_ID": "clinic-a",
+    "SERVER": "fl.example.org:8000",
+    "ROWS": "/srv/rows.jsonl",
+}
+
+
+def read_unit(side: str) -> dict[str, list[str]]:
+    """The settings of a unit; one that stands there twice has two values."""
+    settings: dict[str, list[str]] = {}
+    for line in UNITS[side].read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
+        if "=" in line and not line.startswith("#"):
+            name, _, value = line.partition("=")
+            settings.setdefault(name, []).append(value)
+    return settings
+
+
+def read_unit_command(side: str) -> list[str]:
+    """The words of the command that the unit runs, after its shell."""
+    [command] = read_unit(side)["ExecStart"]
+    command = command.replace("$$resume", "true").replace("%S", "/var/lib")
+    for name, value in ENVIRONMENT.items():
+        command = command.replace(f"$${name}", value).replace(f"${{{name}}}", value)
+    assert "$" not in command and "%" not in command
+    words = shlex.split(command)
+    if words[0] == "/bin/sh":
+        words = shlex.split(words[2].rpartition("exec ")[2])
+    assert words[0] == INSTALLED
+    return words[1:]
+
+
+@pytest.mark.parametrize("side", UNITS)
+def test_unit_runs_its_command(side):
+    arguments = parse_arguments(read_unit_command(side))
+    assert not arguments.insecure and arguments.state_dir == f"/var/lib/fedlpp-{side}"
+    flags = dict(zip(arguments.flags[::2], arguments.flags[1::2], strict=True))
+    assert flags["--log_json"].startswith(arguments.state_dir)
+    if side == "server":
+        assert (
+            arguments.hosts == ["fl.example.org"]
+            and arguments.client_keys
+            and flags["--resume_from_checkpoint"] == "true"
+        )
+        assert flags["--output_dir"] == "/var/lib/fedlpp-server/out"  # as the shell looks for it
+        assert "test -e out/_federation/federation.json" in read_unit(side)["ExecStart"][0]
+    else:
+        assert arguments.client_id == "clinic-a" and arguments.certificate == "/etc/fedlpp/ca.crt"
+
+
+@pytest.mark.parametrize("side", UNITS)
+def test_unit_has_no_more_rights_than_it_needs(side):
+    unit = read_unit(side)
+    expected = {
+        "User": "fedlpp", "NoNewPrivileges": "yes", "CapabilityBoundingSet": "", "ProtectSystem": "strict", "ProtectHome": "yes",
+        "PrivateTmp": "yes", "PrivateDevices": "yes", "RestrictNamespaces": "yes", "RestrictSUIDSGID": "yes", "UMask": "0077",
+        "StateDirectoryMode": "0700", "SystemCallFilter": "@system-service", "ProtectProc": "invisible",
+    }  # fmt: skip
+    assert {name: unit[name] for name in expected} == {name: [value] for name, value in expected.items()}
+    # Both share /tmp with nobody, and the trainer's socket is not there either.
+    assert f"XDG_RUNTIME_DIR=%t/{unit['RuntimeDirectory'][0]}" in unit["Environment"]
+    assert "2" in unit["RestartPreventExitStatus"][0].split() and "143" in unit["SuccessExitStatus"][0].split()
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+@pytest.mark.parametrize("side", UNITS)
+def test_systemd_takes_the_unit(side, tmp_path):
+    copy = tmp_path / UNITS[side].name
+    copy.write_text(UNITS[side].read_text(encoding="utf-8").replace(INSTALLED, "/bin/true"), encoding="utf-8")
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(copy)], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    exposure = ["systemd-analyze", "security", "--offline=true", "--threshold=20", "--no-pager", str(copy)]
+    done = subprocess.run(exposure, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout  # 2.0 of 10, 10 being no protection at all

@@ -14,7 +14,10 @@ from .command import Command, CommandParser, fail, use_underscores
 
 
 # The files of this folder that define a command, in the order of `fedlpp-hf --help`.
-COMMANDS = ("merge", "quantize", "inspect", "advise", "audit", "trace", "push", "server", "client")
+COMMANDS = (
+    "merge", "quantize", "inspect", "advise", "audit", "trace", "push", "server", "client", "status", "pause", "resume", "stop",
+    "drop",
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:

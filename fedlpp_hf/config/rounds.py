@@ -35,7 +35,7 @@ class RoundOptions:
             "partition": "partition",
             "broadcast": "broadcast",
         },
-        free=("round_timeout",),
+        free=("round_timeout", "min_clients"),
         beside={"round_timeout": None},
     )
 

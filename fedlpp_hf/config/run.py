@@ -16,6 +16,8 @@ class RunOptions:
         client_workers: Processes that train a round's clients in parallel on this machine. 1 trains them in this one.
         merge: At the end, write the merged full model to `output_dir/_merged`.
         overwrite: Delete a federation that `output_dir` already holds.
+        monitor_port: Port of 127.0.0.1 for `/healthz` and Prometheus' `/metrics`; None for neither.
+        log_json: File for the log as lines of JSON, rotated at 10 MB; None for none.
     """
 
     FACTS: ClassVar[OptionFacts] = OptionFacts(
@@ -24,8 +26,17 @@ class RunOptions:
             "client_workers",
             "merge",
             "overwrite",
+            "monitor_port",
+            "log_json",
         ),
-        beside={"full_model": None, "client_workers": 1, "merge": False, "overwrite": True},
+        beside={
+            "full_model": None,
+            "client_workers": 1,
+            "merge": False,
+            "overwrite": True,
+            "monitor_port": None,
+            "log_json": None,
+        },
     )
 
     full_model: str | None = field(
@@ -46,6 +57,19 @@ class RunOptions:
         default=True, metadata={"help": "At the end, write the merged full model to output_dir/_merged."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Delete a federation that `output_dir` already holds."})
+    monitor_port: int | None = field(
+        default=None,
+        metadata={
+            "help": "Port of 127.0.0.1 on which the process that runs the rounds serves /healthz and /metrics (Prometheus)."
+        },
+    )
+    log_json: str | None = field(
+        default=None,
+        metadata={
+            "help": "File for the log as lines of JSON, beside the usual one: 10 MB, and five older files. Each process "
+            "needs a file of its own."
+        },
+    )
 
     def check(self) -> None:
         """
@@ -53,3 +77,5 @@ class RunOptions:
             ValueError: naming the option that is out of range.
         """
         check_positive(self, "client_workers")
+        if self.monitor_port is not None and not 0 < self.monitor_port < 65536:
+            raise ValueError(f"monitor_port={self.monitor_port}; expected a number from 1 to 65535.")

@@ -16,6 +16,7 @@ from .certificates import NODE_PUBLIC_KEY, check_authority, make_node_key
 from .client_settings import ClientSettings
 from .environment import check_flower, make_environment
 from .local_trainer import stop_trainer
+from .log_files import keep_small
 from .peers import read_peers
 from .process_group import exit_on_sigterm, run_group
 
@@ -111,7 +112,8 @@ def run_client(
     exit_on_sigterm()
     with contextlib.suppress(KeyboardInterrupt):
         try:
-            _keep_running(command, settings)
+            with keep_small(state / "supernode.log", settings.log_file):
+                _keep_running(command, settings)
             return 0
         finally:
             stop_trainer(settings)

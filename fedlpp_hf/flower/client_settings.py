@@ -7,7 +7,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .local_socket import find_private_directory
+from ..processes.local_socket import find_private_directory
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,8 @@ def make_client_trainer(settings: ClientSettings, base_dir: str | os.PathLike) -
             f"The base in `{base_dir}` contains {len(exposed)} linear layers in full precision ({exposed[0]}); this client "
             "rejects it. Ask the owner for a base exported with fewer `embedding_bits`."
         )
-    overrides = options_beside(FederatedConfig) | {
+    overrides = {name: value for name, value in options_beside(FederatedConfig).items() if name != "log_json"}
+    overrides |= {
         "output_dir": str(Path(settings.state_dir) / "trainer"),
         "clients_per_round": None,  # and the next: of the federation, which has more clients than are here
         "min_clients": 1,

@@ -171,6 +171,21 @@ class FlowerClients:
             if client in unanswered:
                 yield client, reasons[client]
 
+    def attend(self) -> None:
+        """Take in who comes and goes while no round is under way."""
+        self._guests.attend()
+
+    def find_network(self) -> dict[str, Any]:
+        """Who is connected and has the base (`here`), and which nodes are refused (`refused_nodes`, with the reasons).
+
+        Safe to call in another thread.
+        """
+        rejected = dict(self._guests.rejected)
+        return {
+            "here": list(dict(self._guests.nodes)),
+            "refused_nodes": {str(node): reason for node, reason in rejected.items()},
+        }
+
     def _wait_for_guests(self, clients: set[str]) -> None:
         """Let clients that have just come back describe themselves before the round's tasks are sent."""
         deadline = time.monotonic() + self.network.lost_timeout

@@ -16,11 +16,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import local_socket
+from ..processes import local_socket
+from ..processes.local_socket import CALL_TIMEOUT
 from .base_transfer import read_fingerprint
 from .client_settings import ClientSettings
 from .errors import SayableError
-from .local_socket import CALL_TIMEOUT
 from .process_group import runs_command
 
 

@@ -94,14 +94,15 @@ def run_federation(grid: Grid, config: str, flags: list[str], keys: ClientKeys |
     clients = FlowerClients(
         grid, network, bases, limit, round_timeout=args.round_timeout, keys=keys, hides_rows=secure
     )
-    if args.resume_from_checkpoint and store.latest() is not None:
-        # The same clients as at the start, whoever is connected now: sampling depends on them.
-        known = store.read()["clients"]
-        num_examples = clients.gather(len(known), at_least=args.min_clients, known=known)
-    else:
-        num_examples = clients.gather(args.num_clients)
-    train = sum_over_flower(args, trainer.guard.initial, clients) if secure else clients.train
-    trainer.train_remotely(train, num_examples, args.resume_from_checkpoint)
+    with trainer.steering.listen(clients.find_network, clients.attend):
+        if args.resume_from_checkpoint and store.latest() is not None:
+            # The same clients as at the start, whoever is connected now: sampling depends on them.
+            known = store.read()["clients"]
+            num_examples = clients.gather(len(known), at_least=args.min_clients, known=known)
+        else:
+            num_examples = clients.gather(args.num_clients)
+        train = sum_over_flower(args, trainer.guard.initial, clients) if secure else clients.train
+        trainer.train_remotely(train, num_examples, args.resume_from_checkpoint)
 
 
 def _find_bases(trainer: Any, network: "NetworkConfig", directory: Path, keys: ClientKeys | None) -> Bases:

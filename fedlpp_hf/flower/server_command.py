@@ -20,6 +20,7 @@ from .addresses import (
 )
 from .certificates import CA_CERTIFICATE, SERVER_CERTIFICATE, SERVER_KEY, make_certificates
 from .environment import check_flower, make_environment
+from .log_files import keep_small
 from .process_group import exit_on_sigterm, run_group
 from .superlink_control import register_clients, run_app, watch_keys, write_app
 
@@ -95,8 +96,9 @@ def run_server(
     write_app(state, connection, config, flags, client_keys)
     environment = make_environment(state)
     exit_on_sigterm()
-    with run_group(command, environment, state / "superlink.log", state / SUPERLINK_PID) as superlink:
-        wait_for_port(port, superlink, state / "superlink.log", own)
+    log = state / "superlink.log"
+    with keep_small(log), run_group(command, environment, log, state / SUPERLINK_PID) as superlink:
+        wait_for_port(port, superlink, log, own)
         if client_keys is not None:
             register_clients(state, client_keys, environment)
         address = str(Address(hosts[0], port))

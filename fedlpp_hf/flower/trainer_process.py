@@ -16,7 +16,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from . import local_socket
+from ..processes import local_socket
+from ..report.json_log import log_to_file
 from .client_settings import ClientSettings
 from .client_trainer import answer_sum, describe_trainer, make_client_trainer, name_answer, train_task
 from .errors import describe_error
@@ -90,7 +91,8 @@ def main(argv: list[str] | None = None) -> None:
     settings = ClientSettings.read(args.settings)
     trainer = make_client_trainer(settings, args.base)
     if trainer.is_world_process_zero():
-        TrainerService(settings, trainer).serve()
+        with log_to_file(trainer.args.log_json, trainer.args) if trainer.args.log_json else contextlib.nullcontext():
+            TrainerService(settings, trainer).serve()
     else:
         trainer.follow()
     trainer.end()  # a rank whose process group nobody destroyed can abort while it exits

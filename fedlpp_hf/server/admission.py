@@ -64,6 +64,7 @@ class Admission:
         # from its run's begin to its answer, None without one.
         self.traffic: dict[str, dict[str, Any]] = {}
         self.report: dict[str, Any] = {}  # what else the round's record says of its updates
+        self.rejected: dict[str, str] = {}  # of the round under way, with the reasons
         self._began: dict[str, float] = {}
 
     def begin(self, client_id: str) -> None:
@@ -85,6 +86,7 @@ class Admission:
         }
         accepted: dict[str, AcceptedUpdate] = {}
         rejected: dict[str, str] = {}
+        self.rejected = rejected
         # Poisson sampling may ask more than `clients_per_round` as well.
         wanted = (self.args.over_sample and self.args.clients_per_round) or len(tasks)
         for answer in answers:

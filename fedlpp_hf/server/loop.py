@@ -78,6 +78,9 @@ class FederatedServer:
         self.owner = owner
         self.evaluate_proxy = evaluate_proxy
         self.on_round = on_round
+        # Asked before each round, whose number it is given: whether the rounds are over. It may wait first.
+        self.is_over: Callable[[int], bool] = lambda number: False
+        self.dropped: frozenset[str] = frozenset()  # clients that are not asked, from the next round on
         self.federation_id = ""
         # After the last round, which is not always the one that is published.
         self._committed: ServerState | None = None
@@ -106,7 +109,7 @@ class FederatedServer:
             self.store.read()  # before the lock makes a directory
         with self.store.lock():
             done, stop = self._resume() if resume else self._begin()
-            while done < self.args.num_rounds and not stop and (self.dp is None or self.dp.affords_round(done + 1)):
+            while done < self.args.num_rounds and not (stop or self.is_over(done + 1) or self._is_spent(done + 1)):
                 done += 1
                 stop = self._run_round(done, train_clients)
             records = self.store.records()
@@ -140,6 +143,9 @@ class FederatedServer:
             return None
         return restore_tensors(self.make_proxy(self._committed.adapter))
 
+    def _is_spent(self, number: int) -> bool:
+        return self.dp is not None and not self.dp.affords_round(number)
+
     def _begin(self, overwrite: bool = False) -> tuple[int, bool]:
         self.federation_id = secrets.token_hex(8)
         self.store.create(self._describe(), overwrite or self.args.overwrite)
@@ -162,6 +168,7 @@ class FederatedServer:
         if done is None:
             return self._begin(overwrite=True)  # it was stopped before its first commit
         self.federation_id = then["federation_id"]
+        self.dropped = frozenset(self.store.read_dropped())
         check_resumable(then, self._describe(), self.args)
         state = ServerState.from_tensors(*self.store.load(done))
         check_tensors(state.adapter, self.adapter)
@@ -179,7 +186,8 @@ class FederatedServer:
         """Run and commit a round; returns whether it shall be the last."""
         began = time.perf_counter()
         proxy = self.make_proxy(self.adapter) if self.args.broadcasts else None  # one for all, whatever their number
-        tasks = {client: self._make_task(number, client, proxy) for client in self.sample_clients(number)}
+        drawn, dropped = self.sample_clients(number), self.dropped
+        tasks = {client: self._make_task(number, client, proxy) for client in drawn if client not in dropped}
         updates, rejected = self.admission.collect(tasks, train_clients(list(tasks.values())) if tasks else ())
         if len(updates) < self.args.min_clients and self.dp is None:
             reasons = "; ".join(f"{client}: {reason}" for client, reason in rejected.items())
@@ -199,6 +207,7 @@ class FederatedServer:
             "bytes_up": sum(update.num_bytes for update in updates.values()),
             "seconds": time.perf_counter() - began,
             **self.admission.report,
+            **({"dropped": sorted(dropped)} if dropped else {}),
             **report,
         }
         stop = self._commit(number, record)

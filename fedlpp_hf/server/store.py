@@ -1,5 +1,8 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""A federation's state on disk: rounds that are committed whole or not at all."""
+"""A federation's state on disk: rounds that are committed whole or not at all.
+
+Its records are read without torch: `fedlpp-hf status` must not wait for it.
+"""
 
 import fcntl
 import hashlib
@@ -12,22 +15,22 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from peft import PeftConfig
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-
-from ..tensors.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter, write_adapter
 from ..tensors.atomic import hash_file, sync_path, write_atomically
+from ..tensors.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig
 
 FEDERATION_DIR = "_federation"  # `push_to_hub` skips names that begin with an underscore
 FEDERATION_FILE = "federation.json"
 ROUND_FILE = "round.json"
 SERVER_STATE = "server_state.safetensors"
 ROUND_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, SERVER_STATE)  # and the record, which has their digests
+DROPPED_FILE = "dropped.json"
 LOCK_FILE = "lock"
 SCHEMA_VERSION = 2
 _ADVICE = "Delete that round's directory, and those of later rounds, to resume from the round before it."
@@ -94,6 +97,7 @@ class RoundStore:
                 )
             if (self.root / "rounds").exists():
                 shutil.rmtree(self.root / "rounds")
+        (self.root / DROPPED_FILE).unlink(missing_ok=True)  # of the federation before
         written = {"schema": SCHEMA_VERSION, **federation}
         _write_json(self.root / FEDERATION_FILE, written | {"sha256": _digest_record(written)})
 
@@ -116,15 +120,34 @@ class RoundStore:
             raise ValueError(f"`{path}` is damaged or was changed by hand. Restore it, or start another federation.")
         return federation
 
+    def write_dropped(self, clients: Iterable[str]) -> None:
+        """Keep the ids of the clients that the owner has dropped: on disk at once, so that a restart knows them."""
+        written = {"clients": sorted(clients)}
+        _write_json(self.root / DROPPED_FILE, written | {"sha256": _digest_record(written)})
+
+    def read_dropped(self) -> list[str]:
+        """What [`write_dropped`] wrote last; nothing without it.
+
+        Raises:
+            ValueError: if it is damaged.
+        """
+        path = self.root / DROPPED_FILE
+        if not path.is_file():
+            return []
+        written = _read_json(path)
+        if written.pop("sha256", None) != _digest_record(written):
+            raise ValueError(f"`{path}` is damaged or was changed by hand. Delete it, and drop those clients again.")
+        return written["clients"]
+
     def round_dir(self, number: int) -> Path:
         return self.root / "rounds" / f"round-{number:05d}"
 
     def commit(
         self,
         number: int,
-        adapter: Mapping[str, torch.Tensor],
-        peft_config: PeftConfig,
-        server_state: Mapping[str, torch.Tensor],
+        adapter: Mapping[str, "torch.Tensor"],
+        peft_config: "PeftConfig",
+        server_state: Mapping[str, "torch.Tensor"],
         record: Mapping[str, Any],
     ) -> None:
         """Write a round: an adapter as a PEFT repository, the server's state, and last its record, the commit mark.
@@ -136,6 +159,10 @@ class RoundStore:
             server_state: What else the server carries on.
             record: For `round.json`.
         """
+        from safetensors.torch import save_file
+
+        from ..tensors.adapters import write_adapter
+
         directory = self.round_dir(number)
         shutil.rmtree(directory, ignore_errors=True)  # left by a run that died before its commit mark
         write_adapter(directory, adapter, peft_config)
@@ -153,12 +180,17 @@ class RoundStore:
         names = [path.parent.name.removeprefix("round-") for path in self.root.glob(f"rounds/round-*/{ROUND_FILE}")]
         return max((int(name) for name in names if name.isdecimal()), default=None)
 
-    def load(self, number: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def load(self, number: int) -> tuple[dict[str, "torch.Tensor"], dict[str, "torch.Tensor"]]:
         """Adapter and server state of a committed round.
 
         Raises:
             ValueError: if a file is damaged, be it by one bit, or [`forget`] has deleted them.
         """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        from ..tensors.adapters import read_adapter
+
         directory = self.round_dir(number)
         try:
             files = self._read_record(number)["files"]
@@ -210,8 +242,10 @@ class RoundStore:
             )
         return record
 
-    def publish(self, adapter: Mapping[str, torch.Tensor], peft_config: PeftConfig) -> None:
+    def publish(self, adapter: Mapping[str, "torch.Tensor"], peft_config: "PeftConfig") -> None:
         """Make `output_dir` itself a PEFT repository of the server's adapter."""
+        from ..tensors.adapters import write_adapter
+
         staging = self.root / "publish"
         write_adapter(staging, adapter, peft_config)
         for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):

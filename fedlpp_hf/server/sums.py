@@ -42,7 +42,7 @@ class SumAdmission(Admission):
             self.forget()
             self.updates_dir.mkdir(parents=True)
             header = self._open(file, tasks, answers)
-        self.traffic, self.report = header["traffic"], header["report"]
+        self.traffic, self.report, self.rejected = header["traffic"], header["report"], header["rejected"]
         if not header["clients"]:
             return {}, header["rejected"]
         delta = TensorFile(file)

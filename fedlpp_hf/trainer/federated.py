@@ -42,6 +42,7 @@ from .ranks import RanksMixin, check_launch
 from .rounds import Rounds
 from .rows import RowsMixin
 from .secure_rounds import sum_in_process
+from .steering import Steering
 from .tracked_run import TrackedRun
 from .workers import WorkersMixin
 
@@ -101,6 +102,7 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, WorkersMixin, Publish
             raise ValueError("`peft_config` is missing: say which adapter to train, e.g. LoraConfig(r=8).")
         args = copy.copy(args)
         self.server: FederatedServer | None = None
+        self.steering = Steering(args)
         self.users_callbacks = list(callbacks or [])
         self.raw_datasets = partition_clients(train_dataset, args)
         if is_sentence_trainer(type(self)) and args.partition not in LABELS:
@@ -216,20 +218,28 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, WorkersMixin, Publish
 
         def on_round(record: dict[str, Any]) -> bool:
             reporter.on_round(record)
+            self.steering.on_round(record)
             return rounds.on_round(record)
 
         def train_and_report(tasks: list[ClientTask]) -> Iterator[ClientUpdate | ClientFailure | RoundSum]:
+            self.steering.begin_round(tasks)
             for answer in rounds.follow(train_clients)(tasks):
+                for client in list_answered(answer):
+                    self.steering.end_client(client)
                 yield answer
                 for client in list_answered(answer):
                     reporter.on_client(client)
 
         self.server = self._make_server(num_examples, on_round)
-        rounds.start_clock = self.server.admission.begin
-        with reporter:
+        rounds.start_clock = self.steering.begin_client
+        if resume:
+            self.server.store.read()  # before a directory is made
+        with self.steering.listen(), reporter:
+            self.steering.follow(self.server, resume)
             rounds.begin()
             try:
                 records = self.server.run(train_and_report, resume)
+                self.steering.finish()
                 self.share("hold", lambda: encode_message("adapter", {}, self._client_adapter()))
                 self.share("stop")
                 output = rounds.finish(records)

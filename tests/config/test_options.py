@@ -39,7 +39,7 @@ def test_what_no_result_depends_on_is_free_on_resume():
     free = free_options(FederatedConfig)
     for group in (AuditOptions, RunOptions):
         assert {entry.name for entry in fields(group)} <= free
-    assert {"output_dir", "report_to", "hub_token", "round_timeout"} <= free
+    assert {"output_dir", "report_to", "hub_token", "round_timeout", "min_clients"} <= free
     changes_results = {"seed", "learning_rate", "max_steps", "num_rounds", "partition", "broadcast", "update_bits"}
     assert not free & (changes_results | {"base_bits", "adapter_bits", "aggregation", "robust", "server_optimizer"})
 

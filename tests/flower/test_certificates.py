@@ -13,8 +13,9 @@ pytest.importorskip("cryptography", reason="needs the extra `flower`")
 
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
-from fedlpp_hf.flower import certificates, local_socket
+from fedlpp_hf.flower import certificates
 from fedlpp_hf.flower.certificates import check_authority, make_certificates, make_node_key
+from fedlpp_hf.processes import local_socket
 
 
 FILES = ["ca.crt", "ca.key", "server.crt", "server.key"]

@@ -13,9 +13,10 @@ from dataclasses import replace
 
 import pytest
 
-from fedlpp_hf.flower import local_socket, local_trainer
+from fedlpp_hf.flower import local_trainer
 from fedlpp_hf.flower.local_trainer import TRAINER, ask_trainer, call_trainer, find_trainer, stop_trainer
 from fedlpp_hf.flower.process_group import runs_command
+from fedlpp_hf.processes import local_socket
 
 
 class TestTrainerProcess:

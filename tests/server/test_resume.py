@@ -10,8 +10,9 @@ from peft import LoraConfig
 
 from fedlpp_hf.server.resume import read_resume
 from fedlpp_hf.server.store import FEDERATION_FILE, RoundStore
+from fedlpp_hf.wire.messages import ClientFailure
 
-from .small_server import CLIENTS, KEY_B, answer_all, make_server
+from .small_server import CLIENTS, KEY_B, answer, answer_all, make_server
 
 
 @pytest.fixture
@@ -131,3 +132,14 @@ def test_other_paths_are_refused(output_dir, monkeypatch, value, message):
     (output_dir.parent / "other").mkdir()
     with pytest.raises(ValueError, match=message):
         read_resume(value, RoundStore("out"))
+
+
+def test_a_round_that_lacked_clients_is_resumed_with_fewer(tmp_path):
+    """No result depends on `min_clients`; without this, one client that is gone for good would end the federation."""
+
+    def lose_one(tasks):
+        return [ClientFailure("c", "gone") if task.client_id == "c" else answer(task) for task in tasks]
+
+    with pytest.raises(RuntimeError, match="Round 1 has 2 acceptable updates; min_clients=3"):
+        make_server(tmp_path, min_clients=3).run(lose_one)
+    assert len(make_server(tmp_path, min_clients=2).run(lose_one, resume=True)) == 3

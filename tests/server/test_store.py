@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors import torch as safetensors_torch
 
-from fedlpp_hf.server import store as store_module
 from fedlpp_hf.server.store import (
     FEDERATION_DIR,
     FEDERATION_FILE,
@@ -77,7 +77,7 @@ class Saboteur:
         monkeypatch.setattr(os, "fsync", self.wrap(os.fsync))
         for name in ("write_text", "write_bytes"):
             monkeypatch.setattr(Path, name, self.wrap(getattr(Path, name), lambda path, *_, **__: write_half(path)))
-        for module in (adapters, store_module):
+        for module in (adapters, safetensors_torch):
             half = self.wrap(module.save_file, lambda _, path, **__: write_half(path))
             monkeypatch.setattr(module, "save_file", half)
 

@@ -20,6 +20,7 @@ from ..tensors.atomic import write_atomically
 CALL_TIMEOUT = 30.0  # for requests that are answered at once; a busy machine is slow
 _KEY_BYTES = _NONCE_BYTES = 32
 _MAX_FRAME_BYTES = 1 << 34
+_MAX_PATH_BYTES = 100  # macOS takes 103, Linux 107
 
 Frame = tuple[dict[str, Any], bytes]
 
@@ -72,7 +73,8 @@ def listen(path: Path) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX) as listener:
         before = os.umask(0o177)
         try:
-            listener.bind(str(path))
+            with _shorten(path) as address:
+                listener.bind(address)
         finally:
             os.umask(before)
         listener.listen()
@@ -113,7 +115,8 @@ def call(path: Path, key: bytes, header: dict[str, Any], payload: bytes, timeout
     """
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(CALL_TIMEOUT)
-        connection.connect(str(path))
+        with _shorten(path) as address:
+            connection.connect(address)
         connection.sendall(hmac.digest(key, _receive_exactly(connection, _NONCE_BYTES), "sha256"))
         send(connection, header, payload)
         connection.settimeout(timeout)
@@ -126,6 +129,18 @@ def send(connection: socket.socket, header: dict[str, Any], payload: bytes) -> N
     connection.sendall(struct.pack("<QQ", len(head), len(payload)) + head)
     if payload:
         connection.sendall(payload)
+
+
+@contextlib.contextmanager
+def _shorten(path: Path) -> Iterator[str]:
+    """A name of `path` that is short enough for a socket: through a link to its folder, if need be."""
+    if len(os.fsencode(path)) <= _MAX_PATH_BYTES:
+        yield str(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="fedlpp-") as directory:  # this user's alone
+        link = Path(directory) / "to"
+        link.symlink_to(path.parent.absolute())
+        yield str(link / path.name)
 
 
 def _receive(connection: socket.socket) -> Frame:
