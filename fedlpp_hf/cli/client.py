@@ -27,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cold", action="store_true", help="keep no trainer running: load everything for each task")
     parser.add_argument("--insecure", action="store_true", help="no TLS and no node key; on loopback only")
+    parser.add_argument(
+        "--trust_local_users",
+        action="store_true",
+        help="let all users of this machine use Flower's local port; each of them can then run code as you",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -55,6 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
         processes=arguments.processes,
         cold=arguments.cold,
         insecure=arguments.insecure,
+        trust_local_users=arguments.trust_local_users,
     )
     sys.exit(code)
 

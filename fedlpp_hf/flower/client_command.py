@@ -15,6 +15,7 @@ from .certificates import NODE_PUBLIC_KEY, check_authority, make_node_key
 from .client_settings import ClientSettings
 from .environment import check_flower, make_environment
 from .local_trainer import stop_trainer
+from .neighbours import TRUST_FLAG, choose_trust
 from .process_group import exit_on_sigterm, run_group
 
 
@@ -36,6 +37,7 @@ def run_client(
     processes: int = 1,
     cold: bool = False,
     insecure: bool = False,
+    trust_local_users: bool = False,
 ) -> int:
     """Be a client of the federation until interrupted: run a SuperNode, restart it when it ends, train on demand.
 
@@ -54,9 +56,10 @@ def run_client(
         processes: GPUs to train on, by `accelerate launch`.
         cold: keep no trainer running; load everything for each task.
         insecure: neither TLS nor a node key; on loopback only.
+        trust_local_users: let all users of this machine use Flower's local port, through which they can run code as this one.
 
     Raises:
-        ValueError: if arguments conflict, or a file does not exist.
+        ValueError: if arguments conflict, a file does not exist, or other users of this machine can't be kept out.
     """
     check_flower()
     address = parse_server(server)
@@ -91,6 +94,7 @@ def run_client(
         str(_find_free_port()),
     ]  # for the ClientApp, which runs on this machine
     command += ["--node-config", f'settings="{settings.write()}"']
+    command += [TRUST_FLAG] if choose_trust(trust_local_users) else []
     command += ["--insecure"] if insecure else _prepare_credentials(state, client_id, certificate)
     exit_on_sigterm()
     with contextlib.suppress(KeyboardInterrupt):

@@ -234,5 +234,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"`{path}` can't be read ({error}). Restore it, or start another federation.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"`{path}` holds a {type(value).__name__}, expected an object. Restore it, or start another federation.")
+        raise ValueError(
+            f"`{path}` holds a {type(value).__name__}, expected an object. Restore it, or start another federation."
+        )
     return value
