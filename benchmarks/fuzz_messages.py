@@ -1,11 +1,11 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""Feed damaged and made-up messages to the readers: `python -m benchmarks.fuzz_messages [count] [seed]`.
+"""Damaged and made-up messages for their readers; `python -m benchmarks.fuzz --targets messages` runs them.
 
 Two promises are put to the test. A message that was changed on its way is refused with a ValueError, or is equal to the
 one that was sent (another way to write the same JSON). And whatever a client makes up, with a checksum that is right,
 costs the server a ValueError at most, no time to speak of, and no more memory than it sent: of an update, compressed or
 not, that the round admits, every tensor has the adapter's key and shape, is finite float32, and is within the norm that
-the server allows. Exit code 1 if one is broken.
+the server allows.
 """
 
 import contextlib
@@ -14,12 +14,7 @@ import dataclasses
 import json
 import math
 import random
-import resource
 import struct
-import sys
-import time
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -34,8 +29,6 @@ from fedlpp_hf.wire.encoding import compute_digest, restore_tensors
 from fedlpp_hf.wire.messages import ClientTask, ClientUpdate, LocalOptions
 
 
-MEMORY_LIMIT = 512 * 2**20  # over what the process holds at the start
-TIME_LIMIT = 10.0  # seconds for one message; what is slow is no crash, but a server that hangs
 MAX_NORM = 100.0
 FORGED = ("forged header", "forged tensors", "made up")
 ABSURD = [0, 1, -1, 2, 255, 2**31, 2**62, 2**63, 2**64, 10**30, 0.5, 1e308, True, None, "", "F64", "U8", [], {}, [[0]]]
@@ -241,18 +234,6 @@ def _join(header, buffer: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + buffer
 
 
-@contextlib.contextmanager
-def limit_memory() -> Iterator[None]:
-    with open("/proc/self/statm", encoding="ascii") as file:
-        held = int(file.read().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY_LIMIT, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
-
-
 def receive(
     data: bytes, sent: Message, task: ClientTask | None, original: bytes, admission: Admission, forged: bool
 ) -> str:
@@ -282,41 +263,25 @@ def receive(
     return outcome if outcome == "equal" else "admitted"
 
 
-def run(count: int, seed: int) -> int:
-    """The number of broken promises among `count` mutations."""
-    chance = random.Random(seed)
-    messages, admissions = make_messages(), make_admissions()
-    encoded = [message.to_bytes() for message, _ in messages]
-    outcomes: dict[str, Counter[str]] = {}
-    broken, slowest = 0, 0.0
-    peak, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    with limit_memory():
-        for number in range(count):
-            which = chance.randrange(len(messages))
-            sent, task = messages[which]
-            kind, changed = mutate(sent, encoded[which], encoded[which - 1], chance)
-            start = time.perf_counter()
-            try:
-                outcome = receive(changed, sent, task, encoded[which], admissions[number % 2], kind in FORGED)
-            except ValueError:
-                outcome = "refused"
-            except Exception as error:
-                outcome = f"BROKEN by {type(error).__name__}"
-                broken += 1
-                print(f"mutation {number} ({kind}): {error}: {changed[:200]!r}", file=sys.stderr)
-            slowest = max(slowest, time.perf_counter() - start)
-            outcomes.setdefault(kind, Counter())[outcome] += 1
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / 1024
-    for kind, counts in sorted(outcomes.items()):
-        print(f"{kind:14}", ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())))
-    broken += slowest > TIME_LIMIT
-    print(
-        f"{count} mutations, seed {seed}, {time.perf_counter() - began:.0f} s (the slowest {slowest * 1e3:.0f} ms), "
-        f"memory +{grown:.0f} MiB; {broken} broken promises"
-    )
-    return broken
+class MessageFuzz:
+    """All messages: mutates and receives them."""
 
+    def __init__(self) -> None:
+        self.messages, self.admissions = make_messages(), make_admissions()
+        self.encoded = [message.to_bytes() for message, _ in self.messages]
 
-if __name__ == "__main__":
-    arguments = [int(argument) for argument in sys.argv[1:]]
-    sys.exit(bool(run(*(arguments + [30_000, 0][len(arguments) :]))))
+    def try_one(self, chance: random.Random) -> tuple[str, str]:
+        """The kind of a mutation, and `refused`, or what [`receive`] returns.
+
+        Raises:
+            RuntimeError: if the server would have taken what it must not.
+        """
+        which = chance.randrange(len(self.messages))
+        sent, task = self.messages[which]
+        kind, changed = mutate(sent, self.encoded[which], self.encoded[which - 1], chance)
+        try:
+            return kind, receive(
+                changed, sent, task, self.encoded[which], chance.choice(self.admissions), kind in FORGED
+            )
+        except ValueError:
+            return kind, "refused"

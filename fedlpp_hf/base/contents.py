@@ -113,6 +113,10 @@ def check_types(manifest: Mapping[str, Any]) -> None:
     for name, file in manifest["files"].items():
         check_file_name(name)
         _check_fields(file, {"bytes": int, "sha256": str}, f"the file {name!r}")
+        if len(file) != 2:
+            raise ValueError(
+                f"The manifest says more of the file {name!r} than its size and sha256: {list(file)[:5]!r:.80}."
+            )
 
 
 def check_configurations(base_dir: Path, manifest: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ..tensors.atomic import hash_file
+from ..tensors.atomic import hash_file, sync_path
 from ..tensors.scratch import working_directory
 from .contents import read_json
 from .manifest import BASE_MANIFEST, write_json
@@ -41,9 +41,13 @@ def new_base_directory(output_dir: Path, overwrite: bool) -> Iterator[Path]:
                 "another directory."
             )
         yield partial
+        # The new name must not be on disk before the files are: whoever finds it takes the base for whole.
+        for path in (*partial.rglob("*"), partial):
+            sync_path(path)
         if output_dir.exists():
             output_dir.rename(old)
         partial.rename(output_dir)
+        sync_path(partial.parent)
         shutil.rmtree(old, ignore_errors=True)
 
 

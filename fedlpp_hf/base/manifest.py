@@ -61,9 +61,10 @@ def check_base(base_dir: str | os.PathLike) -> dict[str, Any]:
     for name, file in manifest["files"].items():
         if name not in present:
             raise ValueError(f"`{base_dir}` has no `{name}`; copy the base again.")
-        if hash_file(check_link(base_dir, base_dir / name)) != file["sha256"]:
+        path = check_link(base_dir, base_dir / name)
+        if path.stat().st_size != file["bytes"] or hash_file(path) != file["sha256"]:
             raise ValueError(
-                f"`{base_dir / name}` is not the exported file (its sha256 differs); copy the base again."
+                f"`{base_dir / name}` is not the exported file (its size or sha256 differs); copy the base again."
             )
     return manifest
 

@@ -55,7 +55,14 @@ class MarkKey:
             key = cls(**json.loads(path.read_text(encoding="utf-8")))
             if len(bytes.fromhex(key.secret)) != _SECRET_BYTES:
                 raise ValueError("its secret has the wrong length")
-        except (OSError, ValueError, TypeError) as error:
+            names = [key.full_model, *key.clients]
+            if (
+                not isinstance(key.clients, list)
+                or not isinstance(key.settings, dict)
+                or not all(isinstance(name, str) for name in names)
+            ):
+                raise ValueError("it holds other things than names and settings")
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"The key `{file}` can't be read ({error}). `fedlpp-hf quantize --mark CLIENT --key FILE` makes one."
             ) from error

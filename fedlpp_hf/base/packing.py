@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..tensors.atomic import sync_path
 from ..tensors.codebooks import codebook, nf4_subset
 from ..tensors.files import read_tensor
 from ..tensors.packing import look_up
@@ -54,7 +55,9 @@ def pack_base(base_dir: str | os.PathLike, file: str | os.PathLike) -> int:
             stream.write(len(head).to_bytes(8, "little") + head)
             while chunk := source.read(1 << 20):
                 stream.write(chunk)
+        sync_path(whole)
         whole.replace(file)
+        sync_path(work.parent)
     return file.stat().st_size
 
 

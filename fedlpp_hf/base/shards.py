@@ -58,7 +58,7 @@ def collect_shards(
             f"`{place}` has neither `{WEIGHTS}` nor `{WEIGHTS_INDEX}`. {hint}Load the model with transformers and "
             "`save_pretrained` it: that writes safetensors."
         )
-    weight_map = read_index(check_link(directory, directory / WEIGHTS_INDEX).read_text(encoding="utf-8"))
+    weight_map = read_index(check_link(directory, directory / WEIGHTS_INDEX).read_bytes())
     shards = {}
     for file in sorted(set(weight_map.values())):
         if file not in sizes:
@@ -92,7 +92,7 @@ def _read_bytes(descriptor: int, start: int, length: int) -> bytes:
     return os.pread(descriptor, length, start)
 
 
-def read_index(text: str) -> dict[str, str]:
+def read_index(text: str | bytes) -> dict[str, str]:
     """Read the index of a sharded checkpoint: the file of each tensor.
 
     Raises:

@@ -41,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train one task, show what would leave, send nothing, and end",
     )
     parser.add_argument("--insecure", action="store_true", help="no TLS and no node key; on loopback only")
+    parser.add_argument(
+        "--trust_local_users",
+        action="store_true",
+        help="let all users of this machine use Flower's local port; each of them can then run code as you",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -75,6 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
         dry_run=arguments.dry_run,
         insecure=arguments.insecure,
         peer_keys=arguments.peer_keys,
+        trust_local_users=arguments.trust_local_users,
     )
     sys.exit(code)
 

@@ -31,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--client_keys", help="directory with the clients' public keys, each named after its client's id: ID.pub"
     )
     parser.add_argument("--insecure", action="store_true", help="no TLS and no node keys; on loopback only")
+    parser.add_argument(
+        "--trust_local_users",
+        action="store_true",
+        help="let all users of this machine use Flower's local port; each of them can then run code as you",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -53,6 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
         hosts=arguments.hosts,
         client_keys=arguments.client_keys,
         insecure=arguments.insecure,
+        trust_local_users=arguments.trust_local_users,
     )
     sys.exit(code)
 

@@ -5,6 +5,7 @@ import hashlib
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from ..tensors.atomic import write_atomically
@@ -23,9 +24,19 @@ class ClientMemory:
         self.file = self.directory / f"round-{task.round:05d}.safetensors"
 
     def read(self) -> dict[str, torch.Tensor]:
-        """What the client kept in its last round before the task's: a resumed federation may go back a round."""
+        """What the client kept in its last round before the task's: a resumed federation may go back a round.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
         earlier = [file for file in self._files() if file < self.file]
-        return load_file(earlier[-1]) if earlier else {}
+        try:
+            return load_file(earlier[-1]) if earlier else {}
+        except SafetensorError as error:
+            raise ValueError(
+                f"`{earlier[-1]}`, what this client kept of an earlier round, is damaged ({error}). Restore it, or delete "
+                f"`{self.directory}`: the client then goes on without it."
+            ) from error
 
     def write(self, tensors: dict[str, torch.Tensor]) -> None:
         """Keep `tensors` for the next round, and the file of the round before for a federation that goes back."""

@@ -83,7 +83,12 @@ def find_base(
     """
     if base is None:
         path = _cached(cache_dir, copy or fingerprint)
-        return path if (path / _MANIFEST).is_file() else None
+        if not (path / _MANIFEST).is_file():
+            return None
+        path.with_suffix(".partial").unlink(
+            missing_ok=True
+        )  # of a client that was killed after it had unpacked the base
+        return path
     path = Path(base)
     if not path.is_dir():
         from huggingface_hub import snapshot_download

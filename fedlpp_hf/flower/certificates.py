@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -161,7 +162,7 @@ def _read(path: Path, load: Callable[[bytes], Any]) -> Any:
         return load(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError):  # TypeError: it has a password
+    except (ValueError, TypeError, UnsupportedAlgorithm):  # TypeError: it has a password
         return None
 
 

@@ -17,6 +17,7 @@ from .client_settings import ClientSettings
 from .environment import check_flower, make_environment
 from .local_trainer import stop_trainer
 from .log_files import keep_small
+from .neighbours import TRUST_FLAG, choose_trust
 from .peers import read_peers
 from .process_group import exit_on_sigterm, run_group
 
@@ -42,6 +43,7 @@ def run_client(
     dry_run: bool = False,
     insecure: bool = False,
     peer_keys: str | None = None,
+    trust_local_users: bool = False,
 ) -> int:
     """Be a client of the federation until interrupted: run a SuperNode, restart it when it ends, train on demand.
 
@@ -64,9 +66,10 @@ def run_client(
         insecure: neither TLS nor a node key; on loopback only.
         peer_keys: directory with the public keys of all clients, under their ids. Under secure aggregation this client then
             takes part with these alone.
+        trust_local_users: let all users of this machine use Flower's local port, through which they can run code as this one.
 
     Raises:
-        ValueError: if arguments conflict, or a file does not exist.
+        ValueError: if arguments conflict, a file does not exist, or other users of this machine can't be kept out.
     """
     check_flower()
     address = parse_server(server)
@@ -108,6 +111,7 @@ def run_client(
         str(_find_free_port()),
     ]  # for the ClientApp, which runs on this machine
     command += ["--node-config", f'settings="{settings.write()}"']
+    command += [TRUST_FLAG] if choose_trust(trust_local_users) else []
     command += ["--insecure"] if insecure else _prepare_credentials(state, client_id, certificate)
     exit_on_sigterm()
     with contextlib.suppress(KeyboardInterrupt):

@@ -54,8 +54,12 @@ class ClientSettings:
             ValueError: if the file is missing or damaged.
         """
         try:
-            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            settings = cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+            texts = [settings.config, settings.data, settings.client_id, settings.state_dir, settings.cache_dir]
+            if not all(isinstance(text, str) for text in (*texts, *settings.flags, *settings.launch)):
+                raise ValueError("it holds something else than names, paths and flags")
+            return settings
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"The client's settings `{path}` can't be read ({error}); start `fedlpp-hf client`."
             ) from error

@@ -14,6 +14,12 @@ from ..config.extras import install_command
 # Names the JSON file with the server's configuration and flags. The usual place, the run's configuration, is sent to every
 # client, and the flags name the owner's model.
 SERVER_FILE = "FEDLPP_HF_SERVER"
+_ASK_NO_PROXY = {
+    "FORWARDED_ALLOW_IPS": "",
+    # Servers of the same APIs on other ports, which no gate stands in front of.
+    "FLWR_INTERNAL_GRPC_CONTROL_API": "0",
+    "FLWR_INTERNAL_GRPC_FLEET_API": "0",
+}
 
 
 def check_flower() -> None:
@@ -50,6 +56,14 @@ def _check_installed(package: str) -> None:
         raise ValueError(f"This needs `{package}`, which is not installed: {install_command('flower')}") from None
 
 
+def ignore_proxies() -> None:
+    """Make Flower's servers in this process take no caller's word for who it is.
+
+    By default they believe `X-Forwarded-For` of whoever connects from 127.0.0.1; it would name another user's connection.
+    """
+    os.environ |= _ASK_NO_PROXY
+
+
 def make_environment(state_dir: Path) -> dict[str, str]:
     """The environment variables for Flower's processes that keep their files in `state_dir`."""
     return os.environ | {
@@ -57,7 +71,7 @@ def make_environment(state_dir: Path) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_HOME": str(state_dir / "flwr"),
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",  # default: one second, added to every message
-        "FORWARDED_ALLOW_IPS": "127.0.0.1",  # the default; else a header could make another machine local to the gate
+        **_ASK_NO_PROXY,
         SERVER_FILE: str(state_dir / "server.json"),
         # Flower finds its own commands by name.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),

@@ -21,6 +21,7 @@ from .addresses import (
 from .certificates import CA_CERTIFICATE, SERVER_CERTIFICATE, SERVER_KEY, make_certificates
 from .environment import check_flower, make_environment
 from .log_files import keep_small
+from .neighbours import TRUST_FLAG, choose_trust
 from .process_group import exit_on_sigterm, run_group
 from .superlink_control import register_clients, run_app, watch_keys, write_app
 
@@ -39,6 +40,7 @@ def run_server(
     hosts: Sequence[str] = (),
     client_keys: str | None = None,
     insecure: bool = False,
+    trust_local_users: bool = False,
 ) -> int:
     """Start a SuperLink, run the federation of `config` on it to the end, and stop the SuperLink.
 
@@ -55,9 +57,10 @@ def run_server(
         client_keys: directory with the public keys that clients sent, each named after its client's id (`ID.pub`). Files
             can be added and removed while the server runs.
         insecure: neither TLS nor node keys; on loopback only.
+        trust_local_users: let all users of this machine use Flower's local port, through which they can run code as this one.
 
     Raises:
-        ValueError: if arguments conflict, or there is no such file.
+        ValueError: if arguments conflict, there is no such file, or other users of this machine can't be kept out.
         RuntimeError: if the SuperLink or the run can't be started.
     """
     check_flower()
@@ -83,6 +86,7 @@ def run_server(
     own = find_own_address(listen)
     command = [sys.executable, "-m", "fedlpp_hf.flower.superlink", "--host", listen, "--port", str(port)]
     command += ["--database", str(state / "superlink.db"), "--disable-runtime-dependency-installation"]
+    command += [TRUST_FLAG] if choose_trust(trust_local_users) else []
     connection = {"address": str(Address(own, port)), "insecure": insecure}
     if insecure:
         command += ["--insecure"]

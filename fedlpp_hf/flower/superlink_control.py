@@ -12,35 +12,11 @@ from typing import Any
 
 from ..tensors.atomic import write_atomically
 from .client_keys import read_public_key
+from .installed_app import APP_FILES
 
 
 _CONNECTION = "fedlpp"
 _WATCH_SECONDS = 2.0
-# The app that `flwr run` sends; `recipes/flower` has the same one for users' own SuperLinks.
-APP_FILES = {
-    "pyproject.toml": """\
-[project]
-name = "fedlpp-hf-app"
-version = "0.1.0"
-license = "Apache-2.0"
-dependencies = []
-
-[tool.flwr.app]
-publisher = "fedlpp-hf"
-
-[tool.flwr.app.components]
-serverapp = "fedlpp_app:server_app"
-clientapp = "fedlpp_app:client_app"
-""",
-    "fedlpp_app.py": """\
-from fedlpp_hf.flower.client_app import make_client_app
-from fedlpp_hf.flower.server_app import make_server_app
-
-
-server_app = make_server_app()
-client_app = make_client_app()
-""",
-}
 
 
 def write_app(

@@ -50,6 +50,8 @@ def _judge_fields(config: Any) -> Iterator[tuple[str, Any, str, bool]]:
     """Each field with its value, what is expected, and whether that is so."""
     rank, alpha = f"a whole number from 1 to {_LARGEST_RANK}", "a finite number"
     yield "r", config.r, rank, _is_rank(config.r)
+    start = getattr(config, "init_lora_weights", True)
+    yield "init_lora_weights", start, "a name, true or false", start is None or isinstance(start, bool | str)
     yield "lora_alpha", config.lora_alpha, alpha, _is_alpha(config.lora_alpha)
     for name, check, expected in (("rank_pattern", _is_rank, rank), ("alpha_pattern", _is_alpha, alpha)):
         pattern = getattr(config, name)

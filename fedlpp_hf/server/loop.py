@@ -180,6 +180,8 @@ class FederatedServer:
         self._names = list(records[0]["metrics"].get("proxy", ()))
         check_chosen(self.args, records[-1])
         self.store.check_kept(find_published_round(self.args, records))
+        self.admission.forget()  # a run that ended just after a commit has not tidied up
+        forget_rounds(self.args, self.store)
         return done, False
 
     def _run_round(self, number: int, train_clients: TrainClients) -> bool:

@@ -147,11 +147,23 @@ def lora_factors(keys: Iterable[str], peft_config: PeftConfig | Mapping[str, Any
 
 
 def lora_scale(peft_config: PeftConfig | Mapping[str, Any], module: str) -> float:
-    """The scale s of a target's ΔW = s·B·A; sources at [`lora_factors`]."""
+    """The scale s of a target's ΔW = s·B·A; sources at [`lora_factors`].
+
+    Raises:
+        ValueError: if the configuration has no numbers for it.
+    """
     config: Mapping[str, Any] = peft_config if isinstance(peft_config, Mapping) else peft_config.to_dict()
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    rank: int = ranks.get(get_pattern_key(list(ranks), module), config["r"])
-    alpha: float = alphas.get(get_pattern_key(list(alphas), module), config["lora_alpha"])
+    if not (isinstance(ranks, Mapping) and isinstance(alphas, Mapping)):
+        raise ValueError(
+            f"The adapter has rank_pattern={ranks!r:.80} and alpha_pattern={alphas!r:.80}; expected names with numbers."
+        )
+    rank = ranks.get(get_pattern_key(list(ranks), module), config.get("r"))
+    alpha = alphas.get(get_pattern_key(list(alphas), module), config.get("lora_alpha"))
+    if type(rank) is not int or rank < 1 or isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise ValueError(
+            f"The adapter has r={rank!r:.80} and lora_alpha={alpha!r:.80} for `{module}`; expected two numbers."
+        )
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
@@ -167,8 +179,10 @@ def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, torch.Tensor],
             raise ValueError(f"`{directory}` has no `{name}`; expected a PEFT adapter saved as safetensors.")
     try:
         config = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"its configuration is a {type(config).__name__}, expected an object")
         return load_file(directory / ADAPTER_WEIGHTS), config
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"The adapter in `{directory}` can't be read ({error}); is it truncated?") from error
 
 

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 
@@ -72,7 +73,12 @@ def parse_header(header: bytes, size: int) -> dict[str, TensorRange]:
             TensorRange(name, entry["dtype"], tuple(entry["shape"]), *(len(header) + o for o in entry["data_offsets"]))
             for name, entry in entries.items()
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        for tensor in tensors:
+            if type(tensor.dtype) is not str or not all(
+                _is_size(n) for n in (*tensor.shape, tensor.start, tensor.stop)
+            ):
+                raise ValueError(f"`{tensor.name}` has a dtype, shape or place that is none")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"has a header that can't be read ({error})") from error
     tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
     position = len(header)
@@ -85,6 +91,10 @@ def parse_header(header: bytes, size: int) -> dict[str, TensorRange]:
     if position != size:
         raise ValueError(f"has {size} bytes, but its header describes {position}: it is truncated or was written to")
     return {tensor.name: tensor for tensor in tensors}
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def read_range(descriptor: int, buffer: memoryview, start: int) -> None:

@@ -14,9 +14,9 @@ pytest.importorskip("flwr", reason="flwr is not installed: needs the extra `flow
 
 from fedlpp_hf.cli.main import main
 from fedlpp_hf.flower.client_command import run_client
+from fedlpp_hf.flower.installed_app import APP_FILES
 from fedlpp_hf.flower.loading import read_settings
 from fedlpp_hf.flower.server_command import run_server
-from fedlpp_hf.flower.superlink_control import APP_FILES
 
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "flower"

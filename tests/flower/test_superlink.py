@@ -34,7 +34,7 @@ def test_other_machines_reach_the_fleet_api_alone():
             sent.append(message)
 
         scope = {"type": "http", "path": path, "client": (host, 1)}
-        asyncio.run(FleetOnly(app)(scope, None, send))
+        asyncio.run(FleetOnly(app, trust=True)(scope, None, send))
         return sent[0]["status"]
 
     for path in ("/v1/control/start-run", "/v1/runtime/acquire-task", "/docs"):
@@ -56,7 +56,7 @@ def test_own_address_of_a_single_interface_is_local():
             sent.append(message)
 
         scope = {"type": "http", "path": "/v1/control/start-run", "client": (client, 1), "server": ("192.0.2.7", 8000)}
-        asyncio.run(FleetOnly(app, one_interface)(scope, None, send))
+        asyncio.run(FleetOnly(app, one_interface, trust=True)(scope, None, send))
         return sent[0]["status"]
 
     assert ask("192.0.2.7", True) == 200
