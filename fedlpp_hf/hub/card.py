@@ -12,7 +12,6 @@ from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 
 from ..config.federated import FederatedConfig
 from ..config.options import card_labels
-from ..report.privacy import find_spent
 from ..report.tables import format_table
 from ..report.text import NOT_MEASURED, list_remarks, list_results
 from ..server.store import RoundStore
@@ -157,8 +156,9 @@ def _read_results(federation: Path | None) -> str:
 
 
 def _is_noisy(federation: Path) -> bool:
-    """Whether client-level differential privacy was on: what of the clients has no noise is then left out of a card."""
-    return find_spent(RoundStore(federation).records()) is not None
+    """Whether client-level differential privacy is on: what of the clients has no noise is then left out of a card."""
+    config = (_read_federation(federation) or {}).get("config", {})
+    return any(config.get(name) is not None for name in ("target_epsilon", "noise_multiplier"))
 
 
 def _list_noisy_results(federation: Path) -> str:
@@ -166,6 +166,8 @@ def _list_noisy_results(federation: Path) -> str:
     store = RoundStore(federation)
     config: Any = SimpleNamespace(**store.read()["config"])
     records = store.records()
+    if not records:
+        return "No round was done when this card was written."
     table = list_results(records, config)
     lines = [*(format_table(table) if table else [NOT_MEASURED]), f"\n{len(records) - 1} rounds."]
     return "\n".join([*lines, *(f"\n{remark}" for remark in list_remarks(records, config))])
