@@ -192,12 +192,17 @@ class OwnLoss(FederatedTrainer):
     ],
     ids=str,
 )
-def test_trainer_that_is_refused(make, monkeypatch, options, message):
+def test_trainer_that_is_refused(make, options, message):
     compute_loss_func = options.pop("compute_loss_func", None)
     trainer = make(**options)
     trainer.compute_loss_func = compute_loss_func
     with pytest.raises(ValueError, match=message):
         trainer.train_client(task_of(trainer))
+
+
+def test_trainer_is_refused_before_the_first_round(make):
+    with pytest.raises(ValueError, match="OwnLoss has a `compute_loss` of its own"):
+        make(cls=OwnLoss).train()
 
 
 def test_several_ranks_are_refused(make, monkeypatch):
