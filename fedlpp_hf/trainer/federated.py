@@ -173,6 +173,8 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, WorkersMixin, Publish
         """
         if not self.client_datasets:
             raise ValueError("There are no clients here: `train_dataset` is empty. Use `train_remotely`.")
+        if self.record_budget is not None:
+            self.check_record_training()  # once, and not in each client's run
         resume = read_resume(resume_from_checkpoint, RoundStore(self.args.output_dir))
         # What lives long is frozen, else the `gc.collect()` in accelerate's `free_memory` walks all of it in every run.
         gc.collect()

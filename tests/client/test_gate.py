@@ -57,6 +57,14 @@ def test_policy_is_of_one_client(trainer, tmp_path):
         trainer.obey(ClientPolicy(), tmp_path)
 
 
+def test_server_announces_its_clients(trainer, task, tmp_path):
+    hold(trainer, tmp_path, min_clients=3)
+    trainer.guard.admit(task)
+    hold(trainer, tmp_path, min_clients=4)
+    with pytest.raises(PolicyRefusal, match="announces num_clients=3; the policy demands at least 4"):
+        trainer.train_client(task)
+
+
 def test_without_a_policy_the_task_decides(trainer, task):
     update = trainer.train_client(replace(task, options=LocalOptions(clip_norm=0.0)))
     assert norm_of(update, trainer.guard.initial) > 5e-3

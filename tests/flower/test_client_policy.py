@@ -66,6 +66,7 @@ def test_refusal_tells_a_class_and_a_number(client, caplog):
     assert len(ClientLedger.open(settings.ledger_dir).rounds) == 1
 
 
+@pytest.mark.slow
 def test_record_level_privacy_is_the_clients(client):
     pytest.importorskip("opacus", reason="needs the extra `privacy`")
     _, trainer, task = client("{max_rounds: 1, record_epsilon: 3, record_delta: 0.1}")

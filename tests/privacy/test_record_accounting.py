@@ -49,7 +49,14 @@ def test_one_sampled_step_is_the_integral(noise, rate):
     assert delta(epsilon) <= 1e-4 * (1 + 1e-6) and delta(epsilon * 0.98) > 1e-4
 
 
-@pytest.mark.parametrize(("noise", "rate", "steps"), [(1.0, 0.02, 400), (2.0, 0.3, 40), (0.7, 0.1, 100)])
+@pytest.mark.parametrize(
+    ("noise", "rate", "steps"),
+    [
+        (2.0, 0.3, 40),
+        pytest.param(1.0, 0.02, 400, marks=pytest.mark.slow),
+        pytest.param(0.7, 0.1, 100, marks=pytest.mark.slow),
+    ],
+)
 def test_another_librarys_accountant(noise, rate, steps):
     accountants = pytest.importorskip("opacus.accountants", reason="needs the extra `privacy`")
     other = accountants.PRVAccountant()
@@ -68,7 +75,9 @@ def test_runs_add_up():
     assert compute_record_epsilon([(0.05, 1.0, 1000)], 1e-5) > 1000  # no error where nothing is protected
 
 
-@pytest.mark.parametrize("epsilon", [0.5, 3.0, 8.0])
+@pytest.mark.parametrize(
+    "epsilon", [pytest.param(0.5, marks=pytest.mark.slow), 3.0, pytest.param(8.0, marks=pytest.mark.slow)]
+)
 def test_noise_is_the_least_that_keeps_the_budget(epsilon):
     budget = RecordBudget(epsilon, 1e-5, 1.0, rounds=4)
     noise = solve_record_noise(budget, 0.05, 25)

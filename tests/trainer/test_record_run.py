@@ -92,6 +92,7 @@ def test_epsilon_is_that_of_all_rounds_and_stays_in_the_budget(make, caplog):
     assert "Round 3, client 'site-0': ε of each row is" in caplog.text and "of 4 after this run" in caplog.text
 
 
+@pytest.mark.slow
 def test_budget_is_kept_across_processes_and_a_repeated_round_counts(make):
     trainer = make(num_rounds=2)
     task = task_of(trainer)
@@ -107,6 +108,7 @@ def test_budget_is_kept_across_processes_and_a_repeated_round_counts(make):
         train(make(num_rounds=2), replace(task, round=2))
 
 
+@pytest.mark.slow
 def test_run_that_crashes_is_paid_for(make, monkeypatch):
     trainer = make(num_rounds=1)
     task = task_of(trainer)
@@ -118,6 +120,7 @@ def test_run_that_crashes_is_paid_for(make, monkeypatch):
         train(trainer, task)
 
 
+@pytest.mark.slow
 def test_resumed_round_that_noise_was_drawn_for_counts(make):
     """The server dies after the first client of the last round: its rows have no budget left, and the others go on."""
     trainer = make(num_rounds=2)
@@ -137,6 +140,7 @@ def test_resumed_round_that_noise_was_drawn_for_counts(make):
     assert all(3.5 < client["record_epsilon"] <= 4.0 for client in last["clients"].values())
 
 
+@pytest.mark.slow
 def test_policy_decides_and_not_the_configuration(make, tmp_path):
     trainer = make(record_epsilon=None, record_delta=None)
     task = task_of(trainer)
@@ -192,12 +196,17 @@ class OwnLoss(FederatedTrainer):
     ],
     ids=str,
 )
-def test_trainer_that_is_refused(make, monkeypatch, options, message):
+def test_trainer_that_is_refused(make, options, message):
     compute_loss_func = options.pop("compute_loss_func", None)
     trainer = make(**options)
     trainer.compute_loss_func = compute_loss_func
     with pytest.raises(ValueError, match=message):
         trainer.train_client(task_of(trainer))
+
+
+def test_trainer_is_refused_before_the_first_round(make):
+    with pytest.raises(ValueError, match="OwnLoss has a `compute_loss` of its own"):
+        make(cls=OwnLoss).train()
 
 
 def test_several_ranks_are_refused(make, monkeypatch):
