@@ -33,7 +33,8 @@ def run_here(config, rows, output_dir, clients=CLIENTS, flags=()):
     return read_adapter(output_dir)[0]
 
 
-@pytest.mark.parametrize("options", [{}, pytest.param({"broadcast": "never"}, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"broadcast": "never"}], ids=str)
 def test_equals_in_process(tmp_path, write_config, rows, llama_base, options):
     config = write_config(num_rounds=2, **SECURE | options)
     network = Network(tmp_path, config, rows)
@@ -80,7 +81,7 @@ def test_too_few_stop_the_federation_and_open_nothing(tmp_path, write_config, ro
         run_over(network, config, tmp_path / "flower", llama_base)
 
 
-@pytest.mark.parametrize(("here", "there"), [(True, False), (False, True)])
+@pytest.mark.parametrize(("here", "there"), [(True, False), pytest.param(False, True, marks=pytest.mark.slow)])
 def test_both_sides_must_want_it(tmp_path, write_config, rows, llama_base, here, there):
     config = write_config(join_timeout=2, **SECURE | {"secure_aggregation": there})
     network = Network(tmp_path, config, rows)
