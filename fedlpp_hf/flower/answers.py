@@ -24,14 +24,13 @@ class RefusalError(ValueError):
     """What a client said itself, or did not say in time: not a broken rule."""
 
 
-def read_description(answer: Answer, most: int) -> dict[str, int | None] | int:
+def read_description(answer: Answer, most: int, hides_rows: bool = False) -> dict[str, int | None] | int:
     """What a node says of itself: the numbers of rows of its clients, or the bytes of the base that it has so far.
-
-    A number of rows is None where the client keeps it to itself.
 
     Args:
         answer: to `DESCRIBE` or `BASE`.
         most: clients that one node may have.
+        hides_rows: whether clients keep their numbers of rows to themselves; then each is None.
 
     Raises:
         RefusalError: if the node did not answer, or answered that it can't take part.
@@ -52,6 +51,10 @@ def read_description(answer: Answer, most: int) -> dict[str, int | None] | int:
         raise ValueError(f"its `clients` are {clients!r:.100}; expected 1 to {most} ids with their numbers of rows")
     for client, rows in clients.items():
         check_client_id(client)
+        if (rows is None) != hides_rows:
+            raise ValueError(
+                f"it runs with secure_aggregation={rows is None}, and this server with secure_aggregation={hides_rows}; set the same"
+            )
         if rows is not None:
             _read_int(rows, f"rows of client {client!r}", 1, MAX_ROWS)
     return clients

@@ -151,7 +151,7 @@ class Guests:
 
     def _hear(self, number: int, node: Node, guest: _Guest, answer: Answer) -> None:
         try:
-            said = read_description(answer, self._most if guest.ids is None else len(guest.ids))
+            said = read_description(answer, self._most if guest.ids is None else len(guest.ids), self.hides_rows)
             if isinstance(said, int):
                 self._send_piece(number, guest, said)
             else:
@@ -174,11 +174,6 @@ class Guests:
 
     def _register(self, number: int, node: Node, guest: _Guest, rows: Mapping[str, int | None]) -> None:
         for client, count in rows.items():
-            if (count is None) != self.hides_rows:
-                own, here = (count is None, self.hides_rows)
-                raise ValueError(
-                    f"it runs with secure_aggregation={own}, and this server with secure_aggregation={here}; set the same"
-                )
             if guest.ids is not None and client not in guest.ids:
                 raise ValueError(f"it announces client {client!r}; its key is registered for {', '.join(guest.ids)}")
             if self.nodes.get(client, number) != number:

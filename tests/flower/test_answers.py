@@ -46,6 +46,11 @@ def test_description_that_keeps_the_rules_is_read():
     assert read_description({"clients": json.dumps({"klinik-ä": 6, "b": 10**9})}, 2) == {"klinik-ä": 6, "b": 10**9}
     assert read_description({"clients": json.dumps({"\U0001f98e" * 100: 1})}, 1) == {"\U0001f98e" * 100: 1}
     assert read_description({"received": 0}, 1) == 0
+    assert read_description({"clients": '{"a": null}'}, 1, hides_rows=True) == {"a": None}
+    with pytest.raises(
+        ValueError, match="with secure_aggregation=False, and this server with secure_aggregation=True"
+    ):
+        read_description({"clients": '{"a": 1}'}, 1, hides_rows=True)
     with pytest.raises(RefusalError, match="it did not answer"):
         read_description("it did not answer", 1)
 

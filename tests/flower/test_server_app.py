@@ -33,7 +33,7 @@ def start(tmp_path, monkeypatch):
 
         def load_trainer(config, flags, *, overrides, **arguments):
             found.overrides = overrides
-            args = SimpleNamespace(output_dir=str(tmp_path), round_timeout=None)
+            args = SimpleNamespace(output_dir=str(tmp_path), round_timeout=None, secure_aggregation=False)
             guard = SimpleNamespace(initial={"lora_A": torch.zeros(4, 16)}, fingerprint="a" * 64)
             return SimpleNamespace(args=args, guard=guard, owner=owner), network or NetworkConfig("x")
 

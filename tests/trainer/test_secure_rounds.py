@@ -35,7 +35,7 @@ def find_distance(left, right):
     "options",
     [
         {},
-        {"aggregation": "freeze_a", "update_bits": 4},
+        pytest.param({"aggregation": "freeze_a", "update_bits": 4}, marks=pytest.mark.slow),
         pytest.param({"broadcast": "never", "num_rounds": 2}, marks=pytest.mark.slow),
         pytest.param(
             {"num_rounds": 2, "server_optimizer": "yogi", "server_learning_rate": 0.01}, marks=pytest.mark.slow
@@ -71,6 +71,7 @@ class OneFails(FederatedTrainer):
         return super().train_client(task, rows)
 
 
+@pytest.mark.slow
 def test_client_that_fails_is_not_in_the_sum(llama_base, lora, tmp_path):
     rows, heard = make_rows(clients=4), []
 
@@ -105,7 +106,7 @@ def test_update_that_could_overflow_is_not_sent(llama_base, lora, tmp_path):
         run(llama_base, tmp_path, lora, **options | {"max_update_norm": 0.0001})
 
 
-@pytest.mark.parametrize("moment", ["masked", "open"])
+@pytest.mark.parametrize("moment", ["masked", pytest.param("open", marks=pytest.mark.slow)])
 def test_round_that_crashed_is_redone(llama_base, lora, tmp_path, monkeypatch, moment):
     """With fresh keys, if nothing was opened; else from the sum that was written down, and no client is asked again."""
     expected = run(llama_base, tmp_path / "expected", lora, **SECURE)[1]
@@ -146,12 +147,14 @@ def test_round_that_crashed_is_redone(llama_base, lora, tmp_path, monkeypatch, m
         assert len({key for _, key, _ in sent}) == 6 and len({data for _, _, data in sent}) == 6
 
 
+@pytest.mark.slow
 def test_updates_in_the_clear_are_not_taken(llama_base, lora, tmp_path):
     trainer = make_trainer(str(llama_base), tmp_path, lora, **SECURE)
     with pytest.raises(RuntimeError, match="it sent its update in the clear; secure_aggregation=True here"):
         trainer.train_remotely(trainer.train_clients, {f"site-{number}": 8 for number in range(3)})
 
 
+@pytest.mark.slow
 def test_clients_per_round_close_the_round(llama_base, lora, tmp_path):
     options = SECURE | {"clients_per_round": 3, "over_sample": 0.3}
     trainer = make_trainer(str(llama_base), tmp_path, lora, train_dataset=make_rows(clients=4), **options)

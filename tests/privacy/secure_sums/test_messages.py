@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 
 FAST = settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
+    max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
 )
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=True) | st.text(max_size=70),
@@ -81,7 +81,7 @@ def test_server_refuses_forged_answers(step, data):
 def test_damaged_bytes_are_refused(step):
     """Cut, longer, or with a bit turned round at a random place: on both sides."""
     generator = random.Random(0)
-    for _ in range(40):
+    for _ in range(10):
         server, clients, _, requests = start() if step in ("keys", "roster") else reach(step)
         client = clients["site-00"]
         good = client.advertise() if step == "keys" else client.answer(step, requests["site-00"])
