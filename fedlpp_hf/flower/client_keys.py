@@ -73,7 +73,7 @@ def read_public_key(path: str | os.PathLike) -> bytes:
         if os.stat(path).st_size > _MAX_BYTES:
             raise ValueError("it is too long")
         key = load_ssh_public_key(Path(path).read_bytes())
-    except (OSError, ValueError, UnsupportedAlgorithm) as error:
+    except (OSError, ValueError, UnsupportedAlgorithm, NotImplementedError) as error:  # the last: a compressed point
         raise ValueError(f"`{path}` can't be read as a public key ({error}); {expected}.") from None
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise ValueError(f"`{path}` is a key of another kind than nodes have; {expected}.")

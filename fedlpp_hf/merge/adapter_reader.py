@@ -33,8 +33,10 @@ class AdapterReader:
         self.directory, file = directory, directory / ADAPTER_WEIGHTS
         try:
             self.config = PeftConfig.from_pretrained(str(directory))
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"`{directory / ADAPTER_CONFIG}` can't be read ({error}).") from error
+        except Exception as error:  # PEFT's classes judge their fields each in their own way
+            raise ValueError(
+                f"`{directory / ADAPTER_CONFIG}` can't be read ({type(error).__name__}: {error})."
+            ) from error
         if self.config.is_prompt_learning:
             raise ValueError(
                 f"`{directory}` is a {self.config.peft_type.value} adapter: it adds inputs and changes no weight, so it can't "

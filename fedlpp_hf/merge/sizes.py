@@ -168,7 +168,10 @@ def check_tokens(model: PreTrainedModel, peft_config: Any, tokens: int | None) -
         getattr(peft_config, "trainable_token_indices", None) or getattr(peft_config, "token_indices", None) or []
     )
     lists = trained.values() if isinstance(trained, dict) else [trained]
-    highest = max((index for indices in lists for index in indices), default=-1)
+    indices = [index for part in lists for index in (part if isinstance(part, list | tuple) else [part])]
+    if not all(type(index) is int for index in indices):
+        raise ValueError(f"adapter_config.json trains the tokens {trained!r:.80}; expected whole numbers.")
+    highest = max(indices, default=-1)
     embedding = _find_embedding(model)
     if embedding is not None and highest >= (tokens or embedding.num_embeddings):
         raise ValueError(

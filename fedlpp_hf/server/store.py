@@ -33,6 +33,7 @@ ROUND_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, SERVER_STATE)  # and the record,
 DROPPED_FILE = "dropped.json"
 LOCK_FILE = "lock"
 SCHEMA_VERSION = 2
+_EARLIER_KEYS = {"schema", "federation_id", "base_fingerprint", "peft_config", "clients", "packages", "config"}
 _ADVICE = "Delete that round's directory, and those of later rounds, to resume from the round before it."
 
 logger = logging.getLogger(__name__)
@@ -115,8 +116,10 @@ class RoundStore:
                 f"The federation in `{self.output_dir}` has schema {federation.get('schema')}; this version of "
                 f"fedlpp_hf reads {SCHEMA_VERSION}. Resume it with the version that began it, or start another one."
             )
-        digest = federation.pop("sha256", None)  # earlier versions wrote none
-        if digest is not None and digest != _digest_record(federation):
+        digest = federation.pop("sha256", None)
+        # Earlier versions wrote none, and nothing but these: a key that lost its name is none of theirs.
+        is_earlier = digest is None and federation.keys() <= _EARLIER_KEYS
+        if not is_earlier and digest != _digest_record(federation):
             raise ValueError(f"`{path}` is damaged or was changed by hand. Restore it, or start another federation.")
         return federation
 

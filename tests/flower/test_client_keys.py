@@ -1,6 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Which ids a node's key may announce."""
 
+import base64
 import os
 import shutil
 
@@ -71,3 +72,13 @@ def test_file_without_a_key_registers_nobody(directory, make_key, text, caplog):
     assert caplog.text.count("can't be read as a public key") == 1
     with pytest.raises(ValueError, match="expected the node.pub that the client sent"):
         read_public_key(directory / "a.pub")
+
+
+def test_key_with_a_compressed_point_registers_nobody(directory, make_key):
+    """cryptography answers it with NotImplementedError, which would end the server."""
+    kind, data, *_ = make_key("one").read_text().split()
+    point = 97  # bytes, of P-384, uncompressed
+    blob = base64.b64decode(data)
+    blob = blob[:-point] + b"\x02" + blob[-point + 1 :]
+    (directory / "a.pub").write_text(f"{kind} {base64.b64encode(blob).decode()}\n")
+    assert ClientKeys(directory).list_holders() == []

@@ -32,6 +32,9 @@ def pair(tmp_path_factory):
         ({"layer_replication": [[0, 2]] * 10**4}, "layer_replication=.*ranges of at most 10000 layers"),
         ({"layer_replication": "all"}, "layer_replication='all'; expected ranges"),
         ({"target_modules": "(((*"}, "no regular expression"),
+        ({"init_lora_weights": 1e308}, "init_lora_weights=1e[+]308; expected a name, true or false"),
+        ({"trainable_token_indices": ["x"]}, "trains the tokens .*expected whole numbers"),
+        ({"megatron_config": {"a": 1}}, "PEFT can't build the adapter"),
     ],
 )
 def test_values_that_no_training_writes_are_refused(pair, tmp_path, change, reason):

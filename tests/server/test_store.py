@@ -255,6 +255,9 @@ def test_federation_changed_by_hand(store):
     del federation["sha256"]  # as earlier versions wrote it
     path.write_text(json.dumps(federation))
     assert store.read()["federation_id"] == federation["federation_id"]
+    path.write_text(json.dumps(federation | {"sha2u6": "a digest whose key has lost a bit"}))
+    with pytest.raises(ValueError, match="damaged or was changed by hand"):
+        store.read()
 
 
 def test_damaged_record_is_refused_by_its_path(store):
