@@ -3,8 +3,8 @@
 
     python -m benchmarks.canary_epsilon
 
-Three seeds, with and without Poisson sampling, 10 rounds, noise multiplier 3, δ = 1e-5, updates of 20,000 values, 300 clients that
-send zeros, and 100 canaries of ten times the clip that claim ten times the examples. Needs the extra `privacy` for the accountant. A minute of one core.
+Three seeds, with and without Poisson sampling, 10 rounds, noise multiplier 3, δ = 1e-5, updates of 20,000 values, 600 clients that
+send zeros, and 200 canaries of ten times the clip that claim 100 times the examples. Needs the extra `privacy` for the accountant. A minute of one core.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from fedlpp_hf.audit.canaries import CanaryAudit, CanarySettings, Contribution, 
 from fedlpp_hf.report.tables import format_table
 
 
-CLIP, DELTA, HONEST, CANARIES = 0.5, 1e-5, 300, 100
+CLIP, DELTA, HONEST, CANARIES = 0.5, 1e-5, 600, 200
 SOUND = "none"
 GROWTH = 0.3  # of the logarithm of the clip in each round
 # What is planted, and whether a test on cosines can see it.
@@ -58,7 +58,9 @@ def make_release(mistake: str, dimension: int, noise_multiplier: float, expected
             return update
         if mistake == "clip multiplies instead of dividing":
             return update * max(1.0, norm / CLIP)
-        return clip_vector(update, CLIP * np.exp(GROWTH * (number - 1)) if mistake == "clip grows, noise stays" else CLIP)
+        return clip_vector(
+            update, CLIP * np.exp(GROWTH * (number - 1)) if mistake == "clip grows, noise stays" else CLIP
+        )
 
     def draw(number: int) -> np.ndarray:
         if mistake == "noise of a seed of 32 bits":
@@ -95,7 +97,7 @@ def run_case(
     honest = int(HONEST * sampling_rate)
     expected = sampling_rate * (HONEST + num_canaries)
     settings = CanarySettings(
-        dimension, CLIP, num_canaries, rounds, sampling_rate, length=10.0, num_examples=10, seed=seed
+        dimension, CLIP, num_canaries, rounds, sampling_rate, length=10.0, num_examples=100, seed=seed
     )
     release = make_release(mistake, dimension, noise_multiplier, expected, seed)
     accounted = account(noise_multiplier, rounds, sampling_rate)
@@ -106,11 +108,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     arguments = parser.parse_args()
-    table = [["planted mistake", "sampling", "accounted ε", "estimated ε", "its interval begins at", "lower bound", "refuted in"]]
+    table = [
+        [
+            "planted mistake",
+            "sampling",
+            "accounted ε",
+            "estimated ε",
+            "its interval begins at",
+            "lower bound",
+            "refuted in",
+        ]
+    ]
     for rate in (1.0, 0.25):
         for mistake in MISTAKES:
             found = [run_case(mistake, rate, seed) for seed in arguments.seeds]
-            ends = [sorted(values) for values in ([a.epsilon for a in found], [a.epsilon_low for a in found], [a.bound for a in found])]
+            ends = [
+                sorted(values)
+                for values in ([a.epsilon for a in found], [a.epsilon_low for a in found], [a.bound for a in found])
+            ]
             table.append(
                 [
                     mistake, f"{rate:g}", f"{found[0].accounted:.2f}", *(f"{low:.2f} to {high:.2f}" for low, *_, high in ends),

@@ -18,7 +18,7 @@ from scipy.optimize import brentq
 from scipy.stats import beta, norm
 
 
-_CONFIDENCE = 0.95
+_CONFIDENCE = 0.999  # of what refutes: an alarm by chance in one run of 2,000
 _LARGEST = 1000.0  # an ε above it is no privacy
 
 
@@ -64,8 +64,8 @@ class CanaryAudit:
     """What the canaries show at `delta`.
 
     `shift` is the mean of the canaries' components in units of chance; had they sent nothing, it would be 0 ± 1/√canaries. `epsilon` is the ε of the Gaussian
-    mechanism with this shift, and `epsilon_low` to `epsilon_high` its 95 % interval: an estimate, exact for Gaussian noise
-    without sampling, and too low for mixtures. `bound` is a 95 % lower bound that assumes nothing of the noise: from the share
+    mechanism with this shift, and `epsilon_low` to `epsilon_high` its 99.9 % interval: an estimate, exact for Gaussian noise
+    without sampling, and too low for mixtures. `bound` is a 99.9 % lower bound that assumes nothing of the noise: from the share
     of canaries above a threshold, which was chosen on the other half of them, against the known share of chance.
     `accounted` is the ε that is claimed. `repeats` says that two releases of the same round had the same noise.
     """
@@ -84,7 +84,7 @@ class CanaryAudit:
     def refuted(self) -> bool:
         """Whether the run shows that the accounted ε is wrong: the interval or the bound is above it, or noise can be subtracted.
 
-        A sound mechanism is refuted by chance in one run of 40.
+        A sound mechanism is refuted by chance in about one run of 1,000.
         """
         return self.repeats or (self.accounted is not None and max(self.epsilon_low, self.bound) > self.accounted)
 
@@ -127,7 +127,9 @@ def audit_canaries(
     twice = [np.asarray(release(1, same), np.float64) for _ in range(2)]
     repeats = bool(np.any(twice[0]) and np.array_equal(*twice))
     # Without any noise, or honest clients, there is nothing left: the components are then certain.
-    return judge_canaries(components / max(rest, 1e-9 * float(np.abs(components).max()), 1e-300), delta, accounted, repeats)
+    return judge_canaries(
+        components / max(rest, 1e-9 * float(np.abs(components).max()), 1e-300), delta, accounted, repeats
+    )
 
 
 def judge_canaries(
@@ -164,7 +166,7 @@ def gaussian_epsilon(shift: float, delta: float) -> float:
 
 
 def bound_epsilon(statistics: np.ndarray, delta: float) -> float:
-    """A lower bound of ε at 95 % confidence: ε ≥ log((TPR − δ) / FPR) for every threshold (Kairouz et al., arXiv 1311.0776).
+    """A lower bound of ε at 99.9 % confidence: ε ≥ log((TPR − δ) / FPR) for every threshold (Kairouz et al., arXiv 1311.0776).
 
     TPR is bounded from below by Clopper and Pearson on every second canary, at the threshold that is best on the others. FPR is the
     normal tail, which a cosine's own distribution stays below. Canaries of one run count as independent; they nearly are.
@@ -192,4 +194,6 @@ def _check_settings(settings: CanarySettings, delta: float) -> None:
             f"sampling_rate={settings.sampling_rate}, num_rounds={settings.num_rounds}; expected a share in (0, 1], and a round."
         )
     if not (settings.clip > 0 and settings.length > 0 and 0 < delta < 1):
-        raise ValueError(f"clip={settings.clip}, length={settings.length}, delta={delta}; expected positive numbers, δ below 1.")
+        raise ValueError(
+            f"clip={settings.clip}, length={settings.length}, delta={delta}; expected positive numbers, δ below 1."
+        )

@@ -16,7 +16,9 @@ from .observed import ObservedUpdate
 
 _BATCH = 256
 _FIRST = 3
-_VISIBLE = 0.01  # mean change of a log-probability that stands out of float32's rounding, and is still a first derivative
+_VISIBLE = (
+    0.01  # mean change of a log-probability that stands out of float32's rounding, and is still a first derivative
+)
 _SHORTLIST = 16  # of last tokens by their rise, which the gradient then tells apart
 _LONGEST = 1e6  # times the update
 
@@ -44,6 +46,20 @@ class GainModel:
         finally:
             load_adapter_(self.parameters, before)
             self.model.train(training)
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether the model gives each place of a row the next token's log-probabilities."""
+        with torch.no_grad():
+            logits = getattr(
+                self.model(input_ids=torch.tensor([[_FIRST, _FIRST]], device=self._device)), "logits", None
+            )
+        tokens = self.model.get_input_embeddings().num_embeddings
+        return logits is not None and logits.dim() == 3 and logits.shape[-1] >= tokens
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
 
     def find_length(self, change: float) -> float:
         """The multiple of Δ that changes the log-probabilities after one token by `change` in the mean."""
@@ -74,7 +90,7 @@ class GainModel:
         )
         choices = [list(dict.fromkeys(a + b)) for a, b in zip(risen, likely, strict=True)]
         found = [list(row) if replace else [*row, tokens[0]] for row, tokens in zip(rows, choices, strict=True)]
-        for place, tokens in [*enumerate(choices)] * (2 if len(rows) > 1 else 1):
+        for place, tokens in [*enumerate(choices)] * (2 if len(rows) == 2 else 1):
             tried = [[*found[:place], [*starts[place], token], *found[place + 1 :]] for token in tokens]
             found = max([found, *tried], key=self.measure_match)
         return found
@@ -84,8 +100,7 @@ class GainModel:
         if max(map(len, rows), default=0) < 2:
             return 0.0
         ids, mask = pad_rows(rows)
-        device = next(iter(self.parameters.values())).device
-        ids, mask = ids.to(device), mask.to(device)
+        ids, mask = ids.to(self._device), mask.to(self._device)
         keys = [key for key in self.update.delta if key in self.parameters]
         flags = {key: self.parameters[key].requires_grad for key in keys}
         for key in keys:
@@ -115,8 +130,9 @@ class GainModel:
         found = []
         for part in split_batches(len(rows), _BATCH):
             ids, mask = pad_rows(rows[part])
-            device = next(iter(self.parameters.values())).device
-            logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float().cpu()
+            logits = (
+                self.model(input_ids=ids.to(self._device), attention_mask=mask.to(self._device)).logits.float().cpu()
+            )
             found.append(logits[torch.arange(len(ids)), mask.sum(1) - 1].log_softmax(-1))
         load_adapter_(self.parameters, start)
         return torch.cat(found)

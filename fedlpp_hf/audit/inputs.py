@@ -2,7 +2,7 @@
 """The inputs of an adapter's layers for given tokens, from a model that the attacker has: the base with the proxy."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -76,11 +76,8 @@ class InputReader:
         found: dict[str, torch.Tensor] = {}
         device = next(self.model.parameters()).device
         arguments = {"input_ids": ids.to(device)} | ({} if mask is None else {"attention_mask": mask.to(device)})
-        with _evaluating(self.model), self._hooks(names, found):
-            try:
-                self.model(**arguments)
-            except _Seen:
-                pass
+        with _evaluating(self.model), self._hooks(names, found), suppress(_Seen):
+            self.model(**arguments)
         return found
 
     @contextmanager

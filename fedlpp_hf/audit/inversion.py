@@ -7,7 +7,7 @@ is no sum of gradients (more than one step of Adam), or where noise, dropout or 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from .observed import ObservedUpdate, SpanTest, build_tests, find_near_limit, me
 from .sequences import InversionLimits, arrange_encoder, grow_by_spans
 
 
-_BATCH = 1024  # sequences that are read at once
+_BATCH = 16_384  # tokens that are read at once
 _MOST_TOKENS = 4000  # found: more than these is none
 _DEEPER_GROUPS = 3  # layers after the first by which sequences are tested
 
@@ -57,18 +57,30 @@ def invert_update(model: Any, update: ObservedUpdate, peft_config: Any, limits: 
     gains = GainModel(model, update)
     with gains.held(update.start):
         reader = InputReader(model, list(targets))
-        tests = [build_tests(update, [targets[name] for name in group]) for group in reader.groups[: 1 + _DEEPER_GROUPS]]
+        tests = [
+            build_tests(update, [targets[name] for name in group]) for group in reader.groups[: 1 + _DEEPER_GROUPS]
+        ]
         tokens = find_tokens(reader, tests[0], limits) if tests[0] else []
         deeper = [test for group in tests[1:] for test in group]
-        if reader.causal:
-            found = sorted({token for place in tokens for token in place})
+        found = sorted({token for place in tokens for token in place})
+        if reader.causal and gains.predicts_tokens:
             rows = gains.finish_rows(grow_by_spans(reader, deeper, found, limits)) if found and deeper else []
             order = "spans"
-            if len(rows) < limits.num_rows:  # deeper layers see more different inputs than the first, and drift with training
-                order = "optimization"
-                rows = gains.finish_rows(search_rows(gains, found or range(reader.vocabulary), limits), replace=True)
+            if len(rows) < limits.num_rows and limits.evaluations:
+                # Deeper layers see more different inputs than the first, and drift with training.
+                others = gains.finish_rows(search_rows(gains, found or range(reader.vocabulary), limits), replace=True)
+                if gains.measure_match(others) > gains.measure_match(rows):
+                    rows, order = others, "optimization"
+            order = order if rows else "nothing"
             return Inversion(tokens, rows, ("spans" if found else "nothing", order), gains.measure_match(rows))
-        rows = arrange_encoder(reader, deeper, tokens, limits) if tokens else []
+        if reader.causal:  # a classifier's last token has a gradient, and so a place in the spans
+            rows = (
+                grow_by_spans(reader, deeper, found, replace(limits, max_length=limits.max_length + 1))
+                if found and deeper
+                else []
+            )
+        else:
+            rows = arrange_encoder(reader, deeper, tokens, limits) if tokens else []
         order = "spans" if deeper and rows else "nothing"
         return Inversion(tokens, rows, ("spans" if tokens else "nothing", order), None)
 
@@ -77,7 +89,7 @@ def find_tokens(reader: InputReader, tests: Sequence[SpanTest], limits: Inversio
     """Tokens whose input of the first layer lies in the span, by place, nearest first; the places end where none is found."""
     length = limits.max_length if reader.positional else 1
     parts = []
-    for part in split_batches(reader.vocabulary, _BATCH):
+    for part in split_batches(reader.vocabulary, max(_BATCH // length, 1)):
         ids = torch.arange(reader.vocabulary)[part, None].expand(-1, length)
         parts.append(measure_all(tests, reader.read(ids, [*{test.layer: None for test in tests}])))
     distances = torch.cat(parts)

@@ -14,8 +14,14 @@ from .gains import GainModel
 from .sequences import InversionLimits
 
 
-_CHANGES = (0.01, 0.1, 0.3)  # of log-probabilities, by which the update is lengthened; which is best differs from case to case
+_CHANGES = (
+    0.01,
+    0.1,
+    0.3,
+)  # of log-probabilities, by which the update is lengthened; which is best differs from case to case
 _BEAMS, _BRANCHES, _KEPT = 32, 8, 4
+_FINALISTS = 32
+_MOST_ROWS = 2  # that are searched for: of more, the first ones
 _SHORTLIST = 8  # tokens tried in each place
 _ENOUGH = 0.9999  # cosine: the gradient of the very rows
 
@@ -30,7 +36,7 @@ def search_rows(gains: GainModel, tokens: Sequence[int], limits: InversionLimits
     """
     allowed = torch.tensor(sorted(set(tokens)))
     begins = [[limits.begin_token]] if limits.begin_token is not None else [[t] for t in allowed.tolist()[:_BEAMS]]
-    pool: dict[tuple[int, ...], float] = {}
+    pool: dict[tuple[int, ...], None] = {}
     for change in _CHANGES:
         length = gains.find_length(change)
         alive = [(0.0, begin) for begin in begins]
@@ -38,14 +44,18 @@ def search_rows(gains: GainModel, tokens: Sequence[int], limits: InversionLimits
             best = gains.read([row for _, row in alive], length)[:, allowed].topk(min(_BRANCHES, len(allowed)), -1)
             longer = [
                 (total + value, [*row, int(allowed[index])])
-                for (total, row), values, indices in zip(alive, best.values.tolist(), best.indices.tolist(), strict=True)
+                for (total, row), values, indices in zip(
+                    alive, best.values.tolist(), best.indices.tolist(), strict=True
+                )
                 for value, index in zip(values, indices, strict=True)
             ]
             alive = sorted(longer, key=lambda found: -found[0])[:_BEAMS]
-            pool |= {tuple(row): 0.0 for _, row in alive[:_KEPT]}
-    rows: list[list[int]] = []
-    for _ in range(limits.num_rows):
-        rows.append(list(max(pool, key=lambda row: gains.measure_match([*rows, list(row)]))))
+            pool |= {tuple(row): None for _, row in alive[:_KEPT]}
+    matches = {row: gains.measure_match([list(row)]) for row in list(pool)[-limits.evaluations // 2 :]}
+    finalists = sorted(matches, key=lambda row: -matches[row])[:_FINALISTS]
+    rows = [list(finalists[0])]
+    while len(rows) < min(limits.num_rows, _MOST_ROWS):
+        rows.append(list(max(finalists, key=lambda row: gains.measure_match([*rows, list(row)]))))
     return _improve_rows(gains, rows, allowed, limits)
 
 
@@ -56,7 +66,9 @@ def _improve_rows(
     while improved and best < _ENOUGH:
         improved = False
         for place, row in enumerate(rows):
-            tried = [[*rows[:place], other, *rows[place + 1 :]] for other in _list_changes(gains, row, allowed, limits)]
+            tried = [
+                [*rows[:place], other, *rows[place + 1 :]] for other in _list_changes(gains, row, allowed, limits)
+            ]
             taken += len(tried)
             if taken > limits.evaluations:
                 return rows
@@ -67,9 +79,7 @@ def _improve_rows(
     return rows
 
 
-def _list_changes(
-    gains: GainModel, row: list[int], allowed: torch.Tensor, limits: InversionLimits
-) -> list[list[int]]:
+def _list_changes(gains: GainModel, row: list[int], allowed: torch.Tensor, limits: InversionLimits) -> list[list[int]]:
     """Rows that differ from `row` in one token, by those that the update raises most in that place, or makes most likely."""
     prefixes = [row[:place] for place in range(1, len(row) + 1)]
     count = min(_SHORTLIST, len(allowed))
@@ -82,6 +92,6 @@ def _list_changes(
                 found.append([*row[:place], token, *row[place + 1 :]])
             if len(row) < limits.max_length:
                 found.append([*row[:place], token, *row[place:]])
-        if 2 < len(row) and place < len(row):
+        if len(row) > 2 and place < len(row):
             found.append([*row[:place], *row[place + 1 :]])
     return found

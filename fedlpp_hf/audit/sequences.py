@@ -1,6 +1,8 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Rows out of the tokens that an update gave away: by the spans of deeper layers, and by what the update raises."""
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +15,7 @@ from .observed import SpanTest, find_near_limit, measure_all
 _BATCH = 1024
 _BEAMS = 64
 _SWEEPS, _RESTARTS = 6, 4
+_MOST_COMBINATIONS = 4096  # that are all tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +27,7 @@ class InversionLimits:
         max_length: Tokens of the longest row, at most.
         begin_token: The token that every row begins with, if one does.
         end_token: The token that every row ends with, if one does.
-        evaluations: Gradients that the search by optimization may take.
+        evaluations: Gradients that the search by optimization may take; 0 leaves it out.
     """
 
     num_rows: int
@@ -98,7 +101,7 @@ def arrange_encoder(
                 continue
             for _ in range(_RESTARTS):
                 found = _climb(reader, tests, places, rows, generator)
-                if found[1] not in rows and (best is None or found[0] < best[0]):
+                if found[1] and found[1] not in rows and (best is None or found[0] < best[0]):
                     best = found
         if best is None:
             break
@@ -110,7 +113,11 @@ def _climb(
     reader: InputReader, tests: Sequence[SpanTest], places: Sequence[Sequence[int]], taken: Sequence[Sequence[int]],
     generator: torch.Generator,
 ) -> tuple[float, list[int]]:  # fmt: skip
-    """A row from a random start, of tokens that no row has yet where there are some: its mean distance, and itself."""
+    """The nearest row, by its mean distance, of all where they are few; else from a random start, of tokens that no row has yet."""
+    if math.prod(map(len, places)) <= _MOST_COMBINATIONS:
+        rows = [list(row) for row in itertools.product(*places) if list(row) not in taken]
+        means = measure_rows(reader, tests, rows).mean(1) if rows else torch.tensor([math.inf])
+        return float(means.min()), rows[int(means.argmin())] if rows else []
     row = []
     for place, choices in enumerate(places):
         used = {other[place] for other in taken if len(other) > place}

@@ -177,7 +177,7 @@ class FederatedServer:
         """Run and commit a round; returns whether it shall be the last."""
         began = time.perf_counter()
         proxy = self.make_proxy(self.adapter) if self.args.broadcasts else None  # one for all, whatever their number
-        tasks = {client: self._make_task(number, client, proxy) for client in self.sample_clients(number)}
+        tasks = {client: self.make_task(number, client, proxy) for client in self.sample_clients(number)}
         updates, rejected = self.admission.collect(tasks, train_clients(list(tasks.values())))
         if len(updates) < self.args.min_clients:
             reasons = "; ".join(f"{client}: {reason}" for client, reason in rejected.items())
@@ -203,7 +203,8 @@ class FederatedServer:
         forget_rounds(self.args, self.store)
         return stop
 
-    def _make_task(self, number: int, client: str, proxy: Payload | None) -> ClientTask:
+    def make_task(self, number: int, client: str, proxy: Payload | None) -> ClientTask:
+        """What `client` is asked in a round."""
         args = self.args
         return ClientTask(
             federation_id=self.federation_id,
