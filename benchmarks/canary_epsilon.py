@@ -3,7 +3,7 @@
 
     python -m benchmarks.canary_epsilon
 
-Three seeds, with and without Poisson sampling, 10 rounds, noise multiplier 3, δ = 1e-5, updates of 20,000 values, 600 clients that
+Three seeds, with and without Poisson sampling, 10 rounds, noise multiplier 3, δ = 1e-5, updates of 2,000 values, 600 clients that
 send zeros, and 200 canaries of ten times the clip that claim 100 times the examples. Needs the extra `privacy` for the accountant. A minute of one core.
 """
 
@@ -90,7 +90,7 @@ def make_others(dimension: int, count: int) -> Callable[[int], list[Contribution
 
 
 def run_case(
-    mistake: str, sampling_rate: float, seed: int, noise_multiplier: float = 3.0, rounds: int = 10, dimension: int = 20_000,
+    mistake: str, sampling_rate: float, seed: int, noise_multiplier: float = 3.0, rounds: int = 10, dimension: int = 2_000,
     num_canaries: int = CANARIES,
 ) -> CanaryAudit:  # fmt: skip
     """The audit of one mechanism."""

@@ -12,10 +12,10 @@ release without all of them: so no canary is noise to the others, and the distri
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.stats import beta, norm
+import torch
 
 
 _CONFIDENCE = 0.999  # of what refutes: an alarm by chance in one run of 2,000
@@ -137,7 +137,7 @@ def judge_canaries(
 ) -> CanaryAudit:
     """ε from the canaries' components in units of chance: each is N(0, 1) for a canary that did not take part."""
     shift, spread = float(statistics.mean()), float(statistics.std(ddof=1))
-    margin = norm.ppf((1 + _CONFIDENCE) / 2) * spread / math.sqrt(len(statistics))
+    margin = NormalDist().inv_cdf((1 + _CONFIDENCE) / 2) * spread / math.sqrt(len(statistics))
     return CanaryAudit(
         num_canaries=len(statistics),
         delta=delta,
@@ -158,11 +158,9 @@ def gaussian_epsilon(shift: float, delta: float) -> float:
 
     def excess(epsilon: float) -> float:
         left, right = shift / 2 - epsilon / shift, -shift / 2 - epsilon / shift
-        return float(norm.cdf(left) - math.exp(min(epsilon + norm.logcdf(right), 0.0))) - delta
+        return math.exp(_log_normal(left)) - math.exp(min(epsilon + _log_normal(right), 0.0)) - delta
 
-    if excess(0.0) <= 0:
-        return 0.0
-    return float(brentq(excess, 0.0, _LARGEST)) if excess(_LARGEST) < 0 else _LARGEST
+    return _find_root(excess, _LARGEST)
 
 
 def bound_epsilon(statistics: np.ndarray, delta: float) -> float:
@@ -179,8 +177,39 @@ def bound_epsilon(statistics: np.ndarray, delta: float) -> float:
 
 def _log_ratio(statistics: np.ndarray, threshold: float, delta: float) -> float:
     above = int((statistics >= threshold).sum())
-    low = float(beta.ppf(1 - _CONFIDENCE, above, len(statistics) - above + 1)) if above else 0.0
-    return math.log(low - delta) - float(norm.logsf(threshold)) if low > delta else -math.inf
+    low = bound_share(above, len(statistics))
+    return math.log(low - delta) - _log_normal(-float(threshold)) if low > delta else -math.inf
+
+
+def bound_share(count: int, total: int, confidence: float = _CONFIDENCE) -> float:
+    """The least share with which `count` or more of `total` come about as often as 1 − `confidence` (Clopper and Pearson, 1934)."""
+    ways = [math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1) for k in range(total + 1)]
+
+    def lack(share: float) -> float:
+        if not 0 < share < 1:
+            return (1 - confidence) - (share >= 1)
+        terms = (ways[k] + k * math.log(share) + (total - k) * math.log1p(-share) for k in range(count, total + 1))
+        return (1 - confidence) - math.fsum(map(math.exp, terms))
+
+    return _find_root(lack, 1.0) if count else 0.0
+
+
+def _log_normal(value: float) -> float:
+    """log Φ, also far out in the tail."""
+    return float(torch.special.log_ndtr(torch.tensor(value, dtype=torch.float64)))
+
+
+def _find_root(falling: Callable[[float], float], largest: float) -> float:
+    """Where a function that falls from 0 to `largest` passes zero, or the end that is nearest."""
+    low, high = 0.0, largest
+    if falling(low) <= 0:
+        return low
+    if falling(high) >= 0:
+        return high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if falling(middle) > 0 else (low, middle)
+    return low
 
 
 def _check_settings(settings: CanarySettings, delta: float) -> None:

@@ -5,9 +5,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from scipy.optimize import linear_sum_assignment
-
 
 Row = Sequence[int]
 
@@ -27,7 +24,7 @@ class Recovery:
 
 
 def score_recovery(true: Sequence[Row], found: Sequence[Row], ignored: Iterable[int] = ()) -> Recovery:
-    """Score `found` rows against the `true` ones, each matched with one by the best ROUGE-L; a row without a partner counts 0.
+    """Score `found` rows against the `true` ones, the best pairs by ROUGE-L matched first; a row without a partner counts 0.
 
     Args:
         true: Rows of tokens.
@@ -43,11 +40,14 @@ def score_recovery(true: Sequence[Row], found: Sequence[Row], ignored: Iterable[
     true, found = ([[token for token in row if token not in left] for row in rows] for rows in (true, found))
     if not found:
         return Recovery(0.0, 0.0, 0.0, 0.0)
-    scores = np.array([[_rouge_l(row, other) for other in found] for row in true])
-    pairs = list(zip(*linear_sum_assignment(-scores), strict=True))
+    scores = {(a, b): _rouge_l(row, other) for a, row in enumerate(true) for b, other in enumerate(found)}
+    pairs: dict[int, int] = {}
+    for a, b in sorted(scores, key=lambda pair: -scores[pair]):
+        if a not in pairs and b not in pairs.values():
+            pairs[a] = b
 
     def mean(measure) -> float:
-        return 100 * sum(measure(true[a], found[b]) for a, b in pairs) / len(true)
+        return 100 * sum(measure(true[a], found[b]) for a, b in pairs.items()) / len(true)
 
     return Recovery(
         rouge_1=mean(lambda a, b: _rouge_n(a, b, 1)),

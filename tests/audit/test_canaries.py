@@ -2,17 +2,23 @@
 """ε from canary clients: it brackets a known mechanism's, and refutes each planted mistake that it can see."""
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
-from scipy.stats import norm
 
 from benchmarks.canary_epsilon import MISTAKES, SOUND, account, run_case
-from fedlpp_hf.audit.canaries import CanarySettings, audit_canaries, bound_epsilon, gaussian_epsilon, judge_canaries
+from fedlpp_hf.audit.canaries import (
+    CanarySettings,
+    audit_canaries,
+    bound_epsilon,
+    bound_share,
+    gaussian_epsilon,
+    judge_canaries,
+)
 
 
 pytest.importorskip("dp_accounting")
-SMALL = {"dimension": 2000}
 
 
 def make_release(noise: float, dimension: int, seed: int):
@@ -41,7 +47,7 @@ def test_canaries_bracket_the_truth(noise_multiplier, seed):
 @pytest.mark.parametrize("sampling_rate", [1.0, 0.25])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_sound_mechanism_is_not_refuted(sampling_rate, seed):
-    found = run_case(SOUND, sampling_rate, seed, **SMALL)
+    found = run_case(SOUND, sampling_rate, seed)
     assert found.accounted and not found.refuted
     assert max(found.epsilon_low, found.bound) <= found.accounted
 
@@ -51,7 +57,13 @@ def test_a_sound_mechanism_is_not_refuted(sampling_rate, seed):
 def test_a_planted_mistake_is_refuted_where_it_can_be_seen(mistake, sampling_rate):
     """Noise of a seed of 32 bits has the right distribution: no test on releases sees it, only who reads the code."""
     for seed in range(3):
-        assert run_case(mistake, sampling_rate, seed, **SMALL).refuted is MISTAKES[mistake], seed
+        assert run_case(mistake, sampling_rate, seed).refuted is MISTAKES[mistake], seed
+
+
+def test_bound_of_a_share_is_clopper_and_pearson_s():
+    # All of n: P(n of n) = p^n; none: nothing is known. 8 of 10 at 95 %: 0.4931, as in tables.
+    assert bound_share(20, 20, 0.95) == pytest.approx(0.05 ** (1 / 20)) and bound_share(0, 20) == 0
+    assert bound_share(8, 10, 0.95) == pytest.approx(0.4931, abs=1e-4)
 
 
 def test_chance_shows_no_epsilon_and_certainty_a_large_one():
@@ -61,7 +73,7 @@ def test_chance_shows_no_epsilon_and_certainty_a_large_one():
     assert bound_epsilon(generator.normal(8, 1, size=400), 1e-5) > 20
     # The bound holds for noise of any kind: half of the canaries at 3, half at 0.
     mixed = np.r_[generator.normal(3, 1, 200), generator.normal(0, 1, 200)]
-    truth = math.log(0.5 * norm.sf(0) / norm.sf(3))
+    truth = math.log((0.5 + NormalDist().cdf(-3)) / 2 / NormalDist().cdf(-3))
     assert 0 < bound_epsilon(generator.permutation(mixed), 1e-5) < truth
 
 

@@ -23,7 +23,9 @@ def own_options() -> list[str]:
 
 def test_own_options_stay_few():
     """Raise the bound for an option that earns its place: by a preset, a recipe, or a line of a table where it wins."""
-    assert len(own_options()) <= 43  # audit_data: the audit of the data side, which trains one more client and takes its time
+    assert (
+        len(own_options()) <= 43
+    )  # audit_data: the audit of the data side, which trains one more client and takes its time
 
 
 @pytest.mark.parametrize("name", own_options())
