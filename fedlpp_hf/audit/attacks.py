@@ -110,7 +110,7 @@ def fine_tune(
         "lr_scheduler_type": "constant",
         "warmup_steps": 0,
     }
-    with _replaced(trainer.args, options), _callback(trainer, snapshots):
+    with replaced_options(trainer.args, options), _callback(trainer, snapshots):
         trainer.train_client(task, rows)
     return snapshots.taken
 
@@ -126,7 +126,8 @@ class _Snapshots(TrainerCallback):
 
 
 @contextmanager
-def _replaced(args: Any, options: Mapping[str, Any]) -> Iterator[None]:
+def replaced_options(args: Any, options: Mapping[str, Any]) -> Iterator[None]:
+    """`args` with other values for a while."""
     before = {name: getattr(args, name) for name in options}
     try:
         for name, value in options.items():

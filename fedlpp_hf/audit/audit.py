@@ -20,6 +20,7 @@ from .attacks import (
     pool_rows,
     restore_proxies,
 )
+from .data_audit import audit_data
 from .exposed import list_sent
 from .report import AuditReport, CoalitionAudit
 from .stolen_value import estimate_exposure, estimate_interval, estimate_stolen_value
@@ -114,6 +115,7 @@ def audit_federation(trainer: Any, coalitions: Sequence[Sequence[str]] | None = 
         coalitions=audits,
         sent=list_sent(trainer),
         notes=notes,
+        data=audit_data(trainer) if args.audit_data else None,
         seconds=time.perf_counter() - began,
         intervals=_keep_known(
             base=estimate_interval({"base": base}, after, args.seed),

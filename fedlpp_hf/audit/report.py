@@ -12,11 +12,12 @@ from ..report.tables import format_table
 from ..report.text import AttackerRow, AuditSummary
 from ..server.store import RoundStore
 from ..tensors.atomic import write_atomically
+from .data_report import DataAudit, read_data_audit
 from .stolen_value import StolenValue, format_stolen, read_stolen
 
 
-SCHEMA_VERSION = 4
-_READABLE = (3, SCHEMA_VERSION)  # 3 has no intervals
+SCHEMA_VERSION = 5
+_READABLE = (3, 4, SCHEMA_VERSION)  # 3 has no intervals, 4 no audit of the data
 AUDIT_JSON, AUDIT_TABLE, AUDIT_PICTURE = "audit.json", "audit.md", "audit.png"
 
 
@@ -49,7 +50,8 @@ class AuditReport:
     `num_rows` of `num_rows_available` evaluation rows were drawn by `seed`; an attacker trained for `steps` steps.
     `exposure` is the stolen value of the untouched base, in loss, against guessing. `before` and `server` are means of
     the owner's model at the start and at the end. `sent` is what left the owner: each tensor of the base and of a proxy.
-    `intervals` are those of the untouched `base` and of the owner's model `before`.
+    `intervals` are those of the untouched `base` and of the owner's model `before`. `data` is the audit of the data side, with
+    `audit_data`.
     """
 
     federation_id: str
@@ -68,6 +70,7 @@ class AuditReport:
     notes: list[str]
     seconds: float
     intervals: dict[str, list[float]] = field(default_factory=dict)
+    data: DataAudit | None = None
 
     @property
     def worst_single(self) -> CoalitionAudit | None:
@@ -104,6 +107,8 @@ class AuditReport:
             ],
             exposures=_list_exposures(self),
             notes=[*(f"{who}, {measure}: {s.reason}" for who, measure, s in found if s.reason), *self.notes],
+            data=self.data.list_tables() if self.data else [],
+            data_notes=self.data.notes if self.data else [],
             rows=f"{self.num_rows} of {self.num_rows_available} evaluation rows (seed {self.seed})",
         )
 
@@ -192,6 +197,7 @@ class AuditReport:
                 )
                 for entry in values["coalitions"]
             ]
+            values["data"] = read_data_audit(values["data"]) if values.get("data") is not None else None
             values["sent"] = [SentTensor(**entry) for entry in values["sent"]]
             report = cls(**values)
             render_audit(report)  # whatever is of the wrong type shows here
@@ -252,6 +258,7 @@ def render_audit(report: AuditReport) -> str:
     for coalition in report.coalitions:
         lines += ["", *_render_coalition(coalition, measures)]
     lines += [f"\n**Note.** {note}" for note in report.notes]
+    lines += ["", *report.data.render()] if report.data else []
     lines += ["", f"The audit took {report.seconds:.0f} s."]
     return "\n".join(lines) + "\n"
 

@@ -13,6 +13,7 @@ class AuditOptions:
 
     Args:
         audit: At the end, attack with what clients hold, and report their share of the owner's gain.
+        audit_data: Also attack updates, on the owner's own rows: what they tell about a client's rows.
         audit_threshold: Largest share that passes. Above it the run fails, after everything is written.
         audit_rows: Number of evaluation rows on which the audit compares models.
         audit_steps: Steps of an attacker on its rows, and of local-only training.
@@ -22,12 +23,13 @@ class AuditOptions:
     FACTS: ClassVar[OptionFacts] = OptionFacts(
         free=(
             "audit",
+            "audit_data",
             "audit_threshold",
             "audit_rows",
             "audit_steps",
             "compare_full_precision",
         ),
-        beside={"audit": False, "audit_threshold": None, "compare_full_precision": False},
+        beside={"audit": False, "audit_data": False, "audit_threshold": None, "compare_full_precision": False},
     )
 
     audit: bool = field(
@@ -35,6 +37,13 @@ class AuditOptions:
         metadata={
             "help": "At the end, attack with what clients hold, and report how much of the owner's gain they get. "
             "Needs the clients' data in this process: for simulations only. docs/threat-model.md explains the result."
+        },
+    )
+    audit_data: bool = field(
+        default=False,
+        metadata={
+            "help": "With `audit`: also attack updates. A made-up client of one more round trains on half of the audit's evaluation "
+            "rows; rows are rebuilt from its update, and members told from others. docs/data-privacy.md explains the result."
         },
     )
     audit_threshold: float | None = field(
@@ -64,5 +73,7 @@ class AuditOptions:
             ValueError: naming the options that are out of range or do not go together.
         """
         check_positive(self, "audit_rows", "audit_steps")
+        if self.audit_data and not self.audit:
+            raise ValueError("audit_data=True with audit=False; set audit=True, whose report it is a part of.")
         if self.audit_threshold is not None and not self.audit:
             raise ValueError(f"audit_threshold={self.audit_threshold} with audit=False; set audit=True.")

@@ -2,7 +2,7 @@
 """A federation's report as text: a line for each round, and at the end a table with a warning if one is due."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..config.federated import FederatedConfig
@@ -33,6 +33,8 @@ class AuditSummary:
         stolen, exposures: Tables, the first row being the header.
         notes: What the owner should know.
         rows: Which evaluation rows were drawn, in words.
+        data: What updates tell about rows: tables with their captions; empty where it was not audited.
+        data_notes: What of it was not measured.
     """
 
     attackers: list[AttackerRow]
@@ -41,6 +43,8 @@ class AuditSummary:
     exposures: list[list[str]]
     notes: list[str]
     rows: str
+    data: list[tuple[str, list[list[str]]]] = field(default_factory=list)
+    data_notes: list[str] = field(default_factory=list)
 
 
 _BY_NAME = MetricChoice()

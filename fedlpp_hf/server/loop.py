@@ -189,7 +189,7 @@ class FederatedServer:
         began = time.perf_counter()
         proxy = self.make_proxy(self.adapter) if self.args.broadcasts else None  # one for all, whatever their number
         drawn, dropped = self.sample_clients(number), self.dropped
-        tasks = {client: self._make_task(number, client, proxy) for client in drawn if client not in dropped}
+        tasks = {client: self.make_task(number, client, proxy) for client in drawn if client not in dropped}
         updates, rejected = self.admission.collect(tasks, train_clients(list(tasks.values())) if tasks else ())
         if len(updates) < self.args.min_clients and self.dp is None:
             reasons = "; ".join(f"{client}: {reason}" for client, reason in rejected.items())
@@ -217,7 +217,8 @@ class FederatedServer:
         forget_rounds(self.args, self.store)
         return stop
 
-    def _make_task(self, number: int, client: str, proxy: Payload | None) -> ClientTask:
+    def make_task(self, number: int, client: str, proxy: Payload | None) -> ClientTask:
+        """What `client` is asked in a round."""
         args = self.args
         return ClientTask(
             federation_id=self.federation_id,

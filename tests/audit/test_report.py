@@ -74,7 +74,7 @@ def test_what_is_written_is_read_again_and_schema_3_without_intervals_too(tmp_pa
     assert AuditReport.read(tmp_path) == report
     assert "1.0500 to 1.1500" in (tmp_path / "audit.md").read_text()
     values = json.loads((tmp_path / "audit.json").read_text())
-    assert values.pop("schema") == SCHEMA_VERSION == 4
+    assert values.pop("schema") == SCHEMA_VERSION == 5
     for part in (values, *values["coalitions"]):
         del part["intervals"]
     (tmp_path / "audit.json").write_text(json.dumps({"schema": 3, **values}))
@@ -82,7 +82,8 @@ def test_what_is_written_is_read_again_and_schema_3_without_intervals_too(tmp_pa
     assert {party.low for party in older.list_parties()} == {None} and "1.1000" in render_audit(older)
     for schema, damage in (
         (2, {}),
-        (5, {}),
+        (6, {}),
+        (5, {"data": {"inversions": []}}),
         (4, {"intervals": {"base": ["x", "y"]}}),
         (4, {"intervals": {"base": [1.0]}}),
     ):

@@ -26,9 +26,9 @@ def test_own_options_stay_few():
 
     42; five of client-level differential privacy, which users of Flower, NVFlare and Opacus expect; three of record-level: ε, δ and
     the clip are the guarantee, and none follows from the others; two of secure sums: users of the peers expect the one, and the other
-    says how many may drop out; monitor_port and log_json, which whoever is on call expects.
+    says how many may drop out; monitor_port and log_json, which whoever is on call expects; audit_data, which takes its time.
     """
-    assert len(own_options()) <= 54
+    assert len(own_options()) <= 55
 
 
 @pytest.mark.parametrize("name", own_options())
@@ -69,6 +69,7 @@ def test_every_option_is_documented_where_it_stands(name):
         ({"update_bits": 7}, "`update_bits`"),
         ({"client_workers": 0}, "client_workers=0; expected a positive number"),
         ({"audit_threshold": 0.1}, "audit_threshold=0.1 with audit=False; set audit=True"),
+        ({"audit_data": True}, "audit_data=True with audit=False; set audit=True"),
         ({"audit_rows": 0}, "audit_rows=0; expected a positive number"),
         ({"fedprox_mu": -1.0}, "fedprox_mu=-1.0; expected 0 or more"),
         ({"logit_adjustment": -1.0}, "logit_adjustment=-1.0; expected a number from 0 to 10"),
