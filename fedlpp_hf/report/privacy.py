@@ -33,8 +33,8 @@ def describe_privacy(records: Sequence[Record], config: Any) -> list[str]:
     lines = [
         f"Client-level differential privacy: ε = {format_spent(spent)} at δ = {spent['delta']:g} after {spent['releases']} "
         f"releases ({spent['analysis']}; noise multiplier {spent['noise_multiplier']:.4g}, clip {spent['clip_norm']:.4g}). It "
-        "holds for whoever sees the model and the proxies, not against the server, which has every update, and for this "
-        "federation alone: those of others with the same clients add up."
+        "holds for whoever sees the model and the proxies, not against the server, which has every update. What other federations "
+        "with the same clients spend comes on top."
     ]
     done, target = records[-1]["round"], read("target_epsilon")
     if target is not None and done < read("num_rounds") and spent["epsilon_of_another_round"] > target:
