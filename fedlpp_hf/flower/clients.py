@@ -182,7 +182,7 @@ class FlowerClients:
         """
         rejected = dict(self._guests.rejected)
         return {
-            "here": list(dict(self._guests.nodes)),
+            "here": sorted(dict(self._guests.nodes)),
             "refused_nodes": {str(node): reason for node, reason in rejected.items()},
         }
 
