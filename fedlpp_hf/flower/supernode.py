@@ -72,7 +72,7 @@ def check_apps() -> None:
             node._insert_message(Message(error, reply_to=message), given["state"], given["object_store"])
             return message.metadata.run_id
 
-    node._pull_and_store_message = pull_checked
+    node._pull_and_store_message = pull_checked  # type: ignore[assignment]
 
 
 def guard_local_server(trust: bool) -> None:

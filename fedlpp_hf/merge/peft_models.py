@@ -104,8 +104,9 @@ def _list_model_classes(config: Any, peft_config: PeftConfig, model_class: Any) 
     """
     if model_class is not None:
         return [model_class]
-    trained = (getattr(peft_config, "auto_mapping", None) or {}).get("base_model_class", "")
-    names = [*(config.architectures or [])[:1], trained, find_auto_class(peft_config) or ""]
+    mapping = getattr(peft_config, "auto_mapping", None)
+    trained = mapping.get("base_model_class", "") if isinstance(mapping, dict) else ""
+    names = [*(config.architectures or [])[:1], str(trained), find_auto_class(peft_config) or ""]
     classes = [found for name in names if (found := getattr(transformers, name, None)) is not None]
     # Not the class of another architecture, which can't be built of this configuration.
     fitting = [found for found in classes if isinstance(config, getattr(found, "config_class", None) or object)]

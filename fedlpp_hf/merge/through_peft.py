@@ -68,7 +68,7 @@ def merge_through_peft(
     weights = {id(parameter) for parameter in model.parameters()}
     try:
         peft_model = PeftModel.from_pretrained(model, reader.directory, config=deepcopy(reader.config))
-    except (RuntimeError, KeyError, TypeError, IndexError) as error:
+    except Exception as error:  # of whatever PEFT does with a configuration
         raise ValueError(
             f"PEFT can't load the adapter in `{reader.directory}` ({error}). Load and save it again."
         ) from error
@@ -81,7 +81,12 @@ def merge_through_peft(
         check_keys(given, expected)
     _give_each_its_own_(peft_model, weights)
     _settle_layers_(peft_model, getattr(adapted.config.get_text_config(), "num_hidden_layers", 0))
-    merged = peft_model.merge_and_unload(safe_merge=True)
+    try:
+        merged = peft_model.merge_and_unload(safe_merge=True)
+    except (NotImplementedError, AttributeError, TypeError, KeyError, IndexError) as error:
+        raise ValueError(
+            f"PEFT can't merge the adapter in `{reader.directory}` ({type(error).__name__}: {error})."
+        ) from error
     fresh = sorted(_list_damaged(merged) - damaged)
     if fresh:
         raise ValueError(f"`{fresh[0]}` would have values that are NaN or infinite after the merge.")

@@ -156,13 +156,15 @@ def lora_scale(peft_config: PeftConfig | Mapping[str, Any], module: str) -> floa
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     if not (isinstance(ranks, Mapping) and isinstance(alphas, Mapping)):
         raise ValueError(
-            f"The adapter has rank_pattern={ranks!r:.80} and alpha_pattern={alphas!r:.80}; expected names with numbers."
+            f"adapter_config.json is not a configuration of LoRA: it has rank_pattern={ranks!r:.80} and "
+            f"alpha_pattern={alphas!r:.80}; expected names with numbers."
         )
     rank = ranks.get(get_pattern_key(list(ranks), module), config.get("r"))
     alpha = alphas.get(get_pattern_key(list(alphas), module), config.get("lora_alpha"))
     if type(rank) is not int or rank < 1 or isinstance(alpha, bool) or not isinstance(alpha, int | float):
         raise ValueError(
-            f"The adapter has r={rank!r:.80} and lora_alpha={alpha!r:.80} for `{module}`; expected two numbers."
+            f"adapter_config.json is not a configuration of LoRA: it has r={rank!r:.80} and lora_alpha={alpha!r:.80} for "
+            f"`{module}`; expected two numbers."
         )
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 

@@ -34,6 +34,8 @@ def pair(tmp_path_factory):
         ({"target_modules": "(((*"}, "no regular expression"),
         ({"init_lora_weights": 1e308}, "init_lora_weights=1e[+]308; expected a name, true or false"),
         ({"trainable_token_indices": ["x"]}, "trains the tokens .*expected whole numbers"),
+        ({"monteclora_config": "x"}, "PEFT can't (build|load|merge)"),
+        ({"alora_invocation_tokens": [1]}, "PEFT can't merge the adapter"),
         ({"megatron_config": {"a": 1}}, "PEFT can't build the adapter"),
     ],
 )
