@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
-from fedlpp_hf.flower.local_socket import make_key, read_key
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -28,6 +27,7 @@ from fedlpp_hf.flower.certificates import make_certificates, make_node_key
 from fedlpp_hf.flower.client_settings import ClientSettings
 from fedlpp_hf.flower.superlink_control import write_app
 from fedlpp_hf.merge.merge import merge_adapter
+from fedlpp_hf.processes.local_socket import make_key, read_key
 from fedlpp_hf.server import loop
 from fedlpp_hf.server.store import LOCK_FILE, RoundStore
 from fedlpp_hf.wire.messages import ClientTask, ClientUpdate, LocalOptions

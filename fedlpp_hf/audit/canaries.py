@@ -124,8 +124,8 @@ def audit_canaries(
     components = canaries @ total
     rest = float(np.linalg.norm(total - canaries.T @ components)) / math.sqrt(settings.dimension - len(canaries))
     same = others(1)
-    twice = [np.asarray(release(1, same), np.float64) for _ in range(2)]
-    repeats = bool(np.any(twice[0]) and np.array_equal(*twice))
+    once, again = (np.asarray(release(1, same), np.float64) for _ in range(2))
+    repeats = bool(np.any(once) and np.array_equal(once, again))
     # Without any noise, or honest clients, there is nothing left: the components are then certain.
     return judge_canaries(
         components / max(rest, 1e-9 * float(np.abs(components).max()), 1e-300), delta, accounted, repeats

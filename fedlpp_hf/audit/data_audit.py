@@ -107,11 +107,12 @@ def _audit_inversion(
 
 def _invert(trainer: Any, name: str, update: ObservedUpdate, behind: Sequence[Sequence[int]]) -> InversionFigures:
     begin, end = ({text[place] for text in behind} for place in (0, -1))
-    ends = [next(iter(tokens)) if len(tokens) == 1 and len(behind) > 1 else None for tokens in (begin, end)]
+    # What every row begins or ends with, the owner knows from its own.
+    first, last = (min(tokens) if len(tokens) == 1 and len(behind) > 1 else None for tokens in (begin, end))
     longest = min(max(map(len, behind)), _LONGEST)
-    limits = InversionLimits(min(len(behind), _MOST_ROWS), longest, *ends, evaluations=0)
+    limits = InversionLimits(min(len(behind), _MOST_ROWS), longest, first, last, evaluations=0)
     inversion = invert_update(trainer.model, update, trainer.guard.peft_config, limits)
-    ignored = {token for token in ends if token is not None}
+    ignored = {token for token in (first, last) if token is not None}
     tokens = score_tokens(behind, {token for place in inversion.tokens for token in place}, ignored)
     scores = asdict(score_recovery(behind, inversion.rows, ignored))
     different = len({token for text in behind for token in text})

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from ..client.checks import find_peft_model
 from ..tensors.adapters import adapter_parameters, copy_adapter, load_adapter_
-from .inputs import pad_rows, split_batches
+from .inputs import count_tokens, pad_rows, split_batches
 from .observed import ObservedUpdate
 
 
@@ -54,8 +54,7 @@ class GainModel:
             logits = getattr(
                 self.model(input_ids=torch.tensor([[_FIRST, _FIRST]], device=self._device)), "logits", None
             )
-        tokens = self.model.get_input_embeddings().num_embeddings
-        return logits is not None and logits.dim() == 3 and logits.shape[-1] >= tokens
+        return logits is not None and logits.dim() == 3 and logits.shape[-1] >= count_tokens(self.model)
 
     @property
     def _device(self) -> torch.device:

@@ -32,7 +32,7 @@ class InputReader:
         modules = dict(model.named_modules())
         self.model = model
         self.layers = {name: modules[PREFIX + name] for name in targets if PREFIX + name in modules}
-        self.vocabulary: int = model.get_input_embeddings().num_embeddings
+        self.vocabulary = count_tokens(model)
         self.groups = self._find_groups()
         first = self.groups[0]
         one, other = self.read(torch.tensor([[3, 5, 4], [4, 5, 6]]), first[:1])[first[0]]
@@ -96,6 +96,11 @@ class InputReader:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def count_tokens(model: Any) -> int:
+    """The rows of the model's embedding."""
+    return int(model.get_input_embeddings().num_embeddings)
 
 
 @contextmanager

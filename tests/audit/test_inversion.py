@@ -28,7 +28,8 @@ def make_model(kind: str, rank: int = 32, **changes):
     if kind == "llama":
         model, names, task = LlamaForCausalLM(LlamaConfig(**SIZES)), ["q_proj", "k_proj", "v_proj"], "CAUSAL_LM"
     else:
-        config = BertConfig(**SIZES | NO_DROPOUT | changes)
+        # A last block whose first token is pooled sees averages of its inputs: it takes one more to tell rows apart.
+        config = BertConfig(**SIZES | NO_DROPOUT | {"num_hidden_layers": 3} | changes)
         model, names, task = BertForSequenceClassification(config), ["query", "key", "value"], "SEQ_CLS"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
