@@ -62,7 +62,7 @@ def test_server_announces_its_clients(trainer, task, tmp_path):
     trainer.guard.admit(task)
     hold(trainer, tmp_path, min_clients=4)
     with pytest.raises(PolicyRefusal, match="announces num_clients=3; the policy demands at least 4"):
-        trainer.train_client(task)
+        trainer.guard.admit(task)
 
 
 def test_without_a_policy_the_task_decides(trainer, task):
