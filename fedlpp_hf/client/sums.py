@@ -24,7 +24,8 @@ class SumLedger:
     """Which sums a client has helped to open, in a file that outlives its process.
 
     The sums of two sets of survivors of one round differ by the updates of single clients, so a client opens a round for one
-    set alone, and no round before its last one.
+    set alone, and no round before its last one. It does not even mask its update for another set: those who have not opened
+    the round yet could open that sum without it.
 
     Args:
         file: The ledger's.
@@ -33,16 +34,25 @@ class SumLedger:
     def __init__(self, file: Path):
         self.file = file
 
-    def check_round(self, federation_id: str, number: int) -> None:
+    def check(self, federation_id: str, number: int, clients: str = "") -> None:
         """
+        Args:
+            federation_id: Of the federation.
+            number: Of the round.
+            clients: Digest of those whose updates may be in the sum, where they are known.
+
         Raises:
-            RefusedError: if a later round was opened.
+            RefusedError: if a later round was opened, or this one for others.
         """
-        last, _ = self._read().get(federation_id, (0, ""))
+        last, opened = self._read().get(federation_id, (0, ""))
         if number < last:
             raise RefusedError(
                 f"this client has helped to open the sum of round {last} of this federation, and takes no part in round {number} "
                 "again; start another federation"
+            )
+        if clients and number == last and clients != opened:
+            raise RefusedError(
+                f"this client has helped to open round {number} for other survivors; the two sums would tell updates apart"
             )
 
     def enter(self, federation_id: str, number: int, survivors: str) -> None:
@@ -56,12 +66,8 @@ class SumLedger:
         Raises:
             RefusedError: if this round was opened for others, or a later one was.
         """
-        self.check_round(federation_id, number)
+        self.check(federation_id, number, survivors)
         entries = self._read()
-        if entries.get(federation_id, (0, ""))[0] == number and entries[federation_id][1] != survivors:
-            raise RefusedError(
-                f"this client has helped to open round {number} for other survivors; the two sums would tell updates apart"
-            )
         entries[federation_id] = number, survivors
         write_atomically(self.file, json.dumps(entries).encode(), mode=0o600)
 
@@ -112,8 +118,11 @@ class ClientSums:
         """
         federation, number = task.federation_id, task.round
         self._client = None
-        self.ledger.check_round(federation, number)
+        self.ledger.check(federation, number)
         size = sum(tensor.numel() for tensor in self.shapes.values())
+
+        def admit(members: str) -> None:
+            self.ledger.check(federation, number, members)
 
         def approve(survivors: str) -> None:
             self.ledger.enter(federation, number, survivors)
@@ -123,6 +132,7 @@ class ClientSums:
             update.client_id,
             make_contribution(update, self.shapes),
             self.identity,
+            admit,
             approve,
         )
         return self._client.advertise()

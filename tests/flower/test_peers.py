@@ -6,7 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+
+pytest.importorskip("flwr", reason="flwr is not installed: needs the extra `flower`")
+
 from fedlpp_hf.flower.certificates import make_node_key
+from fedlpp_hf.flower.client_command import run_client
 from fedlpp_hf.flower.peers import read_identity, read_peers
 
 
@@ -50,3 +54,10 @@ def test_directory_without_keys_is_refused(peers, tmp_path):
 
 def test_without_a_directory_there_is_no_identity(settings):
     assert read_identity(settings) is None
+
+
+def test_client_without_a_node_key_can_not_sign(peers, tmp_path, write_config, rows):
+    options = {"state_dir": str(tmp_path / "s"), "peer_keys": peers[0].peer_keys}
+    with pytest.raises(ValueError, match="--peer_keys with --insecure: without a node key this client can't sign"):
+        run_client(str(write_config()), str(rows / "site-0.jsonl"), insecure=True, **options)
+    assert not (tmp_path / "s").exists()

@@ -14,6 +14,7 @@ from .members import (
     commit_own_mask,
     derive_mask_key,
     derive_own_mask,
+    digest_ids,
     find_sign,
     keys_context,
 )
@@ -60,8 +61,9 @@ class SumClient:
         client_id: Of the client.
         contribution: What it adds.
         identity: With it, every member must have signed its keys, and enough of them the survivors.
-        approve: Asked before the first share leaves: given the digest of the roster's ids that survived, it raises
-            ValueError if this client has opened another sum of the same round.
+        admit: Asked before the masked update leaves, with the digest of all whose updates may be in the sum ([`digest_ids`]);
+            raises ValueError if this client has opened the round for others.
+        approve: The same before the first share leaves, with the digest of the survivors.
 
     Raises:
         ValueError: if the contribution could overflow.
@@ -73,11 +75,12 @@ class SumClient:
         client_id: str,
         contribution: Contribution,
         identity: Identity | None = None,
+        admit: Callable[[str], None] = lambda members: None,
         approve: Callable[[str], None] = lambda survivors: None,
     ):
         check_contribution(contribution, terms)
         self.terms, self.client_id = terms, client_id
-        self.identity, self.approve = identity, approve
+        self.identity, self.admit, self.approve = identity, admit, approve
         self._contribution: Contribution | None = contribution
         self._own_seed, self._key_seed, self._cipher_key = make_seed(), make_seed(), make_private_key()
         self._mask_key = derive_mask_key(terms, client_id, self._key_seed)
@@ -196,6 +199,7 @@ class SumClient:
             raise RefusedError(
                 f"{len(senders) + 1} clients have shared their keys; at least {roster.threshold} must have"
             )
+        self.admit(digest_ids([*senders, self.client_id]))
         for client, sealed in senders.items():
             context = roster.seal_context(client, self.client_id)
             secret = agree(self._cipher_key, roster.members[client].cipher_key, context)
@@ -248,7 +252,7 @@ class SumClient:
             for client, signature in signers.items():
                 if not self.identity.verify(client, signature, context):
                     raise RefusedError(f"client {client!r:.120} did not confirm these survivors")
-        self.approve(digest("\n".join(map(repr, self._survivors)).encode()))
+        self.approve(digest_ids(self._survivors))
         alive = set(self._survivors)
         shares = {client: held[0 if client in alive else 1].hex() for client, held in self._held.items()}
         self._held.clear()

@@ -88,6 +88,11 @@ def make_round_context(terms: SumTerms, label: str, *parts: str | int) -> bytes:
     return make_context(label, terms.federation_id, terms.round, *parts)
 
 
+def digest_ids(ids: Iterable[str]) -> str:
+    """SHA-256 of a set of clients."""
+    return digest(make_context("clients", *sorted(ids)))
+
+
 def derive_mask_key(terms: SumTerms, client: str, seed: bytes) -> bytes:
     """The X25519 private key of a member's pair masks, from the seed that it shares."""
     return derive_key(seed, make_round_context(terms, "mask key", client))
