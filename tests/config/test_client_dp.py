@@ -32,6 +32,7 @@ def make_config(**options) -> FederatedConfig:
         ({"robust": "median"}, "robust='median': it looks at single updates.* Set robust='none'"),
         ({"robust": "multi_krum", "num_attackers": 1, "min_clients": 5}, "robust='multi_krum': it looks at single"),
         ({"over_sample": 0.5, "clients_per_round": 4}, "over_sample=0.5: who is in the sum would depend on how fast"),
+        ({"secure_aggregation": True}, "secure_aggregation=True: the server clips each update once more"),
         ({"min_clients": 2}, "min_clients=2: that a round stopped would tell how many"),
         ({"aggregation": "exact"}, "aggregation='exact': the clip bounds the factors, not the mean of their products"),
         ({"broadcast": "never", "num_rounds": 3}, "broadcast='never' in num_rounds=3: .* Set num_rounds=1"),

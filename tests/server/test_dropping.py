@@ -57,6 +57,20 @@ def test_what_would_leave_too_few_is_refused(tmp_path):
         check_dropped(args, clients, {"c11"}, 1)
 
 
+def test_rounds_whose_draw_is_secret_are_not_looked_at(tmp_path):
+    private = {
+        "noise_multiplier": 1.0,
+        "target_delta": 1e-3,
+        "clip_update_norm": 1.0,
+        "weighting": "uniform",
+        "min_clients": 1,
+    }
+    args = make_server(tmp_path, MANY, **private).args
+    check_dropped(args, list(MANY), set(MANY), 1)  # such a round is noise, and is committed
+    with pytest.raises(ValueError, match="'c11' is no client"):
+        check_dropped(args, list(MANY), {"c11"}, 1)
+
+
 def test_damaged_file_is_a_clear_error(tmp_path):
     store = RoundStore(tmp_path)
     store.create({"federation_id": "f"})

@@ -194,7 +194,7 @@ class OwnLoss(FederatedTrainer):
         ({"compute_loss_func": lambda *args, **kwargs: None}, "compute_loss_func"),
         ({"record_delta": 0.2}, r"record_delta=0.2 for 8 rows; expected less than 1.2e-01"),
     ],
-    ids=str,
+    ids=["own compute_loss", "loss function", "large delta"],
 )
 def test_trainer_that_is_refused(make, options, message):
     compute_loss_func = options.pop("compute_loss_func", None)
