@@ -56,14 +56,15 @@ def grow_by_spans(
 
     A row's last token is missing, as it has no gradient.
     """
-    # A token after copies of itself has its own input, whatever their number: a known first token is set once.
+    # After copies of itself alone a token has the same inputs, whatever their number: no row is grown of copies.
     begin = [] if limits.begin_token is None else [limits.begin_token]
     tokens = [token for token in tokens if token not in begin]
     alive: list[tuple[float, list[int]]] = [(0.0, begin)]
     ended: list[tuple[float, list[int]]] = []
     for _ in range(limits.max_length - 1 - len(begin)):
         longer = [[*row, token] for _, row in alive for token in tokens]
-        distances = measure_rows(reader, tests, longer)[:, -1]
+        copies = torch.tensor([len(row) > 1 and len(set(row)) == 1 for row in longer])
+        distances = measure_rows(reader, tests, longer)[:, -1].masked_fill(copies, torch.inf)
         limit = find_near_limit(distances)
         going_on: list[tuple[float, list[int]]] = []
         for place, (worst, row) in enumerate(alive):
