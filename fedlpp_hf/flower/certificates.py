@@ -48,7 +48,7 @@ def make_certificates(directory: str | os.PathLike, hosts: Sequence[str]) -> lis
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     authority, notices = _prepare_authority(directory)
     key_file, certificate_file = directory / SERVER_KEY, directory / SERVER_CERTIFICATE
-    key, certificate = _read(key_file, _load_key), _read(certificate_file, x509.load_pem_x509_certificate)
+    key, certificate = _read(key_file, _load_key), _read(certificate_file, _load_certificate)
     if (
         key is None
         or certificate is None
@@ -116,7 +116,7 @@ def check_authority(path: str | os.PathLike) -> None:
 def _prepare_authority(directory: Path) -> tuple[Signer, list[str]]:
     """The authority in `directory`, and what to say about it."""
     key_file, certificate_file = directory / CA_KEY, directory / CA_CERTIFICATE
-    key, certificate = _read(key_file, _load_key), _read(certificate_file, x509.load_pem_x509_certificate)
+    key, certificate = _read(key_file, _load_key), _read(certificate_file, _load_certificate)
     if key is None:
         # A directory with certificates has had a working authority, which clients may trust.
         known = [name for name in (CA_CERTIFICATE, SERVER_CERTIFICATE) if (directory / name).exists()]
@@ -164,6 +164,12 @@ def _read(path: Path, load: Callable[[bytes], Any]) -> Any:
         return None
     except (ValueError, TypeError, UnsupportedAlgorithm, NotImplementedError):  # TypeError: it has a password
         return None
+
+
+def _load_certificate(data: bytes) -> x509.Certificate:
+    certificate = x509.load_pem_x509_certificate(data)
+    certificate.public_key()  # it may be of a kind that is not known, which shows only here
+    return certificate
 
 
 def _load_key(data: bytes) -> Any:

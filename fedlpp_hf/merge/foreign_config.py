@@ -116,5 +116,7 @@ def _list_patterns(config: PeftConfig) -> Iterator[tuple[str, str]]:
             yield name, value
     for name in ("rank_pattern", "alpha_pattern", "layers_pattern", "modules_to_save"):
         value = getattr(config, name, None) or ()
+        if not isinstance(value, str | list | tuple | set | dict):
+            raise ValueError(f"adapter_config.json has {name}={value!r:.80}; expected names.")
         for pattern in [value] if isinstance(value, str) else value:
             yield name, str(pattern)

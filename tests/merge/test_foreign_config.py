@@ -36,6 +36,7 @@ def pair(tmp_path_factory):
         ({"trainable_token_indices": ["x"]}, "trains the tokens .*expected whole numbers"),
         ({"monteclora_config": "x"}, "PEFT can't (build|load|merge)"),
         ({"alora_invocation_tokens": [1]}, "PEFT can't merge the adapter"),
+        ({"modules_to_save": 7}, "modules_to_save=7; expected names"),
         ({"megatron_config": {"a": 1}}, "PEFT can't build the adapter"),
     ],
 )
