@@ -229,6 +229,7 @@ class FederatedServer:
             base_fingerprint=self.base_fingerprint,
             proxy=proxy,
             num_clients=args.clients_per_round or len(self.num_examples),
+            noise_multiplier=0.0 if self.dp is None else self.dp.noise_multiplier,
             options=LocalOptions(
                 rule=args.aggregation,
                 proximal_mu=args.fedprox_mu,

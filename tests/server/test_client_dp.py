@@ -69,7 +69,8 @@ def test_mean_is_the_clipped_sum_by_the_expected_number_whoever_drops_out(tmp_pa
     silence(monkeypatch)
 
     def run(tasks):
-        assert {task.options.clip_norm for task in tasks} == {1.0}
+        # What a client's policy may ask for.
+        assert {(task.options.clip_norm, task.noise_multiplier, task.num_clients) for task in tasks} == {(1.0, 4.0, 8)}
         answers = [answer_small(task, 100.0 if task.client_id == "c0" else 0.1) for task in tasks]  # c0 does not clip
         return [update for update in answers if update.client_id not in ("c6", "c7")]
 
