@@ -3,6 +3,7 @@
 
 import copy
 import gc
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,7 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, WorkersMixin, Publish
         elif isinstance(model, str | Path):
             raise ValueError("`peft_config` is missing: say which adapter to train, e.g. LoraConfig(r=8).")
         args = copy.copy(args)
+        args.output_dir = os.path.abspath(args.output_dir)  # a script may change its working directory later
         self.server: FederatedServer | None = None
         self.steering = Steering(args)
         self.users_callbacks = list(callbacks or [])

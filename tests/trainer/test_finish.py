@@ -3,6 +3,7 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -203,3 +204,20 @@ def test_values_are_those_of_json():
     assert json.loads(json.dumps(kept, allow_nan=True)).keys() == kept.keys()
     assert type(kept["number"]) is float and type(keep_values({"x": np.int64(3)})["x"]) is int
     assert keep_values({"x": np.str_("a"), "y": torch.tensor(2)}) == {"x": "a", "y": 2}
+
+
+class Moving(FederatedCallback):
+    def on_round_end(self, args, state, control, **kwargs):
+        os.chdir("elsewhere")
+
+
+def test_a_script_that_changes_its_directory_writes_to_one_place(llama_base, lora, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    trainer = make_trainer(llama_base, "out", lora, num_rounds=1, update_bits=2)
+    trainer.add_callback(Moving())
+    trainer.train()
+    assert Path.cwd() == tmp_path / "elsewhere" and not list(Path.cwd().iterdir())
+    assert {"_federation", "_clients", "adapter_model.safetensors", "report.html"} <= {
+        p.name for p in (tmp_path / "out").iterdir()
+    }
