@@ -8,11 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..privacy.accounting import ClientSampling, compute_epsilon
+from ..privacy.client_level import ClientMechanism
 from ..processes.measurement import choose_rows
+from ..server.client_dp import ClientDP
 from ..tensors.adapters import global_norm
 from ..tensors.codebooks import FULL_PRECISION
 from ..wire.compression import decompress_update
 from .attacks import Adapter, replaced_options
+from .canaries import CanaryAudit, CanarySettings, Contribution, audit_canaries
 from .data_report import DataAudit, InversionFigures, MembershipFigures
 from .inversion import invert_update
 from .membership import ATTACKS, compare_scores
@@ -24,6 +28,7 @@ from .sequences import InversionLimits
 _CLIENT = "audit"
 _MOST_ROWS = 8  # that an attack looks for
 _LONGEST = 64  # tokens of a row that is attacked
+_CANARY_VALUES = 2000  # of a canary's update; more make the estimate no better
 _FEWEST = 8  # rows, below which no share means anything
 # The root mean square error of an update's values, as a share of theirs (Gaussian blocks; DESIGN: 0.57, 0.20, 0.09).
 _QUANTIZATION_ERRORS = {1: 0.8, 2: 0.57, 3: 0.2, 4: 0.1, 8: 0.01, FULL_PRECISION: 0.0}
@@ -49,8 +54,44 @@ def audit_data(trainer: Any) -> DataAudit:
     inversions = _audit_inversion(trainer, rows.select(members), start, notes)
     delta = _train(trainer, rows.select(members), start)
     membership = _audit_membership(trainer, delta, start, members, others)
-    notes.append("There is no noise on updates, and so no ε to compare with canary clients.")
-    return DataAudit(inversions, membership, None, notes)
+    canaries = None
+    if trainer.server.dp is None:
+        notes.append("There is no noise on updates, and so no ε to compare with canary clients.")
+    else:
+        canaries = audit_noise(trainer.server.dp, trainer.server.store.records(), args.seed)
+        notes.append(
+            "The client's update is attacked as the server gets it, before the noise. The canary clients go through the federation's "
+            "own clip, noise and divisor, at the noise of all its rounds."
+        )
+    return DataAudit(inversions, membership, canaries, notes)
+
+
+def audit_noise(dp: ClientDP, records: Sequence[Mapping[str, Any]], seed: int) -> CanaryAudit:
+    """ε that canary clients find in a federation's mechanism, beside the accounted one.
+
+    They are drawn as its clients are, or, where each round draws a fixed number, are in every round, whose ε is then the one to compare
+    with. Each sends ten times the clip.
+
+    Args:
+        dp: Of the federation.
+        records: Of its rounds.
+        seed: Of the canaries.
+    """
+    poisson = dp.sampling.kind == "poisson"
+    sampling = dp.sampling if poisson else ClientSampling("poisson", 1, 1)
+    releases = max((record["privacy"]["releases"] for record in records if "privacy" in record), default=1)
+    mechanism = ClientMechanism(dp.noise_multiplier, dp.sampling.per_round, dp.args.clip_quantile)
+    settings = CanarySettings(
+        _CANARY_VALUES, dp.clip, num_rounds=releases, sampling_rate=sampling.rate, length=10, seed=seed
+    )
+
+    def release(number: int, contributions: Sequence[Contribution]) -> np.ndarray:
+        deltas = [{"values": torch.from_numpy(entry.update)} for entry in contributions]
+        shapes = {"values": torch.Size([_CANARY_VALUES])}
+        return mechanism.release(deltas, [0.5] * len(deltas), dp.clip, shapes).mean["values"].numpy()
+
+    accounted = compute_epsilon(dp.noise_multiplier, sampling, releases, dp.delta)
+    return audit_canaries(release, settings, dp.delta, accounted)
 
 
 def _find_start(trainer: Any) -> Adapter:

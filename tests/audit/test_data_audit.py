@@ -3,14 +3,20 @@
 
 import dataclasses
 import json
+import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from fedlpp_hf import AuditReport, FederatedTrainer
+from fedlpp_hf.audit.data_audit import audit_noise
 from fedlpp_hf.audit.data_report import DataAudit, read_data_audit
+from fedlpp_hf.privacy import client_level
+from fedlpp_hf.privacy.accounting import ClientSampling, compute_epsilon
 from tests.helpers import VOCABULARY, make_args, make_labelled_rows, make_rows, make_trainer
 
 
@@ -69,3 +75,36 @@ def test_what_could_not_be_attacked_is_said():
     audit = DataAudit([], [], notes=["Updates were not inverted: it is a picture."])
     assert audit.list_tables() == [] and "it is a picture" in "\n".join(audit.render())
     assert read_data_audit(json.loads(json.dumps(dataclasses.asdict(audit)))) == audit
+
+
+# --- The noise of a federation, by canary clients.
+SAMPLINGS = [ClientSampling("poisson", 40, 10), ClientSampling("fixed", 40, 10)]
+
+
+@pytest.fixture
+def seeded(monkeypatch):
+    """Noise that is the same in each run of the tests; a sound mechanism is refuted by chance in one of 1,000."""
+    draw = np.random.default_rng(0)
+    monkeypatch.setattr(client_level, "draw_gaussian", lambda count, read_bytes: draw.standard_normal(count))
+
+
+def make_dp(sampling, clip_quantile=None):
+    pytest.importorskip("dp_accounting", reason="needs the extra [privacy]")
+    options = SimpleNamespace(clip_quantile=clip_quantile)
+    return SimpleNamespace(sampling=sampling, noise_multiplier=2.0, args=options, clip=0.5, delta=1e-3)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["poisson", "fixed"])
+@pytest.mark.parametrize("quantile", [None, 0.5])
+def test_noise_of_a_federation_is_not_refuted(seeded, sampling, quantile):
+    found = audit_noise(make_dp(sampling, quantile), [{}, {"privacy": {"releases": 4}}], seed=0)
+    accounted = ClientSampling("poisson", 1, 1) if sampling.kind == "fixed" else sampling
+    assert found.accounted == compute_epsilon(2.0, accounted, 4, 1e-3)
+    assert not found.refuted and found.epsilon_high > 0
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["poisson", "fixed"])
+def test_server_that_does_not_clip_is_refuted(seeded, sampling, monkeypatch):
+    clip = client_level.sum_clipped
+    monkeypatch.setattr(client_level, "sum_clipped", lambda deltas, _, shapes: clip(deltas, math.inf, shapes))
+    assert audit_noise(make_dp(sampling), [{"privacy": {"releases": 4}}], seed=0).refuted
