@@ -4,20 +4,18 @@
 Locks and not process ids: ids repeat, and processes in two containers have the same ones.
 """
 
+import contextlib
 import fcntl
 import logging
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 logger = logging.getLogger(__name__)
-
-_SECONDS_TO_LOCK = 60  # a directory that was made a moment ago may not be locked yet
 
 
 @contextmanager
@@ -39,9 +37,9 @@ def working_directory(target: Path, doing: str) -> Iterator[Path]:
     work.mkdir(exist_ok=True)
     lock = os.open(work, os.O_RDONLY)
     try:
-        if not _try_lock(lock):
+        if _try_lock(lock) is False:
             raise RuntimeError(f"Another process is {doing} `{target}` right now.")
-        if not work.is_dir() or not os.path.samestat(os.fstat(lock), work.stat()):
+        if not _is_at(work, lock):
             raise RuntimeError(f"Another process has just finished {doing} `{target}`.")
         for path in work.iterdir():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -49,7 +47,7 @@ def working_directory(target: Path, doing: str) -> Iterator[Path]:
             yield work
         finally:
             # By its inode: by then another process may have one of the same name.
-            if work.is_dir() and os.path.samestat(os.fstat(lock), work.stat()):
+            if _is_at(work, lock):
                 shutil.rmtree(work, ignore_errors=True)
     finally:
         os.close(lock)
@@ -62,14 +60,22 @@ def temporary_directory(prefix: str) -> Iterator[Path]:
     Those of this user's processes that were killed, with the same `prefix`, are removed first.
     """
     _sweep(prefix)
-    path = Path(tempfile.mkdtemp(prefix=prefix))
-    lock = os.open(path, os.O_RDONLY)
+    path, lock = _make_locked(prefix)
     try:
-        _try_lock(lock)
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
         os.close(lock)
+
+
+def _make_locked(prefix: str) -> tuple[Path, int]:
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=prefix))
+        with contextlib.suppress(FileNotFoundError):  # another process's sweep has met it before its lock
+            lock = os.open(path, os.O_RDONLY)
+            if _try_lock(lock) is not False and _is_at(path, lock):
+                return path, lock
+            os.close(lock)
 
 
 def _sweep(prefix: str) -> None:
@@ -82,18 +88,27 @@ def _sweep(prefix: str) -> None:
         except OSError:  # it has just gone
             continue
         try:
-            if time.time() - status.st_ctime > _SECONDS_TO_LOCK and _try_lock(lock):
+            if _try_lock(lock):  # and not None: it may be anybody's
                 shutil.rmtree(path, ignore_errors=True)
         finally:
             os.close(lock)
 
 
-def _try_lock(descriptor: int) -> bool:
-    """Lock a directory for this process; False if another one has it."""
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether `path` is still the directory that was opened."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _try_lock(descriptor: int) -> bool | None:
+    """Lock a directory for this process; False if another one has it, None where there are no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError as error:  # some network file systems have no locks
+    except OSError as error:  # some network file systems
         logger.warning(f"Directories there can't be locked ({error}). Let one process at a time write to one place.")
+        return None
     return True

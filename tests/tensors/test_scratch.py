@@ -70,7 +70,6 @@ def test_working_directory_of_a_killed_process_is_used_again(tmp_path):
 
 def test_temporary_directory_of_a_killed_process_goes_and_others_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(scratch.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(scratch, "_SECONDS_TO_LOCK", 0)
     left = run_until_killed("temporary_directory('fedlpp-owner-')", {"TMPDIR": str(tmp_path)})
     another = run_until_killed("temporary_directory('other-')", {"TMPDIR": str(tmp_path)})
     elsewhere = tmp_path / "elsewhere"
@@ -83,11 +82,34 @@ def test_temporary_directory_of_a_killed_process_goes_and_others_stay(tmp_path, 
     assert not first.exists() and not second.exists()
 
 
-def test_a_directory_made_a_moment_ago_is_let_be(tmp_path, monkeypatch):
+@pytest.mark.parametrize("moment", ["before it is opened", "before it is locked", "while it is locked"])
+def test_a_directory_that_a_sweep_takes_away_is_made_again(tmp_path, monkeypatch, moment):
     monkeypatch.setattr(scratch.tempfile, "tempdir", str(tmp_path))
-    (tmp_path / "fedlpp-owner-new").mkdir()  # its process has not locked it yet
-    with temporary_directory("fedlpp-owner-"):
-        assert (tmp_path / "fedlpp-owner-new").is_dir()
+    real, taken = (os.open, fcntl.flock), []
+
+    def sweep(path):
+        if not taken:
+            taken.append(path)
+            os.rmdir(path)
+
+    def open_late(path, flags, *more, **options):
+        if moment == "before it is opened":
+            sweep(path)
+        return real[0](path, flags, *more, **options)
+
+    def lock_late(descriptor, operation):
+        if moment == "before it is locked":
+            sweep(os.readlink(f"/proc/self/fd/{descriptor}"))
+        elif moment == "while it is locked" and not taken:
+            sweep(os.readlink(f"/proc/self/fd/{descriptor}"))
+            raise BlockingIOError
+        return real[1](descriptor, operation)
+
+    monkeypatch.setattr(scratch.os, "open", open_late)
+    monkeypatch.setattr(scratch.fcntl, "flock", lock_late)
+    with temporary_directory("fedlpp-owner-") as path:
+        assert path.is_dir() and str(path) not in taken and len(taken) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_file_systems_without_locks(tmp_path, monkeypatch, caplog):
