@@ -90,7 +90,8 @@ def find_auto_class(peft_config: PeftConfig | Mapping[str, Any]) -> str | None:
 def _explain_peft(config: PeftConfig) -> str | None:
     """Why an adapter is more than s·B·A; None if it is not."""
     if not isinstance(config, LoraConfig):
-        return f"it is a {config.peft_type.value} adapter, not LoRA"
+        kind = getattr(config.peft_type, "value", config.peft_type)  # a damaged configuration may have none
+        return f"it is a {kind} adapter, not LoRA"
     if config.init_lora_weights not in _PLAIN_INITS:
         return f"init_lora_weights={config.init_lora_weights!r} moved the model's own weights"
     used = [name for name in _PEFT_ONLY if getattr(config, name, None)]
