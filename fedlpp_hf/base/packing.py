@@ -90,7 +90,7 @@ def unpack_base(file: str | os.PathLike, base_dir: str | os.PathLike, *, overwri
                         stream.write(data)
             write_json(directory / BASE_MANIFEST, manifest)
             return check_base(directory)
-    except (SafetensorError, KeyError, TypeError, IndexError, RecursionError, json.JSONDecodeError) as error:
+    except (SafetensorError, LookupError, AttributeError, TypeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"`{file}` is not a packed base, or it is damaged ({error!r}). Send it again.") from error
 
 

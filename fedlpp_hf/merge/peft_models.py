@@ -162,9 +162,9 @@ def _build_class(config: Any, adapters: Sequence[AdapterReader], model_class: An
                 _check_keys(reader, peft_models[-1], model)
             except NotImplementedError as error:
                 reason = reason or f"it can't be applied without loading the model ({error})"
-            except ValueError:
-                raise
             except Exception as error:  # each field of a configuration is judged somewhere else in PEFT
+                if type(error) is ValueError:
+                    raise
                 raise ValueError(
                     f"PEFT can't build the adapter of `{reader.directory}` ({type(error).__name__}: {error}). Is its "
                     "adapter_config.json damaged?"

@@ -93,6 +93,15 @@ def test_damage_is_noticed(packed, tmp_path):
         assert not list(tmp_path.glob("*new*"))
 
 
+def test_a_dtype_that_torch_does_not_have(packed, tmp_path):
+    data = packed.read_bytes()
+    changed = data.replace(rb"source_dtype\": \"bfloat16", rb"source_dtype\": \"bflOat16")
+    assert changed != data
+    packed.write_bytes(changed)
+    with pytest.raises(ValueError, match="not a packed base, or it is damaged .*bflOat16"):
+        unpack_base(packed, tmp_path / "new")
+
+
 def test_other_files_are_no_packed_base(packed, tmp_path):
     with pytest.raises(ValueError, match="not a packed base"):
         unpack_base(tmp_path / "base" / "model.safetensors", tmp_path / "new")

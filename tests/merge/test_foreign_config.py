@@ -38,6 +38,7 @@ def pair(tmp_path_factory):
         ({"alora_invocation_tokens": [1]}, "PEFT can't merge the adapter"),
         ({"modules_to_save": 7}, "modules_to_save=7; expected names"),
         ({"megatron_config": {"a": 1}}, "PEFT can't build the adapter"),
+        ({"layers_to_transform": 2**62}, "PEFT can't build the adapter"),
     ],
 )
 def test_values_that_no_training_writes_are_refused(pair, tmp_path, change, reason):
