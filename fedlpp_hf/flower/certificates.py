@@ -162,7 +162,13 @@ def _read(path: Path, load: Callable[[bytes], Any]) -> Any:
         return load(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, UnsupportedAlgorithm, NotImplementedError):  # TypeError: it has a password
+    except (
+        ValueError,
+        TypeError,
+        UnsupportedAlgorithm,
+        x509.InvalidVersion,
+        NotImplementedError,
+    ):  # TypeError: a password
         return None
 
 

@@ -227,6 +227,16 @@ def test_damaged_node_key_is_not_replaced(tmp_path):
         make_node_key(tmp_path)
 
 
+def test_certificate_of_an_unknown_version(made, tmp_path):
+    data = ssl.PEM_cert_to_DER_cert((made / "ca.crt").read_text())
+    assert data.count(b"\xa0\x03\x02\x01\x02") == 1  # version 3, which is written as 2
+    (tmp_path / "ca.crt").write_text(
+        ssl.DER_cert_to_PEM_cert(data.replace(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x0a"))
+    )
+    with pytest.raises(ValueError, match="not a certificate in PEM format"):
+        check_authority(tmp_path / "ca.crt")
+
+
 def test_clients_copy_of_the_authority(make_short_lived, made, tmp_path_factory):
     check_authority(made / "ca.crt")
     for name, message in (
