@@ -46,7 +46,7 @@ def read_digests(directory: Path) -> dict[str, str]:
     """The digest of every file; JSON without what differs from run to run."""
     found = {}
     for name, data in read_files(directory).items():
-        if Path(name).name == LOCK_FILE:  # says when and by whom
+        if Path(name).name in (LOCK_FILE, "control.key"):  # who runs it and when; a secret of each directory
             continue
         if name.endswith((".json", ".jsonl")):
             data = json.dumps([_drop(json.loads(line)) for line in _split(name, data)], sort_keys=True).encode()

@@ -121,6 +121,10 @@ class Admission:
                 rejected[client] = "the round closed without it" if len(accepted) == wanted else "it did not answer"
         return {client: accepted[client] for client in tasks if client in accepted}, rejected
 
+    def sweep(self, done: int) -> None:
+        """Delete what a killed run left; `done` is the last round that it committed."""
+        self.forget()
+
     def forget(self) -> None:
         """Delete the updates that are kept: they are the clients', and of no use once their round is committed."""
         close_files()

@@ -180,7 +180,7 @@ class FederatedServer:
         self._names = list(records[0]["metrics"].get("proxy", ()))
         check_chosen(self.args, records[-1])
         self.store.check_kept(find_published_round(self.args, records))
-        self.admission.forget()  # a run that ended just after a commit has not tidied up
+        self.admission.sweep(done)  # a run that ended just after a commit has not tidied up
         forget_rounds(self.args, self.store)
         return done, False
 

@@ -53,6 +53,12 @@ class SumAdmission(Admission):
         }
         return updates, header["rejected"]
 
+    def sweep(self, done: int) -> None:
+        file = self.updates_dir / _FILE
+        if file.exists() and decode_message(_KIND, file.read_bytes())[0]["round"] > done:
+            return  # opened, and not committed: the round that is redone takes it from there
+        self.forget()
+
     def _open(
         self, file: Path, tasks: Mapping[str, ClientTask], answers: Iterable[ClientUpdate | ClientFailure | RoundSum]
     ) -> dict[str, Any]:

@@ -99,8 +99,7 @@ def test_status_of_a_round(begin, tmp_path):
     assert seen["asked"]["a"]["seconds"] >= 0 and seen["asked"]["c"]["seconds"] is None
     assert seen["rows"] == CLIENTS and seen["committed"] == 0 and not seen["pausing"] and seen["here"] is None
     assert seen["process"]["pid"] and seen["asked"]["b"]["bytes_down"] > 0
-    federation.go.release(1 + 2 + 3)  # the rest of round 1, round 2 but for its last client
-    federation.wait_for(round=2)
+    federation.go.release(1 + 2 + 3)  # the rest of round 1, round 2, and the first client of round 3
     federation.wait_for(phase="round", round=3)
     status = summarize_status({}, federation.server.store.records(), federation.command("status"))
     by_id = {client["id"]: client for client in status["clients"]}
