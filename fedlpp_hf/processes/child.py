@@ -63,11 +63,16 @@ def main(descriptor: int) -> None:
         pipe.send_bytes(json.dumps(f"{type(error).__name__}: {error}").encode())
         return
     pipe.send_bytes(b"null")
-    with temporary_directory(f"fedlpp-{name.replace(' ', '-')}-") as scratch:
+    with temporary_directory(scratch_prefix(name)) as scratch:
         handler = make_handler(setup, scratch)
         del setup
         while answer_request(pipe, handler):
             pass
+
+
+def scratch_prefix(name: str) -> str:
+    """How the names of directories begin that processes called `name` work in."""
+    return f"fedlpp-{name.replace(' ', '-')}-"
 
 
 def answer_request(pipe: Connection, handler: Any) -> bool:

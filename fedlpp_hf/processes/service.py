@@ -16,8 +16,9 @@ from typing import Any
 import cloudpickle
 import torch
 
+from ..tensors.scratch import sweep
 from ..wire.encoding import Payload, decode_message, encode_message
-from .child import BOOTSTRAP
+from .child import BOOTSTRAP, scratch_prefix
 
 
 Answer = tuple[dict[str, Any], Payload]
@@ -67,7 +68,7 @@ class Service:
         self.pipe = Connection(ours.detach())
         self._command, self._sent = "start", False
         # Left to the interpreter's exit, the process would be killed, and what it holds would leak.
-        self._finalizer = weakref.finalize(self, _end, self.pipe, self._process)
+        self._finalizer = weakref.finalize(self, _end, self.pipe, self._process, name)
         try:
             self.pipe.send_bytes(data)
         except OSError as error:
@@ -132,10 +133,12 @@ class Service:
         )
 
 
-def _end(pipe: Connection, process: subprocess.Popen) -> None:
+def _end(pipe: Connection, process: subprocess.Popen, name: str) -> None:
     pipe.close()  # the process ends when its pipe does
     try:
         process.wait(timeout=10)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+    if process.returncode:  # it could not tidy up
+        sweep(scratch_prefix(name))

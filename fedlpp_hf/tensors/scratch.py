@@ -59,7 +59,7 @@ def temporary_directory(prefix: str) -> Iterator[Path]:
 
     Those of this user's processes that were killed, with the same `prefix`, are removed first.
     """
-    _sweep(prefix)
+    sweep(prefix)
     path, lock = _make_locked(prefix)
     try:
         yield path
@@ -78,7 +78,8 @@ def _make_locked(prefix: str) -> tuple[Path, int]:
             os.close(lock)
 
 
-def _sweep(prefix: str) -> None:
+def sweep(prefix: str) -> None:
+    """Remove what [`temporary_directory`] made, with this `prefix`, for processes of this user that were killed."""
     for path in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         try:
             status = path.lstat()

@@ -73,6 +73,22 @@ from fedlpp_hf.processes.service import Service
 print("once")
 FACTOR = 3
 
+def test_nothing_is_left_of_a_process_that_was_killed(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    service, other = (Service("echo", make_failing_handler, None) for _ in range(2))
+    for one in (service, other):
+        with pytest.raises(ValueError, match="no such thing"):
+            one.ask("refuse")  # it is at work
+    with pytest.raises(RuntimeError, match="died"):
+        service.ask("die")
+    assert len(list(tmp_path.iterdir())) == 2
+    service.close()
+    assert len(list(tmp_path.iterdir())) == 1  # the other's
+    other.close()
+    assert not list(tmp_path.iterdir())
+
+
 class Handler:
     def multiply(self, tensors, number):
         return {"product": FACTOR * number}, {}
