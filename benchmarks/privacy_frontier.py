@@ -64,6 +64,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "nothing, 2 bits, four variates": {**NEVER, **FOUR, "base_bits": 2},
     "nothing in 12 rounds, 4 bits, chosen": {**ROUND_BY_ROUND, **FOUR, **CHOSEN, "base_bits": 4},
     "nothing in 12 rounds, 3 bits, chosen": {**ROUND_BY_ROUND, **FOUR, **CHOSEN, "base_bits": 3},
+    "nothing in 12 rounds, full precision": {
+        **ROUND_BY_ROUND, "base_bits": FULL_PRECISION, "adapter_bits": FULL_PRECISION,
+    },
     "nothing in 12 rounds, 4 bits, λ alone": {**ROUND_BY_ROUND, **CHOSEN, "base_bits": 4},
     "nothing in 12 rounds, 4 bits, λ alone, adjusted logits": {
         **ROUND_BY_ROUND, **CHOSEN, "base_bits": 4, "logit_adjustment": 1.0,
@@ -75,6 +78,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         **EVERY, "num_rounds": 3 * ROUNDS, "base_bits": FULL_PRECISION, "adapter_bits": FULL_PRECISION, "logit_adjustment": 1.0,
     },
 }  # fmt: skip
+LONG_REFERENCE = "every round of 12, full precision"
+LONG = {name for name, setting in SETTINGS.items() if setting["num_rounds"] * setting["max_steps"] == 3 * STEPS}
 QUICK = (
     "every round, 4 bits",
     "every round, 4 bits, four variates",
@@ -245,12 +250,12 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 def summarize(lines: list[dict[str, str]]) -> str:
     """The table: means over seeds, and the ranges over them of the stolen value and of the server's loss above full precision.
 
-    Full precision is the same seed's federation; losses of one task are comparable.
+    Full precision is the same seed's federation of as many steps; losses of one task are comparable.
     """
     text = []
     for task in dict.fromkeys(line["task"] for line in lines):
         mine = [line for line in lines if line["task"] == task]
-        full = losses_by_seed(mine, "full precision")
+        references = {name: find_reference(mine, name) for name in SETTINGS}
         text += [
             f"\n{task}: owner's model before {describe(mine, 'owner before')}, federation in full precision "
             f"{describe(mine, 'full precision')}, owner's own rows alone {describe(mine, 'owner alone')}\n",
@@ -263,6 +268,7 @@ def summarize(lines: list[dict[str, str]]) -> str:
             groups[line["setting"]].append(line)
         for name in SETTINGS:
             if group := groups.get(name):
+                full, audited = references[name], [line for line in group if line.get("exposure")]
                 above = [
                     number(line, "server: loss") / full[line["seed"]] - 1 for line in group if line["seed"] in full
                 ]
@@ -274,9 +280,14 @@ def summarize(lines: list[dict[str, str]]) -> str:
                     f"{mean_of(group, 'base: loss'):.3f}",
                 ]
                 for label in ("client", "half"):
-                    cells += [f"{mean_of(group, f'{label}: {what}'):.3f}" for what in ("attacker", "alone")]
-                    cells.append(format_range([number(line, f"{label}: stolen") for line in group]))
-                text.append("| " + " | ".join([*cells, f"{mean_of(group, 'exposure'):.0%}"]) + " |")
+                    if not audited:
+                        cells += [""] * 3
+                        continue
+                    cells += [f"{mean_of(audited, f'{label}: {what}'):.3f}" for what in ("attacker", "alone")]
+                    cells.append(format_range([number(line, f"{label}: stolen") for line in audited]))
+                text.append(
+                    "| " + " | ".join([*cells, f"{mean_of(audited, 'exposure'):.0%}" if audited else ""]) + " |"
+                )
     return "\n".join(text)
 
 
@@ -287,6 +298,14 @@ def describe(lines: list[dict[str, str]], name: str) -> str:
     if lines and lines[0].get(f"{name}: accuracy"):
         text += f" ({mean_of(lines, f'{name}: accuracy'):.1%})"
     return text
+
+
+def find_reference(lines: list[dict[str, str]], setting: str) -> dict[str, float]:
+    """The loss of the federation in full precision that had as many steps, by seed."""
+    if setting in LONG:
+        long = [line for line in lines if line["setting"] == LONG_REFERENCE]
+        return losses_by_seed(long, "server")
+    return losses_by_seed(lines, "full precision")
 
 
 def losses_by_seed(lines: list[dict[str, str]], name: str) -> dict[str, float]:
@@ -324,13 +343,18 @@ def draw(lines: list[dict[str, str]], path: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         mine = [line for line in lines if line["task"] == task]
-        full = losses_by_seed(mine, "full precision")
+        short = losses_by_seed(mine, "full precision")
         alone = losses_by_seed(mine, "owner alone")
         for name in SETTINGS:
+            full = find_reference(mine, name)
             group = [line for line in mine if line["setting"] == name and line["seed"] in full]
+            if name.startswith("nothing"):  # zero by construction, so it is known without an audit
+                stolen = [0.0] * len(group)
+            else:
+                group = [line for line in group if line.get("exposure")]
+                stolen = [100 * number(line, "half: stolen") for line in group]
             if not group:
                 continue
-            stolen = [100 * number(line, "half: stolen") for line in group]
             bits, fill = re.search(r"\d(?= bits)|full", name).group(), "none"
             if "variate" in name:
                 fill = "#0b6e4f" if "four" in name else "#9ccdb5"
@@ -344,7 +368,7 @@ def draw(lines: list[dict[str, str]], path: Path) -> None:
             )
         axes.axhline(0, linestyle="--", color="#555555", linewidth=1)
         for seed, loss in alone.items():
-            axes.axhline(100 * (loss / full[seed] - 1), linestyle=":", color="#555555", linewidth=1)
+            axes.axhline(100 * (loss / short[seed] - 1), linestyle=":", color="#555555", linewidth=1)
         axes.margins(y=0.08)
         axes.set_yscale("symlog", linthresh=3)
         ticks = [
@@ -358,8 +382,10 @@ def draw(lines: list[dict[str, str]], path: Path) -> None:
         axes.set_xlabel("stolen value of half of the clients, %")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("server's loss above full precision, %")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=7)
+    known = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(list(known.values()), list(known), loc="outside lower center", ncols=3, frameon=False, fontsize=7)
     figure.savefig(path, dpi=110)
 
 

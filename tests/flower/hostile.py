@@ -297,7 +297,7 @@ BENT = {"in another's name": _in_anothers_name, "as the server": _as_the_server,
 
 
 def main() -> None:
-    """Break COUNT rules of the description, one by one, then join and break those of the updates, one a round."""
+    """Break COUNT rules of the description, one by one, then join and break those of the updates, one a round, again and again."""
     import httpx
     from flwr.supercore.task_identity import TaskIdentity
 
@@ -306,7 +306,7 @@ def main() -> None:
         setattr(TaskIdentity, name, 1)  # what Flower's own processes learn, and messages ask for
     source = random.Random(int(seed))
     descriptions = source.sample(sorted(DESCRIPTIONS), min(int(count), len(DESCRIPTIONS)))
-    updates = source.sample(sorted(UPDATES), len(UPDATES))
+    updates, damaged = source.sample(sorted(UPDATES), len(UPDATES)), 0.3
     node = HostileNode(address, certificate, key)
 
     def note(text: str) -> None:
@@ -352,9 +352,11 @@ def main() -> None:
                     note("joined")
             else:
                 task = ClientTask.from_bytes(message.content["fedlpp_hf"]["task"])
+                if not updates:
+                    updates, damaged = source.sample(sorted(UPDATES), len(UPDATES)), 0.8
                 name = updates.pop()
                 content = UPDATES[name](task, task.proxy_tensors() or {"lora_A": torch.zeros(4, 8)})
-                if "update" in content and isinstance(content["update"], bytes) and source.random() < 0.3:
+                if "update" in content and isinstance(content["update"], bytes) and source.random() < damaged:
                     content["update"] = damage(content["update"], source)
                 note(f"round {task.round}: {name}")
                 # Longer ones are refused at the door, as was seen, and would cost the test a `round_timeout` each.

@@ -2,6 +2,7 @@
 """A federation of three honest clients and a hostile one, over the real protocol, with the processes that users start.
 
 FEDLPP_HF_LONG=1 python -m pytest tests/flower/test_hostile.py      every rule is broken, and every update sent
+FEDLPP_HF_LONG=6 python -m pytest tests/flower/test_hostile.py      the updates six times, most of them damaged as well
 """
 
 import os
@@ -27,7 +28,8 @@ pytestmark = [
 
 
 # Wrong descriptions before the hostile client joins, and rounds, in each of which it sends another update.
-COUNT, ROUNDS = (len(DESCRIPTIONS), len(UPDATES) + 1) if os.environ.get("FEDLPP_HF_LONG") else (8, 2)
+PASSES = int(os.environ.get("FEDLPP_HF_LONG", "0"))
+COUNT, ROUNDS = (len(DESCRIPTIONS), PASSES * len(UPDATES) + 1) if PASSES else (8, 2)
 
 
 def test_ends_with_the_bits_of_the_honest_three(tmp_path, write_config, rows, llama_base):
