@@ -5,7 +5,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from peft import PeftConfig, PeftType
@@ -15,8 +15,8 @@ _LARGEST_RANK = 1 << 16
 _LARGEST_ALPHA = 1e9
 _MOST_LAYERS = 10_000
 _SECONDS = 5.0
-# Without a repetition a pattern takes no longer than its text; with nested ones it may never end.
-_REPEATS = re.compile(r"[*+{]")
+# Without these a pattern has one way to match, and takes no longer than its text; with many of them it may never end.
+_CHOICES = re.compile(r"[*+{?|]")
 # `re` itself, since another engine may be quick where it is not; apart, since nothing else stops it in time.
 _MATCHER = """\
 import json, re, sys
@@ -43,7 +43,7 @@ def check_foreign_config(config: PeftConfig, modules: Sequence[str]) -> None:
         for name, value, expected, right in _judge_fields(config):
             if not right:
                 raise ValueError(f"adapter_config.json has {name}={value!r:.80}; expected {expected}.")
-    _check_patterns(config, modules)
+    check_patterns(_list_patterns(config), modules)
 
 
 def _judge_fields(config: Any) -> Iterator[tuple[str, Any, str, bool]]:
@@ -79,13 +79,17 @@ def _is_range(value: Any) -> bool:
     )
 
 
-def _check_patterns(config: PeftConfig, modules: Sequence[str]) -> None:
-    """Match what repeats in a process that is ended when it takes too long.
+def check_patterns(patterns: Iterable[tuple[str, str]], modules: Sequence[str]) -> None:
+    """Match patterns with the names of modules, as PEFT does, in a process that is ended when it takes too long.
+
+    Args:
+        patterns: Each with the field of adapter_config.json that it is from.
+        modules: Names of the modules.
 
     Raises:
         ValueError: for a pattern that is no regular expression, or takes too long.
     """
-    found = [(name, pattern) for name, pattern in _list_patterns(config) if _REPEATS.search(pattern)]
+    found = [(name, pattern) for name, pattern in patterns if _CHOICES.search(pattern)]
     if not found:
         return
     for name, pattern in found:

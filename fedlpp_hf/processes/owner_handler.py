@@ -1,7 +1,6 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """The owner's process: answers requests with the full model, which it alone opens."""
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -28,6 +27,7 @@ from ..hub.push import push_merged
 from ..merge.merge import check_merge, merge_adapter
 from ..privacy.marks import Mark
 from ..tensors.adapters import load_adapter_, split_tensors, write_adapter
+from ..tensors.scratch import replaced_directory
 from ..wire.encoding import restore_tensors
 from ..wire.messages import ClientTask, LocalOptions
 from .between import moved_towards_base, open_base
@@ -201,23 +201,19 @@ class OwnerHandler:
         return {}, {}
 
     def merge(self, tensors, adapter_dir: str, output_dir: str, base_weight: float):
-        # The model of an earlier run stays until there is another to take its place.
-        fresh = Path(f"{output_dir}.new")
-        shutil.rmtree(fresh, ignore_errors=True)
         blueprint = self.blueprint
         revision = blueprint.init_kwargs.get("revision")
-        merge_adapter(
-            blueprint.full_model,
-            adapter_dir,
-            fresh,
-            base_dir=blueprint.base_dir if base_weight else None,
-            base_weight=base_weight,
-            model_class=self.model_class,
-            revision=revision,
-        )
-        change_config(fresh, blueprint.init_kwargs)
-        shutil.rmtree(output_dir, ignore_errors=True)
-        os.replace(fresh, output_dir)
+        with replaced_directory(Path(output_dir)) as fresh:
+            merge_adapter(
+                blueprint.full_model,
+                adapter_dir,
+                fresh,
+                base_dir=blueprint.base_dir if base_weight else None,
+                base_weight=base_weight,
+                model_class=self.model_class,
+                revision=revision,
+            )
+            change_config(fresh, blueprint.init_kwargs)
         return {}, {}
 
     def push_merged(self, tensors, directory: str, repo_id: str, options: dict[str, Any]):

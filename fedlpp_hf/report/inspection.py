@@ -3,6 +3,7 @@
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from ..base.manifest import BASE_MANIFEST
 from ..config.federated import FederatedConfig
 from ..config.metrics import MetricChoice
 from ..config.options import card_labels
+from ..merge.foreign_config import check_patterns
 from ..server.store import FEDERATION_DIR, FEDERATION_FILE, RoundStore
 from ..tensors.adapters import ADAPTER_CONFIG, LoraFactors, lora_factors, read_adapter
 from ..tensors.codebooks import BITS
@@ -79,12 +81,16 @@ def read_lora(
     """Read an adapter: its tensors, its configuration, and the factors by target.
 
     Raises:
-        ValueError: if it can't be read, or is no LoRA.
+        ValueError: if it can't be read, is no LoRA, or has patterns that may never end.
     """
     adapter, config = read_adapter(directory)
+    fields = {name: config.get(name) for name in ("rank_pattern", "alpha_pattern")}
+    patterns = [(name, key) for name, value in fields.items() if isinstance(value, dict) for key in value]
     try:
+        if patterns:  # the adapter may be anybody's
+            check_patterns(patterns, list(lora_factors(adapter, {"r": 1, "lora_alpha": 1})))
         return adapter, config, lora_factors(adapter, config)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, re.error) as error:
         raise ValueError(f"`{directory}/{ADAPTER_CONFIG}` is not a configuration of LoRA ({error!r}).") from error
 
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .atomic import sync_path
+
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,25 @@ def working_directory(target: Path, doing: str) -> Iterator[Path]:
                 shutil.rmtree(work, ignore_errors=True)
     finally:
         os.close(lock)
+
+
+@contextmanager
+def replaced_directory(target: Path) -> Iterator[Path]:
+    """Name a directory for the block to make. It takes the place of `target` when it is whole.
+
+    The old one stays beside it until then, also where the process is killed. What a killed process left is mended first.
+    """
+    fresh, old = (target.with_name(f"{target.name}.{end}") for end in ("new", "old"))
+    if old.exists() and not target.exists():  # killed between the two renames
+        os.replace(old, target)
+    for left in (fresh, old):
+        shutil.rmtree(left, ignore_errors=True)
+    yield fresh
+    if target.exists():
+        os.replace(target, old)
+    os.replace(fresh, target)
+    sync_path(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from fedlpp_hf.base.manifest import read_manifest
+from fedlpp_hf.merge import foreign_config
 from fedlpp_hf.report.inspection import describe_directory
 from tests.helpers import assert_fails_in_one_line, make_federation
 
@@ -38,6 +41,37 @@ def test_damage_ends_in_one_line(run, adapters, tmp_path):
     for text, reason in (('{"peft_type": "LORA"}', "is not a configuration of LoRA"), ("{", "can't be read")):
         (adapter / "adapter_config.json").write_text(text)
         assert_fails_in_one_line(run("inspect", adapter), reason)
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [
+        ("(.*.*.*.*)*!", "took more than 1 s"),
+        ("(?:.|.)" * 26 + "!", "took more than 1 s"),
+        ("((.*", "no regular expression"),
+        ("((q", "is not a configuration of LoRA"),
+    ],
+)
+def test_patterns_of_an_adapter_from_elsewhere(run, adapters, tmp_path, monkeypatch, field, pattern, reason):
+    monkeypatch.setattr(foreign_config, "_SECONDS", 1.0)
+    adapter = Path(shutil.copytree(adapters[0], tmp_path / "adapter"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {field: {pattern: 3}}))
+    assert_fails_in_one_line(run("inspect", adapter), reason)
+    assert_fails_in_one_line(run("inspect", adapter, "--json"), reason)
+
+
+def test_pattern_that_ends_gives_its_targets_scale(run, adapters, tmp_path):
+    adapter = Path(shutil.copytree(adapters[0], tmp_path / "adapter"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {r"layers\.0\..*": 300.0}}))
+    targets = json.loads(run("inspect", adapter, "--json")[1])["targets"]
+    assert (
+        {path for path, scale in targets.items() if scale == 300 / config["r"]}
+        == {path for path in targets if "layers.0." in path}
+        != set()
+    )
 
 
 def test_json_of_a_base(run, llama_base):

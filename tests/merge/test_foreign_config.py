@@ -11,6 +11,7 @@ from ..helpers import make_pair, read_files
 
 
 ENDLESS = r"(.*.*.*.*)*x$"
+ENDLESS_WITHOUT_REPETITION = "(?:.|.)" * 26 + "!"
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,7 @@ def test_values_that_no_training_writes_are_refused(pair, tmp_path, change, reas
         {"exclude_modules": ENDLESS},
         {"rank_pattern": {ENDLESS: 3}},
         {"alpha_pattern": {ENDLESS: 3}},
+        {"alpha_pattern": {ENDLESS_WITHOUT_REPETITION: 3}},
         {"layers_pattern": ENDLESS, "layers_to_transform": [0]},
     ],
 )

@@ -5,6 +5,8 @@ import json
 import subprocess
 import sys
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +17,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from fedlpp_hf import FederatedTrainer
 from fedlpp_hf.aggregation.variate import average_variates
 from fedlpp_hf.base.manifest import read_manifest
+from fedlpp_hf.processes.owner_handler import OwnerHandler
+from fedlpp_hf.tensors import scratch
 from fedlpp_hf.tensors.adapters import read_adapter
 from fedlpp_hf.trainer.publishing import MERGED_DIR
-from tests.helpers import ROOT, make_args, make_labelled_rows, make_rows
+from tests.helpers import ROOT, make_args, make_labelled_rows, make_pair, make_rows, read_files
 
 
 @pytest.fixture(scope="module")
@@ -204,3 +208,43 @@ def test_what_could_not_be_merged_is_refused_when_the_trainer_is_made(full_llama
     with pytest.raises(ValueError, match=r"has `model\.norm\.weight`, which .* does not place there"):
         FederatedTrainer(str(llama_base), args, train_dataset=make_rows(), peft_config=lora)
     assert not list((tmp_path / "out").rglob("round.json"))
+
+
+@pytest.mark.parametrize("killed_at", ["old aside", "new in", "old removed"])
+def test_a_merge_that_is_killed_loses_no_model(tmp_path, monkeypatch, killed_at):
+    """Killed before a step of the swap: a whole model is there, and the next merge leaves one directory."""
+    full, adapter, _ = make_pair(tmp_path / "pair")
+    out, aside = tmp_path / "out" / MERGED_DIR, tmp_path / "out" / f"{MERGED_DIR}.old"
+    blueprint = SimpleNamespace(full_model=str(full), init_kwargs={}, choose_class=lambda config: AutoModelForCausalLM)
+    handler = OwnerHandler(blueprint, tmp_path / "scratch")
+    handler.merge({}, str(adapter), str(out), 0.0)
+    whole = read_files(out)
+    (out / "earlier").touch()  # tells the old one from the new one
+    replace, remove = scratch.os.replace, scratch.shutil.rmtree
+
+    def die_in_replace(source, target):
+        if Path(target) == {"old aside": aside, "new in": out}.get(killed_at):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    def die_in_remove(path, *args, **kwargs):
+        if killed_at == "old removed" and path == aside and aside.exists():
+            raise KeyboardInterrupt
+        remove(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scratch.os, "replace", die_in_replace)
+        patch.setattr(scratch.shutil, "rmtree", die_in_remove)
+        with pytest.raises(KeyboardInterrupt):
+            handler.merge({}, str(adapter), str(out), 0.0)
+    left = {path.name for path in out.parent.iterdir()}
+    ends = {"old aside": {"", ".new"}, "new in": {".old", ".new"}, "old removed": {"", ".old"}}[killed_at]
+    assert left == {f"{MERGED_DIR}{end}" for end in ends}
+    with monkeypatch.context() as patch:  # one that fails gives back the model of the run before
+        patch.setattr("fedlpp_hf.processes.owner_handler.merge_adapter", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            handler.merge({}, str(adapter), str(out), 0.0)
+    assert [path.name for path in out.parent.iterdir()] == [MERGED_DIR]
+    assert (out / "earlier").exists() == (killed_at != "old removed")
+    handler.merge({}, str(adapter), str(out), 0.0)
+    assert [path.name for path in out.parent.iterdir()] == [MERGED_DIR] and read_files(out) == whole
