@@ -255,7 +255,6 @@ def summarize(lines: list[dict[str, str]]) -> str:
     text = []
     for task in dict.fromkeys(line["task"] for line in lines):
         mine = [line for line in lines if line["task"] == task]
-        references = {name: find_reference(mine, name) for name in SETTINGS}
         text += [
             f"\n{task}: owner's model before {describe(mine, 'owner before')}, federation in full precision "
             f"{describe(mine, 'full precision')}, owner's own rows alone {describe(mine, 'owner alone')}\n",
@@ -268,7 +267,7 @@ def summarize(lines: list[dict[str, str]]) -> str:
             groups[line["setting"]].append(line)
         for name in SETTINGS:
             if group := groups.get(name):
-                full, audited = references[name], [line for line in group if line.get("exposure")]
+                full, audited = find_reference(mine, name), [line for line in group if line.get("exposure")]
                 above = [
                     number(line, "server: loss") / full[line["seed"]] - 1 for line in group if line["seed"] in full
                 ]
@@ -285,9 +284,8 @@ def summarize(lines: list[dict[str, str]]) -> str:
                         continue
                     cells += [f"{mean_of(audited, f'{label}: {what}'):.3f}" for what in ("attacker", "alone")]
                     cells.append(format_range([number(line, f"{label}: stolen") for line in audited]))
-                text.append(
-                    "| " + " | ".join([*cells, f"{mean_of(audited, 'exposure'):.0%}" if audited else ""]) + " |"
-                )
+                cells.append(f"{mean_of(audited, 'exposure'):.0%}" if audited else "")
+                text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text)
 
 
