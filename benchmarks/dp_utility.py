@@ -31,24 +31,51 @@ SETTINGS = {200: (100, 1e-3), 2000: (200, 1e-4)}
 QUICK_PER_ROUND = 20
 VALUES = (48_500, 2_200)  # of an adapter of rank 8; of its r×r cores alone
 LEARNING_RATE = CLIP = 0.3
+OURS = "ours"
 WARM_UP_STEPS = 30  # with 50, the owner's model is nearly as good as it gets
 
 
 def run(data: dict[str, Any], clients: int, epsilon: float, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """One federation as a line of the table."""
-    began = time.perf_counter()
     per_round, delta = SETTINGS[clients]
     per_round = QUICK_PER_ROUND if options.quick else per_round
     private = {"target_epsilon": epsilon, "target_delta": delta, "client_sampling": "poisson"}
+    finite = math.isfinite(epsilon)
+    began = time.perf_counter()
+    trainer = train(data, (clients, epsilon, seed), options, clip_update_norm=CLIP, **(private if finite else {}))
+    records = trainer.server.store.records()
+    answers = [client for record in records for client in record["clients"].values()]
+    line = measure(records) | {"clipped": round(statistics.fmean(client["clipped"] for client in answers), 3)}
+    if trainer.server.dp is not None:
+        privacy = records[-1]["privacy"]
+        values = sum(shape.numel() for shape in trainer.server.dp.shapes.values())
+        line |= describe_noise(privacy["epsilon"], privacy["noise_multiplier"], values, per_round)
+    start = {"clients": clients, "ε": epsilon, "seed": seed, "by": OURS, "per round": per_round}
+    return start | line | {"s": round(time.perf_counter() - began)}
+
+
+def prepare(scratch: Path) -> dict[str, Any]:
+    """The rows, and the owner's model in `full_model`."""
+    data = prepare_encoder("trec")
+    rows, _, rate = data["warm_up"]
+    data["warm_up"] = (rows, WARM_UP_STEPS, rate)
+    warm_up(data, scratch / "trec")
+    return data
+
+
+def train(
+    data: dict[str, Any], setting: tuple[int, float, int], options: argparse.Namespace, **private: Any
+) -> FederatedTrainer:
+    """A federation that has run to its end, with the options `private`."""
+    clients, epsilon, seed = setting
     args = FederatedConfig(
         str(options.scratch / f"{clients}-{epsilon:g}-{seed}"),
         num_rounds=options.rounds,
         num_clients=clients,
-        clients_per_round=per_round,
+        clients_per_round=QUICK_PER_ROUND if options.quick else SETTINGS[clients][0],
         aggregation="freeze_a",
         weighting="uniform",
-        clip_update_norm=CLIP,
-        **(private if math.isfinite(epsilon) else {}),
+        **private,
         adapter_bits=8,
         adapter_block_size=64,
         optim="sgd",
@@ -72,50 +99,48 @@ def run(data: dict[str, Any], clients: int, epsilon: float, seed: int, options: 
         peft_config=LoraConfig(r=2, lora_alpha=4, target_modules=["query", "value"], task_type="SEQ_CLS"),
     )
     trainer.train()
-    records = trainer.server.store.records()
     trainer.owner.close()
+    return trainer
+
+
+def measure(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The server's model before and after."""
     first, last = records[0]["metrics"]["server"], records[-1]["metrics"]["server"]
-    answers = [client for record in records for client in record["clients"].values()]
-    line = {
-        "clients": clients,
-        "ε": epsilon,
-        "seed": seed,
+    return {
         "rounds": len(records) - 1,
-        "per round": per_round,
         "accuracy before": round(first["eval_accuracy"], 4),
         "accuracy": round(last["eval_accuracy"], 4),
         "loss before": round(first["eval_loss"], 4),
         "loss": round(last["eval_loss"], 4),
-        "clipped": round(statistics.fmean(client["clipped"] for client in answers), 3),
     }
-    if trainer.server.dp is not None:
-        privacy = records[-1]["privacy"]
-        values = sum(shape.numel() for shape in trainer.server.dp.shapes.values())
-        line |= {
-            "ε spent": round(privacy["epsilon"], 3),
-            "noise multiplier": round(privacy["noise_multiplier"], 3),
-            "noise / clip": round(privacy["noise_multiplier"] * math.sqrt(values) / per_round, 3),
-        }
-    return line | {"s": round(time.perf_counter() - began)}
+
+
+def describe_noise(spent: float, multiplier: float, values: int, per_round: int) -> dict[str, float]:
+    """What was spent, and how long the noise on a round's mean of `values` values is."""
+    return {
+        "ε spent": round(spent, 3),
+        "noise multiplier": round(multiplier, 3),
+        "noise / clip": round(multiplier * math.sqrt(values) / per_round, 3),
+    }
 
 
 def summarize(lines: list[dict[str, str]]) -> str:
     """The table: means and ranges over the seeds."""
     text = [
-        "| clients | in a round | ε | seeds | noise / clip, each round | accuracy before | accuracy after | loss after |",
-        "|---|---|---|---|---|---|---|---|",
+        "| clients | in a round | noise by | ε | seeds | noise / clip, each round | accuracy before | accuracy after | loss after |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    groups: dict[tuple[int, float], list[dict[str, str]]] = {}
+    groups: dict[tuple[int, float, str], list[dict[str, str]]] = {}
     for line in lines:
-        groups.setdefault((int(line["clients"]), -float(line["ε"])), []).append(line)
-    for (clients, epsilon), group in sorted(groups.items()):
+        groups.setdefault((int(line["clients"]), -float(line["ε"]), line["by"]), []).append(line)
+    for (clients, epsilon, by), group in sorted(groups.items()):
         accuracy = [float(line["accuracy"]) for line in group]
         mean = {
             name: statistics.fmean(float(line.get(name) or 0) for line in group)
             for name in ("noise / clip", "accuracy before", "loss")
         }
         text.append(
-            f"| {clients} | {group[0]['per round']} | {-epsilon:g} | {len(group)} | {mean['noise / clip']:.2f} | "
+            f"| {clients} | {group[0]['per round']} | {by} | {-epsilon:g} | {len(group)} | {mean['noise / clip']:.2f} | "
             f"{mean['accuracy before']:.3f} | {statistics.fmean(accuracy):.3f} ({min(accuracy):.3f} to {max(accuracy):.3f}) | "
             f"{mean['loss']:.3f} |"
         )
@@ -166,14 +191,11 @@ def main() -> None:
     if not (SHARED / "data").is_dir():
         raise SystemExit("This benchmark needs the shared data folder beside the checkout.")
     lines: list[dict[str, Any]] = list(read_lines(options.csv))
-    done = {(int(line["clients"]), float(line["ε"]), int(line["seed"])) for line in lines}
+    done = {(int(line["clients"]), float(line["ε"]), int(line["seed"])) for line in lines if line["by"] == OURS}
     wanted = [(n, e, s) for s in options.seeds for n in options.clients for e in options.epsilons]
     wanted = [values for values in wanted if values not in done]
     if wanted:
-        data = prepare_encoder("trec")
-        rows, _, rate = data["warm_up"]
-        data["warm_up"] = (rows, WARM_UP_STEPS, rate)
-        warm_up(data, options.scratch / "trec")
+        data = prepare(options.scratch)
         for clients, epsilon, seed in wanted:
             lines.append(run(data, clients, epsilon, seed, options))
             print(", ".join(f"{name} {value}" for name, value in lines[-1].items()), flush=True)
