@@ -6,7 +6,8 @@
     python -m benchmarks.exposure_plane --tasks smollm2 --model out/smollm2 --seeds 0 --measures bare "client 40" "public 40"
 
 Exposure is (guessing − model) / (guessing − owner's model) in loss on evaluation rows. Healed exposure is that of the base with an
-adapter of rank 8 after 40 or 400 steps on public text or on one client's rows. The base named `random` has nothing of the
+adapter of rank 8 after 40 or 400 steps on public text, on one client's rows, on text sampled from the base itself (distillation
+without a teacher to ask), or on both of these. The base named `random` has nothing of the
 owner's: random weights at 4 bits. What it reaches is what training gives without any base. The server's gap is its loss above the
 full-precision federation's, in the recommended setting: nothing is broadcast, and the owner chooses λ, the share of the variate (two
 runs) and the round. It needs the shared data folder beside the checkout. Measurements that the CSV has already are not run again.
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, set_seed
@@ -29,7 +31,7 @@ from benchmarks import real_model
 from benchmarks.convergence import SHARED, read_rows
 from benchmarks.privacy_frontier import number, prepare_stories, read_lines, warm_up, write_lines
 from fedlpp_hf import FederatedConfig, FederatedTrainer
-from fedlpp_hf.audit.attacks import fine_tune
+from fedlpp_hf.audit.attacks import fine_tune, pool_rows
 from fedlpp_hf.processes.measurement import measure_rows
 from fedlpp_hf.server.best import find_published_round
 from fedlpp_hf.tensors.adapters import load_adapter_
@@ -46,7 +48,10 @@ BASES: dict[str, dict[str, Any]] = {
     "2 bits, calibrated": {"base_bits": 2, **CALIBRATED},
     "random": {"base_bits": 4},
 }
-MEASURES = ("bare", "public 40", "client 40", "public 400", "client 400", "server")
+SAMPLES = 96  # rows that the base itself writes
+MEASURES = (
+    "bare", "public 40", "client 40", "sampled 40", "both 40", "public 400", "client 400", "both 400", "server"
+)  # fmt: skip
 RECOMMENDED: dict[str, Any] = {
     "broadcast": "never",
     "base_weights": [0.0, 0.25, 0.5, 0.75],
@@ -142,7 +147,7 @@ def measure_base(task: Task, base: str, seed: int, wanted: list[str]) -> Any:
     random = base == "random"
     trainer = task.make_trainer(task.make_random() if random else task.full_model, seed, **RECOMMENDED, **BASES[base])
     start = dict(trainer.guard.initial)
-    rows = {"client": max(trainer.client_datasets.values(), key=len), "public": task.public}
+    rows: dict[str, Any] = {"client": max(trainer.client_datasets.values(), key=len), "public": task.public}
     for what in wanted:
         line: dict[str, Any] = {"task": task.name, "base": base, "seed": seed, "measure": what}
         if what == "server":
@@ -156,13 +161,31 @@ def measure_base(task: Task, base: str, seed: int, wanted: list[str]) -> Any:
             adapters = [start]
             if what != "bare":
                 text, steps = what.split()
+                if text in ("sampled", "both") and text not in rows:
+                    rows["sampled"] = sample_rows(trainer, seed)
+                    rows["both"] = pool_rows([rows["client"], rows["sampled"]])
                 rate = trainer.args.learning_rate
-                adapters += fine_tune(trainer, rows[text], start, int(steps), rate, seed).values()
+                taken = (max(1, int(steps) // 2), int(steps))
+                adapters += fine_tune(trainer, rows[text], start, taken, rate, seed).values()
             line["loss"] = min(measure_adapter(trainer, adapter) for adapter in adapters)
         line["s"] = round(time.perf_counter() - began)
         began = time.perf_counter()
         yield line
     trainer.owner.close()
+
+
+def sample_rows(trainer: FederatedTrainer, seed: int) -> Dataset:
+    """Text that the base writes by itself, the loss on all of its tokens: data-free distillation (arXiv 2305.17888) from itself."""
+    load_adapter_(trainer.guard.parameters, dict(trainer.guard.initial))
+    tokenizer, model = trainer.processing_class, trainer.model
+    set_seed(seed)
+    model.eval()
+    start = torch.full((SAMPLES, 1), tokenizer.bos_token_id)
+    with torch.no_grad():
+        written = model.generate(
+            input_ids=start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, max_new_tokens=64
+        )
+    return Dataset.from_list([{"input_ids": row, "labels": row} for row in written.tolist()])
 
 
 def measure_adapter(trainer: Any, adapter: Mapping[str, Any]) -> float:

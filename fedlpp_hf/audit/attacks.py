@@ -5,7 +5,7 @@ Attackers are adapters on the base. What they can't have (the server's adapter, 
 is nowhere a parameter here.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,8 +21,6 @@ from ..wire.messages import ClientTask
 
 Adapter = dict[str, torch.Tensor]
 
-# An attacker tries the learning rate that it was told, and a lower one, as what it starts from has been trained before.
-LEARNING_RATE_FACTORS = (1.0, 0.3)
 SMOOTHING = 0.5
 MOST_PROXIES = 5  # that the best of is chosen from, spread over the rounds
 
@@ -80,21 +78,26 @@ def pool_rows(datasets: Sequence[Any]) -> Any:
 
 
 def fine_tune(
-    trainer: Any, rows: Any, start: Mapping[str, torch.Tensor], steps: int, learning_rate: float, seed: int
+    trainer: Any,
+    rows: Any,
+    start: Mapping[str, torch.Tensor],
+    steps: Collection[int],
+    learning_rate: float,
+    seed: int,
 ) -> dict[int, Adapter]:
     """Train the base with the adapter `start` on `rows`, as a client would; the adapters by the number of steps.
 
-    They are taken at half of `steps` and at the end, so that one run serves for a search over steps.
+    One run serves for a search over steps: a longer one begins with the batches of a shorter one.
 
     Args:
         trainer: The federation's trainer.
         rows: Prepared rows.
         start: The adapter to start from.
-        steps: Steps of the run.
+        steps: When to take the adapter; the run ends with the last.
         learning_rate: Constant over the run.
         seed: Of batches and dropout.
     """
-    snapshots = _Snapshots(trainer.guard.parameters, {max(1, steps // 2), steps})
+    snapshots = _Snapshots(trainer.guard.parameters, set(steps))
     task = ClientTask(
         federation_id="audit",
         round=1,
@@ -106,7 +109,7 @@ def fine_tune(
     )
     options = {
         "learning_rate": learning_rate,
-        "max_steps": steps,
+        "max_steps": max(steps),
         "lr_scheduler_type": "constant",
         "warmup_steps": 0,
     }

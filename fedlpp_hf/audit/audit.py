@@ -1,7 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """The model-privacy audit: what clients, alone and together, can make of what they were sent."""
 
-import hashlib
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,18 +11,11 @@ import numpy as np
 
 from ..processes.measurement import RowMeasures, choose_rows, measure_rows
 from ..tensors.adapters import load_adapter_
-from .attacks import (
-    LEARNING_RATE_FACTORS,
-    Adapter,
-    combine_proxies,
-    find_broadcasts,
-    fine_tune,
-    pool_rows,
-    restore_proxies,
-)
+from .attacks import Adapter, combine_proxies, find_broadcasts, pool_rows, restore_proxies
 from .data_audit import audit_data
 from .exposed import list_sent
 from .report import AuditReport, CoalitionAudit
+from .search import TrainingSearch, digest_adapter
 from .stolen_value import estimate_exposure, estimate_interval, estimate_stolen_value
 
 
@@ -106,7 +99,7 @@ def audit_federation(trainer: Any, coalitions: Sequence[Sequence[str]] | None = 
         num_clients=len(server.num_examples),
         num_rows=len(rows),
         num_rows_available=len(trainer.eval_dataset),
-        steps=args.audit_steps,
+        steps=args.audit_longer * args.audit_steps,
         seed=args.seed,
         threshold=args.audit_threshold,
         before=_average(before),
@@ -147,12 +140,17 @@ class _Scale:
         """The adapter's rows, or None if it, or its loss on one of them, is not finite."""
         if not all(bool(tensor.isfinite().all()) for tensor in adapter.values()):
             return None
-        key = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in adapter.values())).digest()
+        key = digest_adapter(adapter)
         if key not in self._known:
             load_adapter_(self.trainer.guard.parameters, adapter)
             self._known[key] = measure_rows(self.trainer, self.rows)
         found = self._known[key]
         return found if np.isfinite(found.loss).all() else None
+
+    def find_loss(self, adapter: Adapter) -> float:
+        """The adapter's mean loss, infinite if `measure` finds none."""
+        found = self.measure(adapter)
+        return math.inf if found is None else float(found.loss.mean())
 
     def measure_all(self, adapters: Mapping[str, Adapter], diverged: list[str]) -> dict[str, RowMeasures]:
         """Those of `adapters` that are finite; the names of the others are added to `diverged`."""
@@ -165,12 +163,14 @@ def _audit_coalition(
     trainer: Any, scale: _Scale, clients: list[str], before: RowMeasures, server: RowMeasures
 ) -> CoalitionAudit:
     rows = pool_rows([trainer.client_datasets[client] for client in clients])
+    training = TrainingSearch(trainer, rows, scale.find_loss)
     base = dict(trainer.guard.initial)
-    local_only = {"untouched base": base} | _search(trainer, rows, "base", base)
+    local_only = {"untouched base": base} | training.search({"base": base})
     proxies = restore_proxies(trainer.server, clients)
     attacks = combine_proxies(proxies)
-    for name in [name for name in ("last proxy", "mean of later half") if name in attacks]:
-        attacks |= _search(trainer, rows, name, attacks[name])
+    attacks |= training.search(
+        {name: attacks[name] for name in ("last proxy", "mean of later half") if name in attacks}
+    )
     diverged: list[str] = []
     measured = scale.measure_all(attacks, diverged)
     references = scale.measure_all(local_only, diverged)
@@ -203,18 +203,6 @@ def _audit_coalition(
 
 def _keep_known(**intervals: tuple[float, float] | None) -> dict[str, list[float]]:
     return {name: list(interval) for name, interval in intervals.items() if interval is not None}
-
-
-def _search(trainer: Any, rows: Any, name: str, start: Adapter) -> dict[str, Adapter]:
-    """`start` after training on `rows`, by learning rate and steps."""
-    found = {}
-    for factor in LEARNING_RATE_FACTORS:
-        rate = factor * trainer.args.learning_rate
-        for steps, adapter in fine_tune(
-            trainer, rows, start, trainer.args.audit_steps, rate, trainer.args.seed
-        ).items():
-            found[f"{name} + {steps} steps at {rate:.1g}"] = adapter
-    return found
 
 
 def _average(found: RowMeasures) -> dict[str, float]:

@@ -47,7 +47,7 @@ class CoalitionAudit:
 class AuditReport:
     """The audit of one federation.
 
-    `num_rows` of `num_rows_available` evaluation rows were drawn by `seed`; an attacker trained for `steps` steps.
+    `num_rows` of `num_rows_available` evaluation rows were drawn by `seed`; an attacker trained for `steps` steps at most.
     `exposure` is the stolen value of the untouched base, in loss, against guessing. `before` and `server` are means of
     the owner's model at the start and at the end. `sent` is what left the owner: each tensor of the base and of a proxy.
     `intervals` are those of the untouched `base` and of the owner's model `before`. `data` is the audit of the data side, with

@@ -17,6 +17,7 @@ class AuditOptions:
         audit_threshold: Largest share that passes. Above it the run fails, after everything is written.
         audit_rows: Number of evaluation rows on which the audit compares models.
         audit_steps: Steps of an attacker on its rows, and of local-only training.
+        audit_longer: The best attacker, and the best local-only training, go on to this many times `audit_steps`. 1: none does.
         compare_full_precision: Also run the federation without quantization, and the owner alone on its rows.
     """
 
@@ -27,6 +28,7 @@ class AuditOptions:
             "audit_threshold",
             "audit_rows",
             "audit_steps",
+            "audit_longer",
             "compare_full_precision",
         ),
         beside={"audit": False, "audit_data": False, "audit_threshold": None, "compare_full_precision": False},
@@ -56,7 +58,15 @@ class AuditOptions:
         default=128, metadata={"help": "Number of evaluation rows on which the audit compares models."}
     )
     audit_steps: int = field(
-        default=20, metadata={"help": "Training steps of an attacker on its own rows, and of local-only training."}
+        default=20,
+        metadata={"help": "Training steps of an attacker on its own rows, and of local-only training."},
+    )
+    audit_longer: int = field(
+        default=1,
+        metadata={
+            "help": "The best attacker, and the best local-only training, go on to this many times `audit_steps`: a client is bound "
+            "to no number of steps. 1: none does."
+        },
     )
     compare_full_precision: bool = field(
         default=False,
@@ -72,7 +82,7 @@ class AuditOptions:
         Raises:
             ValueError: naming the options that are out of range or do not go together.
         """
-        check_positive(self, "audit_rows", "audit_steps")
+        check_positive(self, "audit_rows", "audit_steps", "audit_longer")
         if self.audit_data and not self.audit:
             raise ValueError("audit_data=True with audit=False; set audit=True, whose report it is a part of.")
         if self.audit_threshold is not None and not self.audit:

@@ -99,10 +99,15 @@ def test_fine_tuning_leaves_the_trainer_as_it_was(llama_base, lora, tmp_path):
     trainer = make_trainer(load_base(llama_base), tmp_path, lora)
     before = dict(vars(trainer.args)), list(trainer.client_datasets), list(trainer.callback_handler.callbacks)
     start = dict(trainer.guard.initial)
-    found = fine_tune(trainer, trainer.client_datasets["site-0"], start, 4, 1e-2, 0)
+    found = fine_tune(trainer, trainer.client_datasets["site-0"], start, (2, 4), 1e-2, 0)
     assert list(found) == [2, 4] and not torch.equal(*(next(iter(adapter.values())) for adapter in found.values()))
     after = dict(vars(trainer.args)), list(trainer.client_datasets), list(trainer.callback_handler.callbacks)
     assert before == after
     trainer.guard.prove_base_unmoved()
-    again = fine_tune(trainer, trainer.client_datasets["site-0"], start, 4, 1e-2, 0)
+    # A longer run begins as a shorter one, beyond an epoch too: eight rows are four steps.
+    again = fine_tune(trainer, trainer.client_datasets["site-0"], start, (4, 10), 1e-2, 0)
+    assert list(again) == [4, 10]
     assert_equal(found[4], again[4])
+    shorter = fine_tune(trainer, trainer.client_datasets["site-0"], start, (10,), 1e-2, 0)
+    longer = fine_tune(trainer, trainer.client_datasets["site-0"], start, (10, 24), 1e-2, 0)
+    assert_equal(shorter[10], longer[10])

@@ -37,7 +37,9 @@ def audited(full_llama, tmp_path, lora, **options):
 
 @pytest.mark.slow
 def test_full_precision_federation_gives_all_away(full_llama, lora, tmp_path):
-    report, trainer = audited(full_llama, tmp_path, lora, base_bits=32, adapter_bits=32, num_rounds=8, max_steps=4)
+    report, trainer = audited(
+        full_llama, tmp_path, lora, base_bits=32, adapter_bits=32, num_rounds=8, max_steps=4, audit_longer=4
+    )
     assert [coalition.clients for coalition in report.coalitions] == [["site-0"]]
     for coalition in report.coalitions:
         stolen = coalition.stolen["loss"]
@@ -47,6 +49,8 @@ def test_full_precision_federation_gives_all_away(full_llama, lora, tmp_path):
         assert coalition.healed.attacker == pytest.approx(
             min(found["loss"] for found in coalition.local_only.values())
         )
+    for found in (report.coalitions[0].attacks, report.coalitions[0].local_only):
+        assert report.steps == 8 and sum(" + 8 steps at " in name for name in found) == 1
     # The base is the full model; but that is untrained, and no better than guessing.
     assert report.exposure.attacker == pytest.approx(report.exposure.server)
     assert report.exposure.value is None and "the owner's model" in report.exposure.reason.lower()
