@@ -37,7 +37,9 @@ def test_divergence_is_bounded(variance, shift, order):
     exact = measure_divergence(order, variance, shift)
     bound = bound_divergence(order, variance, shift, shift)
     assert exact <= bound * (1 + 1e-9)
-    if variance >= 1e4:  # where the noise is wide, the bound is tight: twice the variance would be less than what is lost
+    if (
+        variance >= 1e4
+    ):  # where the noise is wide, the bound is tight: twice the variance would be less than what is lost
         assert bound < 1.01 * exact
         assert bound_divergence(order, 2 * variance, shift, shift) < exact
 
@@ -121,7 +123,9 @@ def test_integers_are_never_longer_than_the_clip(count, clip):
         found = round_within(values, clip, levels)
         assert found.dtype == np.int64 and int(found @ found) <= levels**2
         length = float(np.linalg.norm(values.astype(np.float64)))
-        assert np.linalg.norm(found) >= min(levels, length / clip * levels) * 0.995  # and hardly shorter than they may be
+        assert (
+            np.linalg.norm(found) >= min(levels, length / clip * levels) * 0.995
+        )  # and hardly shorter than they may be
     other = round_within(-values, clip, levels)
     moved = found - other
     assert np.linalg.norm(moved) <= 2 * levels
@@ -138,7 +142,9 @@ def test_short_updates_are_rounded_to_the_nearest_step():
 
 def test_what_is_accounted_is_what_a_client_can_move(monkeypatch):
     """The whole way from updates to the sum, with no noise: two neighbours differ by the accounted Δ₂ at most, and can."""
-    monkeypatch.setattr("fedlpp_hf.privacy.noise_shares.draw_skellam", lambda variance, count, read: np.zeros(count, int))
+    monkeypatch.setattr(
+        "fedlpp_hf.privacy.noise_shares.draw_skellam", lambda variance, count, read: np.zeros(count, int)
+    )
     noise, clip = NoiseShares(1.0, 0, 200), 0.3
     far = np.random.default_rng(1).standard_normal(200).astype(np.float32) * 50
     moved = noise.encode(far, clip, 3) - noise.encode(-far, clip, 3)
@@ -161,7 +167,9 @@ def test_the_least_sum_without_colluders_has_the_accounted_variance(members, col
 def test_share_that_is_drawn_has_that_variance():
     noise = NoiseShares(1.7, 1, 100_000)
     drawn = noise.encode(np.zeros(100_000, np.float32), 0.3, 4, random.Random(0).randbytes)
-    assert float((drawn.astype(float) ** 2).mean()) * 3 / noise.variance == pytest.approx(1, abs=5 * math.sqrt(2 / 1e5))
+    assert float((drawn.astype(float) ** 2).mean()) * 3 / noise.variance == pytest.approx(
+        1, abs=5 * math.sqrt(2 / 1e5)
+    )
 
 
 def test_nobody_is_left_where_all_may_collude():
@@ -174,7 +182,7 @@ def test_nobody_is_left_where_all_may_collude():
 def test_nothing_overflows(multiplier, values):
     """A sum beyond ±2³⁰ would come back with another sign, and nobody would see it."""
     noise = NoiseShares(multiplier, 0, values)
-    assert 16 <= noise.levels
+    assert noise.levels >= 16
     for threshold in (1, 2, MOST_MEMBERS):
         assert MOST_MEMBERS * noise.largest_summand(threshold) < 1 << 30
 

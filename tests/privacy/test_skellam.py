@@ -3,6 +3,7 @@
 
 import math
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ def read_chances(variance):
     """P(X = k) of a table as integers in units of 2⁻¹²⁸, from −reach to reach."""
     table = make_table(variance)
     below = [0, *((int(one) << 64) + int(two) for one, two in zip(table.upper, table.lower, strict=True)), 1 << 128]
-    return table.reach, [end - start for start, end in zip(below, below[1:], strict=False)]
+    return table.reach, [end - start for start, end in pairwise(below)]
 
 
 def seeded(seed):
