@@ -23,7 +23,9 @@ from peft import LoraConfig
 from benchmarks.convergence import SHARED
 from benchmarks.privacy_frontier import prepare_encoder, read_lines, warm_up, write_lines
 from fedlpp_hf import FederatedConfig, FederatedTrainer
-from fedlpp_hf.privacy.accounting import ClientSampling, solve_noise
+from fedlpp_hf.privacy.accounting import ClientSampling, solve_multiplier, solve_noise
+from fedlpp_hf.privacy.noise_shares import NoiseShares, compute_share_epsilon
+from fedlpp_hf.privacy.secure_sums.terms import compute_threshold
 
 
 # Clients: those of a round on average, and δ, below 1 / clients.
@@ -142,6 +144,22 @@ def tabulate_noise(epsilon: float = 8.0, rounds: int = 10) -> str:
         noise = solve_noise(epsilon, delta, sampling, rounds)
         ratios = [noise * math.sqrt(values) / sampling.per_round for values in VALUES]
         cells = [f"{sampling.clients:,}", f"{sampling.per_round:,}", sampling.kind, f"{delta:g}", f"{noise:.2f}"]
+        text.append("| " + " | ".join([*cells, *(f"{ratio:.2f}" for ratio in ratios)]) + " |")
+    for clients, colluders, delta in ((25, 1, 1e-2), (220, 1, 1e-3), (220, 22, 1e-3)):
+        counted = compute_threshold(2 / 3, clients) - colluders
+
+        def spend(noise: float, colluders: int = colluders, delta: float = delta) -> float:
+            return compute_share_epsilon({NoiseShares(noise, colluders, VALUES[0]): rounds}, delta)
+
+        noise = solve_multiplier(epsilon, spend, f"{rounds} rounds", delta)
+        ratios = [noise * math.sqrt(clients / counted * values) / clients for values in VALUES]
+        cells = [
+            f"{clients:,}",
+            f"{clients:,}",
+            f"in shares, {colluders} of them may collude",
+            f"{delta:g}",
+            f"{noise:.2f}",
+        ]
         text.append("| " + " | ".join([*cells, *(f"{ratio:.2f}" for ratio in ratios)]) + " |")
     return "\n".join(text)
 

@@ -31,7 +31,7 @@ def describe_privacy(records: Sequence[Record], config: Any) -> list[str]:
         return []
     holds = "not against the server, which has every update"
     if "colluders" in spent:  # clients add the noise
-        holds = f"against the server, too, if no more than {spent['colluders']} clients of a round help it"
+        holds = f"against the server, too, while at most {spent['colluders']} of a round's clients help it"
     read = config.get if isinstance(config, Mapping) else lambda name: getattr(config, name, None)
     lines = [
         f"Client-level differential privacy: ε = {format_spent(spent)} at δ = {spent['delta']:g} after {spent['releases']} "

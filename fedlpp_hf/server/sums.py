@@ -91,7 +91,7 @@ class SumAdmission(Admission):
             cost["bytes_up"] += found.bytes_up.get(client, 0)
         header |= {
             "clients": list(found.clients),
-            "report": {"sum": _describe(found)},
+            "report": {"sum": _describe(found, self.args.adds_noise)},
         }
         task = next(iter(tasks.values()))
         marks = {"federation_id": task.federation_id, "round": task.round}
@@ -115,7 +115,7 @@ def make_admission(
     return kind(args, adapter, num_examples, updates_dir)
 
 
-def _describe(found: RoundSum) -> dict[str, Any]:
+def _describe(found: RoundSum, has_noise: bool) -> dict[str, Any]:
     """What the round's record says of its sum: all that was learned beside the mean update."""
     opened = found.opened
     return {
@@ -125,7 +125,7 @@ def _describe(found: RoundSum) -> dict[str, Any]:
         "members": found.members,
         "threshold": found.threshold,
         "bits": SUM_BITS,
-        "largest_error": found.resolution / 2,
+        **({} if has_noise else {"largest_error": found.resolution / 2}),
     }
 
 

@@ -38,7 +38,7 @@ def test_federation_ends_with_noise_of_the_length_that_is_accounted(llama_base, 
     assert square / (2 * std**2 * count) == pytest.approx(1, abs=5 * math.sqrt(2 / count) + 0.01)
     assert all((after[key] == before[key]).all() for key in after if "lora_A" in key)
     report = (tmp_path / "report.md").read_text()
-    assert "against the server, too, if no more than 1 clients of a round help it" in report
+    assert "against the server, too, while at most 1 of a round's clients help it" in report
     assert "Skellam RDP accountant" in report
     trainer.create_model_card()
     assert "Client-level differential privacy: ε = " in (tmp_path / "README.md").read_text()
