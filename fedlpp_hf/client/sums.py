@@ -79,8 +79,8 @@ class SumLedger:
             )
         if sum(one == number for one, _ in opened.noises) >= _MOST_OPENINGS:
             raise RefusedError(
-                f"this client has helped to open round {number} {_MOST_OPENINGS} times, each with other noise; the mean of more "
-                "would have too little"
+                f"this client has helped to open round {number} as often as it does, {_MOST_OPENINGS} times: each has other noise, "
+                "and the mean of more would have too little"
             )
 
     def enter(self, federation_id: str, number: int, survivors: str, noise_multiplier: float = 0.0) -> None:

@@ -16,6 +16,7 @@ from ..privacy.secure_sums.terms import compute_threshold
 from .admission import AcceptedUpdate
 from .client_dp import ClientDP
 from .store import RoundStore
+from .sums import is_on_disk
 
 
 class ShareDP(ClientDP):
@@ -29,6 +30,17 @@ class ShareDP(ClientDP):
     Raises:
         ValueError: as [`ClientDP`], or if nobody's noise would count.
     """
+
+    def __init__(
+        self, args: FederatedConfig, clients: Sequence[str], adapter: Mapping[str, torch.Tensor], store: RoundStore
+    ):
+        self._updates_dir = store.updates_dir
+        super().__init__(args, clients, adapter, store)
+
+    def affords_round(self, number: int) -> bool:
+        """[`ClientDP.affords_round`]; a sum that was opened before the server was stopped is paid for."""
+        opened = is_on_disk(self._updates_dir, self._ledger.federation_id, number) and number in self._ledger.releases
+        return opened or super().affords_round(number)
 
     def begin_round(self, number: int) -> None:
         """Count a round's noise, before its sum is opened."""

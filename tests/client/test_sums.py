@@ -58,7 +58,9 @@ def test_noise_is_counted_and_a_round_is_opened_three_times_at_most(ledger):
         ledger.enter("f", 3, "these", 1.5)
     again = SumLedger(ledger.file)
     for call in (lambda: again.check("f", 3), lambda: again.enter("f", 3, "these", 1.5)):
-        with pytest.raises(RefusedError, match="helped to open round 3 3 times, each with other noise"):
+        with pytest.raises(
+            RefusedError, match="helped to open round 3 as often as it does, 3 times: each has other noise"
+        ):
             call()
     again.enter("f", 4, "those", 2.0)
     assert again.find("f") == OpenedRounds(4, "those", [(3, 1.5)] * 3 + [(4, 2.0)])
@@ -182,7 +184,8 @@ class TestNoiseInShares:
         assert [len(open_round(1)) for _ in range(3)] == [1, 1, 1]
         reasons = {answer.reason for answer in open_round(1)}
         assert reasons == {
-            "this client has helped to open round 1 3 times, each with other noise; the mean of more would have too little"
+            "this client has helped to open round 1 as often as it does, 3 times: each has other noise, and the mean of more would "
+            "have too little"
         }
         assert len(open_round(2)) == 1
 

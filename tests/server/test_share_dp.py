@@ -183,6 +183,26 @@ def test_crash_costs_what_may_have_been_seen(tmp_path, monkeypatch, point, count
     assert trained == ([1, 2] if point in ("step", "commit") else [1, 2, 2])  # else the sum is taken from the disk
 
 
+@pytest.mark.parametrize(("point", "rounds"), [("step", 2), ("open", 1)])
+def test_last_round_of_a_budget_is_taken_from_the_disk(tmp_path, monkeypatch, point, rounds):
+    """It is paid for. If the sum itself is lost, a second one would exceed the budget."""
+    options = {"noise_multiplier": None, "target_epsilon": 3.0}
+    server = make_private(tmp_path, **options)
+
+    def break_second(record):
+        target = {"step": (server.optimizer.__class__, "step"), "open": (SumServer, "open")}[point]
+        if record["round"] == 1:
+            monkeypatch.setattr(*target, stop)
+
+    server.on_round = break_second
+    with pytest.raises(KeyboardInterrupt):
+        run(server)
+    monkeypatch.undo()
+    records = run(make_private(tmp_path, **options), resume=True)
+    assert len(records) == rounds + 1 and records[-1]["privacy"]["epsilon"] <= 3.0
+    assert read_ledger(server)["releases"] == [1, 2]
+
+
 def test_sums_that_came_without_a_word_are_counted_too(tmp_path):
     """A transport of one's own may not say that it is about to open a sum."""
     server = make_private(tmp_path)
