@@ -175,8 +175,6 @@ class SumClient:
         roster = Roster(terms, said["members"])
         if len(roster.ids) < terms.least:
             raise RefusedError(f"{len(roster.ids)} clients are in the sum; this client's policy demands {terms.least}")
-        if terms.noise is not None:
-            terms.noise.share_variance(roster.threshold)  # an error if nobody's noise would count
         for name, own in (("threshold", roster.threshold), ("bound", terms.bound), ("size", terms.size)):
             if said[name] != own:
                 raise RefusedError(f"the server's {name} is {said[name]}; by this client's options it is {own}")
