@@ -83,7 +83,7 @@ class ClientDP:
 
     def affords_round(self, number: int) -> bool:
         """Whether the budget is enough for another round; if not, say so."""
-        target, after = self.args.target_epsilon, self._spent(1)
+        target, after = self.args.target_epsilon, self._spent(number)
         if target is None or after <= target:
             return True
         logger.warning(
@@ -127,7 +127,7 @@ class ClientDP:
         """`privacy` of a round's record: the noise on each value of its sum, what the sum was divided by, and what is spent."""
         return {
             "epsilon": self._spent(),
-            "epsilon_of_another_round": self._spent(1),
+            "epsilon_of_another_round": self._spent(self._ledger.releases[-1] + 1),
             "delta": self.delta,
             "releases": len(self._ledger.releases),
             "noise_multiplier": self.noise_multiplier,
@@ -138,8 +138,13 @@ class ClientDP:
             "analysis": self._describe_analysis(),
         }
 
-    def _spent(self, more: int = 0) -> float:
-        return self._compute(self.noise_multiplier, len(self._ledger.releases) + more)
+    def _spent(self, *more: int) -> float:
+        """ε so far, and with `more` rounds."""
+        return self._compute(self.noise_multiplier, self._count([*self._ledger.releases, *more]))
+
+    def _count(self, rounds: Sequence[int]) -> int:
+        """Of the releases of these rounds, those in which a client's data may be."""
+        return len(rounds)
 
     def _compute(self, noise_multiplier: float, releases: int) -> float:
         return compute_epsilon(noise_multiplier, self.sampling, releases, self.delta)
@@ -154,7 +159,7 @@ class ClientDP:
         given, target = self.args.noise_multiplier, self.args.target_epsilon
         if given is None:
             assert target is not None
-            return self._solve(target, self.args.num_rounds)
+            return self._solve(target, self._count(range(1, self.args.num_rounds + 1)))
         first = self._compute(given, 1)
         if target is not None and first > target:
             raise ValueError(

@@ -2,6 +2,7 @@
 """Client-level differential privacy whose noise clients add in shares: the server gets the noisy sum alone, and keeps the account."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..privacy.noise_shares import NoiseShares, compute_share_epsilon
 from ..privacy.secure_sums.terms import compute_threshold
 from .admission import AcceptedUpdate
 from .client_dp import ClientDP
+from .sampling import sample_clients
 from .store import RoundStore
 from .sums import is_on_disk
 
@@ -35,6 +37,7 @@ class ShareDP(ClientDP):
         self, args: FederatedConfig, clients: Sequence[str], adapter: Mapping[str, torch.Tensor], store: RoundStore
     ):
         self._updates_dir = store.updates_dir
+        self._draws: dict[int, list[str]] = {}
         super().__init__(args, clients, adapter, store)
 
     def affords_round(self, number: int) -> bool:
@@ -71,8 +74,18 @@ class ShareDP(ClientDP):
     def _solve(self, target: float, releases: int) -> float:
         return solve_multiplier(target, lambda noise: self._compute(noise, releases), f"{releases} rounds", self.delta)
 
+    def _count(self, rounds: Sequence[int]) -> int:
+        """Draws follow from the seed, which is no secret: of the client that was drawn most often, how often that was."""
+        for number in rounds:
+            if number not in self._draws:
+                self._draws[number] = sample_clients(self.args, self.clients, number)
+        counts = Counter(client for number in rounds for client in self._draws[number])
+        return max(counts.values(), default=0)
+
     def _describe_analysis(self) -> str:
-        return self._make_noise(self.noise_multiplier).describe()
+        most = self._count(self._ledger.releases)
+        limit = f"; each client was drawn for {most} of them at most" if most < len(self._ledger.releases) else ""
+        return self._make_noise(self.noise_multiplier).describe() + limit
 
     def _check_clients(self) -> None:
         self._check_delta()

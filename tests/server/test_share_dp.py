@@ -107,14 +107,25 @@ def test_records_say_what_is_spent(tmp_path):
 
 def test_target_is_solved_for_before_anyone_is_asked(tmp_path):
     server = make_private(tmp_path, noise_multiplier=None, target_epsilon=3.0, num_rounds=4)
-    multiplier = server.dp.noise_multiplier
+    assert server.dp.noise_multiplier > 1
     records = run(server)
     assert 2.98 < records[4]["privacy"]["epsilon"] <= 3.0 < records[4]["privacy"]["epsilon_of_another_round"]
-    # A sample of the clients is no secret: it gives nothing.
-    fewer = make_private(
-        tmp_path / "fewer", noise_multiplier=None, target_epsilon=3.0, num_rounds=4, clients_per_round=4
-    )
-    assert fewer.dp.noise_multiplier == multiplier
+
+
+def test_who_is_drawn_is_no_secret_but_a_client_spends_nothing_in_rounds_without_it(tmp_path):
+    """Three of six clients are drawn in each round, and none of them in all: the one that is drawn most often counts."""
+    options = {"noise_multiplier": None, "target_epsilon": 3.0, "num_rounds": 6}
+    everyone = make_private(tmp_path / "everyone", **options)
+    server = make_private(tmp_path / "drawn", clients_per_round=3, **options)
+    drawn = [sample_clients(server.args, list(CLIENTS), number) for number in range(1, 7)]
+    counts = [max(sum(client in draw for draw in drawn[:number]) for client in CLIENTS) for number in range(1, 7)]
+    assert 3 <= counts[-1] < 6
+    assert server.dp.noise_multiplier < everyone.dp.noise_multiplier
+    records = run(server)
+    for record, count in zip(records[1:], counts, strict=True):
+        assert record["privacy"]["epsilon"] == spent(server, count)
+    assert 2.98 < records[6]["privacy"]["epsilon"] <= 3.0
+    assert f"each client was drawn for {counts[-1]} of them at most" in records[6]["privacy"]["analysis"]
 
 
 def test_round_that_would_exceed_the_budget_does_not_start(tmp_path, caplog):
