@@ -15,6 +15,7 @@ import argparse
 import math
 import statistics
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ from peft import LoraConfig
 from benchmarks.convergence import SHARED
 from benchmarks.privacy_frontier import prepare_encoder, read_lines, warm_up, write_lines
 from fedlpp_hf import FederatedConfig, FederatedTrainer
-from fedlpp_hf.privacy.accounting import ClientSampling, solve_noise
+from fedlpp_hf.privacy.accounting import ClientSampling, solve_multiplier, solve_noise
+from fedlpp_hf.privacy.noise_shares import NoiseShares, compute_share_epsilon
+from fedlpp_hf.privacy.secure_sums.terms import compute_threshold
+from fedlpp_hf.server.sampling import sample_clients
 
 
 # Clients: those of a round on average, and δ, below 1 / clients.
@@ -167,6 +171,33 @@ def tabulate_noise(epsilon: float = 8.0, rounds: int = 10) -> str:
         noise = solve_noise(epsilon, delta, sampling, rounds)
         ratios = [noise * math.sqrt(values) / sampling.per_round for values in VALUES]
         cells = [f"{sampling.clients:,}", f"{sampling.per_round:,}", sampling.kind, f"{delta:g}", f"{noise:.2f}"]
+        text.append("| " + " | ".join([*cells, *(f"{ratio:.2f}" for ratio in ratios)]) + " |")
+    for clients, drawn, colluders, delta in (
+        (25, 25, 1, 1e-2),
+        (220, 220, 1, 1e-3),
+        (220, 220, 22, 1e-3),
+        (2000, 220, 1, 1e-4),
+    ):
+        counted = compute_threshold(2 / 3, drawn) - colluders
+        draws = FederatedConfig(
+            "out", report_to=[], use_cpu=True, clients_per_round=drawn, num_clients=clients, seed=0
+        )
+        ids = [str(number) for number in range(clients)]
+        often = Counter(client for number in range(rounds) for client in sample_clients(draws, ids, number + 1))
+        most = max(often.values())  # rounds that a client is in
+
+        def spend(noise: float, colluders: int = colluders, delta: float = delta, most: int = most) -> float:
+            return compute_share_epsilon({NoiseShares(noise, colluders, VALUES[0]): most}, delta)
+
+        noise = solve_multiplier(epsilon, spend, f"{rounds} rounds", delta)
+        ratios = [noise * math.sqrt(drawn / counted * values) / drawn for values in VALUES]
+        cells = [
+            f"{clients:,}",
+            f"{drawn:,}",
+            f"in shares, {colluders} of them may collude",
+            f"{delta:g}",
+            f"{noise:.2f}",
+        ]
         text.append("| " + " | ".join([*cells, *(f"{ratio:.2f}" for ratio in ratios)]) + " |")
     return "\n".join(text)
 

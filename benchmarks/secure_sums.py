@@ -2,11 +2,13 @@
 """What secure sums cost: time and bytes of a client and of the server, as ratios to sending and summing plain updates.
 
     python -m benchmarks.secure_sums --clients 10 100 --values 1000000 --dropped 0 0.1
+    python -m benchmarks.secure_sums --clients 10 --dropped 0 --noise 1     # clients add noise in shares, one may collude
 
 All parties run in this process, one after the other, and every message is made and read as over a network. `--dropped` is the
 share of clients that share their keys and then send no update: the server has to make their masks again, one for each client
 that is left. Plain: each client sends the same values as float32, and the server reads them and adds them up in float64. Times
-are the processor's. Prints the largest error of the mean beside the bound.
+are the processor's. Prints the largest error of the mean beside the bound; with `--noise`, the standard deviation of the noise on the sum,
+in clips, beside that which is accounted.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from fedlpp_hf.privacy.noise_shares import NoiseShares
 from fedlpp_hf.privacy.secure_sums.client import SumClient
 from fedlpp_hf.privacy.secure_sums.fixed_point import Contribution
 from fedlpp_hf.privacy.secure_sums.server import SumServer
@@ -54,9 +57,12 @@ def measure_plain(count: int, size: int, dropped: int) -> tuple[Cost, np.ndarray
     return cost, total / (count - dropped)
 
 
-def measure_secure(count: int, size: int, dropped: int, share: float) -> tuple[Cost, np.ndarray, SumTerms]:
+def measure_secure(
+    count: int, size: int, dropped: int, share: float, noise: float
+) -> tuple[Cost, np.ndarray, SumTerms]:
     """The same as a secure sum."""
-    terms, cost = SumTerms("benchmark", 1, 1.0, share, size, "0" * 64), Cost()
+    added = NoiseShares(noise, 1, size) if noise else None
+    terms, cost = SumTerms("benchmark", 1, 1.0, share, size, "0" * 64, noise=added), Cost()
     server, clients = SumServer(terms), {}
     for number in range(count):
         values, name = make_values(number, size), f"client-{number:04d}"
@@ -99,6 +105,7 @@ def main() -> None:
     parser.add_argument("--values", type=int, default=1_000_000)
     parser.add_argument("--dropped", type=float, nargs="+", default=[0.0, 0.1])
     parser.add_argument("--threshold", type=float, default=2 / 3)
+    parser.add_argument("--noise", type=float, default=0.0, help="noise multiplier")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print("| clients | dropped | a client | server | bytes up | bytes down | largest error | bound |")
@@ -107,14 +114,23 @@ def main() -> None:
         for share in arguments.dropped:
             dropped = round(share * count)
             plain, expected = measure_plain(count, arguments.values, dropped)
-            secure, mean, terms = measure_secure(count, arguments.values, dropped, arguments.threshold)
+            secure, mean, terms = measure_secure(
+                count, arguments.values, dropped, arguments.threshold, arguments.noise
+            )
             left, error = count - dropped, np.abs(mean - expected).max()
+            bound = terms.resolution(count) / 2 + 2**-24
+            if arguments.noise:  # clients clip to a norm of 1
+                clipped = [
+                    make_values(number, arguments.values).astype(np.float64) for number in range(dropped, count)
+                ]
+                error = (mean * left - sum(values / np.linalg.norm(values) for values in clipped)).std()
+                bound = arguments.noise
             one, other = secure.client / count, plain.client / left
             print(
                 f"| {count} | {dropped} | {one:.3f} s ({one / other:.1f} ×; sharing {secure.steps['roster'] / count:.3f} s, "
                 f"masking {secure.steps['shares'] / left:.3f} s) | {secure.server:.2f} s ({secure.server / plain.server:.1f} ×) "
                 f"| {secure.up / left / 1e6:.3f} MB ({secure.up / plain.up:.3f} ×) | {secure.down / left / 1e3:.1f} kB "
-                f"| {error:.1e} | {terms.resolution(count) / 2 + 2**-24:.1e} |",
+                f"| {error:.2e} | {bound:.2e} |",
                 flush=True,
             )
 

@@ -27,10 +27,11 @@ class ClientGate:
         policy: The client's.
         directory: Of the ledger.
         dry_run: Whether nothing will be sent; then nothing counts.
+        in_sum: Whether the client answers with a part of a secure sum.
     """
 
-    def __init__(self, policy: ClientPolicy, directory: Path, dry_run: bool = False):
-        self.policy, self.directory, self.dry_run = policy, directory, dry_run
+    def __init__(self, policy: ClientPolicy, directory: Path, dry_run: bool = False, in_sum: bool = False):
+        self.policy, self.directory, self.dry_run, self.in_sum = policy, directory, dry_run, in_sum
         self.ledger = ClientLedger.open(directory)
 
     def admit(self, task: ClientTask, initial: Tensors) -> None:
@@ -44,14 +45,15 @@ class ClientGate:
             PolicyRefusal: if the policy does not allow it.
         """
         policy, ledger = self.policy, self.ledger
-        policy.check_task(task)
+        policy.check_task(task, self.in_sum)
         if ledger.has_other(task):
             raise PolicyRefusal(
                 f"Round {task.round} was answered already, and this task for it is another one: two answers to two adapters "
                 "tell more than one. If the owner went back to an earlier round and said so, move the client's ledger away."
             )
         known = ledger.has(task)
-        if policy.max_rounds is not None and not known and len(ledger.rounds) >= policy.max_rounds:
+        counts = not known or task.options.share_noise > 0  # its noise is drawn anew: the mean of two has less
+        if policy.max_rounds is not None and counts and len(ledger.rounds) >= policy.max_rounds:
             raise PolicyRefusal(
                 f"This client has answered {len(ledger.rounds)} rounds, and its policy allows {policy.max_rounds}."
             )
@@ -63,7 +65,7 @@ class ClientGate:
                     f"The task's adapter looks made to leak: {error}. If the owner can explain it, raise max_proxy_change, or "
                     "set check_proxy: false."
                 ) from error
-        if not known and not self.dry_run:
+        if counts and not self.dry_run:
             ledger.begin(task)
 
     def note_change(self, delta: Tensors) -> None:

@@ -24,9 +24,10 @@ class ClientPolicy:
     Args:
         clip_norm: Norm to which a longer update is scaled down, unless the task's clip is smaller.
         max_rounds: Rounds that this client answers in all, whatever federation the server says they are of.
-        min_clients: Clients that a task must say are asked in its round. The client can't verify it.
+        min_clients: Clients that a task must say are asked in its round. The client can't verify it. Under secure aggregation it also
+            counts the members of the sum.
         min_noise_multiplier: Noise, as a multiple of the clip, that a task must say is added to the round's sum. The client
-            can't verify it.
+            can't verify it, unless the clients of a secure sum add it.
         min_local_steps, max_local_steps: Optimizer steps of a local run, which the configuration sets.
         rules: Aggregation rules that a task may name.
         max_update_bits: Bits per value that a task may ask for.
@@ -100,14 +101,18 @@ class ClientPolicy:
                 raise ValueError(f"The policy `{path}` has an unknown key `{key}`{suggest(str(key), known)}")
         return cls(**{key: _convert(key, value) for key, value in values.items()})
 
-    def check_task(self, task: ClientTask) -> None:
+    def check_task(self, task: ClientTask, in_sum: bool = False) -> None:
         """Refuse a task before anything of it is trained.
+
+        Args:
+            task: From the server.
+            in_sum: Whether the client answers with a part of a secure sum, to which no server can add noise.
 
         Raises:
             PolicyRefusal: naming what the task says and what the policy allows.
         """
         options = task.options
-        for name in ("proximal_mu", "logit_adjustment", "clip_norm"):
+        for name in ("proximal_mu", "logit_adjustment", "clip_norm", "share_noise"):
             value = getattr(options, name)
             if not 0 <= value < math.inf:
                 raise PolicyRefusal(f"The task has {name}={value}; expected a finite number, 0 or more.")
@@ -117,11 +122,15 @@ class ClientPolicy:
             raise PolicyRefusal(
                 f"The task asks for {options.update_bits} bits per value; the policy allows {self.max_update_bits}."
             )
-        for name, least in (
-            ("num_clients", self.min_clients),
-            ("noise_multiplier", self.min_noise_multiplier),
+        if options.share_noise and not in_sum:
+            raise PolicyRefusal(
+                "The task leaves the noise to the clients of a secure sum, and this client's options have no secure_aggregation."
+            )
+        noise = ("share_noise", options.share_noise) if in_sum else ("noise_multiplier", task.noise_multiplier)
+        for (name, said), least in (
+            (("num_clients", task.num_clients), self.min_clients),
+            (noise, self.min_noise_multiplier),
         ):
-            said = getattr(task, name)
             if least is not None and not least <= said < math.inf:
                 raise PolicyRefusal(f"The task announces {name}={said:g}; the policy demands at least {least:g}.")
 

@@ -2,22 +2,45 @@
 """A client's sums from round to round: one under way at most, and a ledger of those that it has helped to open."""
 
 import json
-from collections.abc import Mapping
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..config.federated import FederatedConfig
 from ..config.rules import trainable_keys
+from ..privacy.noise_shares import NoiseShares, compute_share_epsilon
 from ..privacy.secure_sums.client import RefusedError, SumClient
 from ..privacy.secure_sums.fixed_point import make_contribution
 from ..privacy.secure_sums.members import Identity
-from ..privacy.secure_sums.terms import make_terms
+from ..privacy.secure_sums.terms import LEAST_MEMBERS, SumTerms, make_terms
 from ..tensors.atomic import write_atomically
 from ..wire.messages import ClientTask, ClientUpdate
 
 
+logger = logging.getLogger(__name__)
+
 LEDGER_FILE = "sums.json"
+_MOST_OPENINGS = 3  # of a round with noise: what a server that crashes may need
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedRounds:
+    """What a client has helped to open of one federation.
+
+    Args:
+        last: Number of the last round.
+        survivors: Digest of those whose updates were in its sum.
+        noises: Round and noise multiplier of each sum in which the client's noise was, in order.
+    """
+
+    last: int = 0
+    survivors: str = ""
+    noises: Sequence[tuple[int, float]] = ()
 
 
 class SumLedger:
@@ -25,7 +48,7 @@ class SumLedger:
 
     The sums of two sets of survivors of one round differ by the updates of single clients, so a client opens a round for one
     set alone, and no round before its last one. It does not even mask its update for another set: those who have not opened
-    the round yet could open that sum without it.
+    the round yet could open that sum without it. With noise it opens a round three times at most.
 
     Args:
         file: The ledger's.
@@ -42,45 +65,68 @@ class SumLedger:
             clients: Digest of those whose updates may be in the sum, where they are known.
 
         Raises:
-            RefusedError: if a later round was opened, or this one for others.
+            RefusedError: if a later round was opened, or this one for others, or too often.
         """
-        last, opened = self._read().get(federation_id, (0, ""))
-        if number < last:
+        opened = self.find(federation_id)
+        if number < opened.last:
             raise RefusedError(
-                f"this client has helped to open the sum of round {last} of this federation, and takes no part in round {number} "
-                "again; start another federation"
+                f"this client has helped to open the sum of round {opened.last} of this federation, and takes no part in round "
+                f"{number} again; start another federation"
             )
-        if clients and number == last and clients != opened:
+        if clients and number == opened.last and clients != opened.survivors:
             raise RefusedError(
                 f"this client has helped to open round {number} for other survivors; the two sums would tell updates apart"
             )
+        if sum(one == number for one, _ in opened.noises) >= _MOST_OPENINGS:
+            raise RefusedError(
+                f"this client has helped to open round {number} as often as it does, {_MOST_OPENINGS} times: each has other noise, "
+                "and the mean of more would have too little"
+            )
 
-    def enter(self, federation_id: str, number: int, survivors: str) -> None:
+    def enter(self, federation_id: str, number: int, survivors: str, noise_multiplier: float = 0.0) -> None:
         """Note a sum that is about to be opened, before the first share leaves.
 
         Args:
             federation_id: Of the federation.
             number: Of the round.
             survivors: Digest of those whose updates are in it.
+            noise_multiplier: Of the noise that clients have added, or 0.
 
         Raises:
-            RefusedError: if this round was opened for others, or a later one was.
+            RefusedError: if this round was opened for others, or too often, or a later one was.
         """
         self.check(federation_id, number, survivors)
         entries = self._read()
-        entries[federation_id] = number, survivors
-        write_atomically(self.file, json.dumps(entries).encode(), mode=0o600)
+        noises = self.find(federation_id).noises
+        if noise_multiplier:
+            noises = [*noises, (number, noise_multiplier)]
+        entries[federation_id] = OpenedRounds(number, survivors, noises)
+        values = {name: [entry.last, entry.survivors, list(entry.noises)] for name, entry in entries.items()}
+        write_atomically(self.file, json.dumps(values).encode(), mode=0o600)
 
-    def _read(self) -> dict[str, tuple[int, str]]:
+    def find(self, federation_id: str) -> OpenedRounds:
+        """What was opened of a federation.
+
+        Raises:
+            RefusedError: if the file is damaged.
+        """
+        return self._read().get(federation_id, OpenedRounds())
+
+    def _read(self) -> dict[str, OpenedRounds]:
         if not self.file.exists():
             return {}
         try:
             entries = json.loads(self.file.read_text(encoding="utf-8"))
-            return {federation: (int(number), str(survivors)) for federation, (number, survivors) in entries.items()}
+            return {federation: _read_entry(*entry) for federation, entry in entries.items()}
         except (ValueError, TypeError, AttributeError) as error:
             raise RefusedError(
                 "this client's ledger of sums is damaged, and without it no sum is opened; its log names the file"
             ) from error
+
+
+def _read_entry(last: Any, survivors: Any, noises: Any = ()) -> OpenedRounds:
+    """An entry of the file; those of older versions have no noise."""
+    return OpenedRounds(int(last), str(survivors), [(int(number), float(noise)) for number, noise in noises])
 
 
 class ClientSums:
@@ -91,6 +137,7 @@ class ClientSums:
         adapter: Gives keys and shapes of an update.
         directory: Where the ledger is kept.
         identity: The client's key, and those of the others, where it knows them.
+        min_clients: Members below which it takes no part in a sum, by its policy.
     """
 
     def __init__(
@@ -99,8 +146,9 @@ class ClientSums:
         adapter: Mapping[str, torch.Tensor],
         directory: Path,
         identity: Identity | None = None,
+        min_clients: int | None = None,
     ):
-        self.args, self.identity = args, identity
+        self.args, self.identity, self.least = args, identity, max(min_clients or 0, LEAST_MEMBERS)
         self.shapes = {key: adapter[key] for key in trainable_keys(args.aggregation, adapter)}
         self.ledger = SumLedger(directory / LEDGER_FILE)
         self._client: SumClient | None = None
@@ -113,22 +161,26 @@ class ClientSums:
             update: What came of it.
 
         Raises:
-            ValueError: if the update could overflow the sum.
+            ValueError: if the update could overflow the sum, or the task's noise can't be added or accounted for.
             RefusedError: if a later round's sum was opened.
         """
         federation, number = task.federation_id, task.round
         self._client = None
         self.ledger.check(federation, number)
         size = sum(tensor.numel() for tensor in self.shapes.values())
+        terms = replace(make_terms(self.args, task, size), least=self.least)
+        spent = self._describe_spent(task, terms)
 
         def admit(members: str) -> None:
             self.ledger.check(federation, number, members)
 
         def approve(survivors: str) -> None:
-            self.ledger.enter(federation, number, survivors)
+            self.ledger.enter(federation, number, survivors, 0.0 if terms.noise is None else terms.noise.multiplier)
+            if spent:
+                logger.info(spent)
 
         self._client = SumClient(
-            make_terms(self.args, task, size),
+            terms,
             update.client_id,
             make_contribution(update, self.shapes),
             self.identity,
@@ -146,3 +198,20 @@ class ClientSums:
         if self._client is None or self._client.client_id != client_id:
             raise RefusedError("no sum of this client is under way; was it restarted since it trained?")
         return self._client.answer(step, request)
+
+    def _describe_spent(self, task: ClientTask, terms: SumTerms) -> str:
+        """What the log says once the sum is opened: ε of all sums that have this client's noise. Nothing without noise.
+
+        Raises:
+            ValueError: for a δ out of range, or without dp-accounting.
+        """
+        noise, delta = terms.noise, task.options.share_delta
+        if noise is None:
+            return ""
+        multipliers = [multiplier for _, multiplier in self.ledger.find(task.federation_id).noises]
+        sums = Counter(NoiseShares(one, noise.colluders, noise.values) for one in (*multipliers, noise.multiplier))
+        return (
+            f"Round {task.round}: this client's update is in a sum with its share of the noise, noise multiplier "
+            f"{noise.multiplier:.4g}. If no more than {noise.colluders} of the others help the server, its {sums.total()} sums in this "
+            f"federation spend ε = {compute_share_epsilon(sums, delta):.3f} at δ = {delta:g}."
+        )

@@ -12,19 +12,22 @@ from .rules import RULES
 
 # With less noise ε is in the hundreds.
 LEAST_NOISE = 0.1
+LARGEST_SHARED_NOISE = 1024.0  # that clients of a secure sum add
 _OFF = {
     "target_epsilon": None,
     "target_delta": None,
     "noise_multiplier": None,
     "client_sampling": "fixed",
     "clip_quantile": None,
+    "colluding_clients": 1,
 }
 
 
 @dataclass
 class ClientDPOptions:
     """Client-level differential privacy: the model hardly depends on any single client. It is on where `target_epsilon` or
-    `noise_multiplier` is set. The noise follows from `clip_update_norm`. docs/data-privacy.md says against whom it holds.
+    `noise_multiplier` is set. The noise follows from `clip_update_norm`. The server adds it, or, under `secure_aggregation`, the clients
+    do, in shares. docs/data-privacy.md says against whom it holds.
 
     Args:
         target_epsilon: ε that all rounds together may spend. A round that would exceed it does not start.
@@ -35,6 +38,8 @@ class ClientDPOptions:
             ε is then smaller. It is for rounds with noise alone.
         clip_quantile: Share of the updates that are to be shorter than the clip, which then follows them from round to round
             (arXiv 1905.03871), from `clip_update_norm` on. By default the clip stays.
+        colluding_clients: Under `secure_aggregation`, clients that may tell the server their share of the noise, or add none: it does
+            not count.
     """
 
     FACTS: ClassVar[OptionFacts] = OptionFacts(
@@ -77,6 +82,13 @@ class ClientDPOptions:
             "clip_update_norm. Only with differential privacy."
         },
     )
+    colluding_clients: int = field(
+        default=1,
+        metadata={
+            "help": "With differential privacy under secure_aggregation: clients of a round that may tell the server their share of "
+            "the noise, or add none. The noise of the others is enough by itself."
+        },
+    )
 
     @property
     def adds_noise(self) -> bool:
@@ -94,6 +106,8 @@ class ClientDPOptions:
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise ValueError(f"{name}={value}; expected a number between 0 and 1.")
+        if self.colluding_clients < 0:
+            raise ValueError(f"colluding_clients={self.colluding_clients}; expected a number from 0.")
         if self.adds_noise:
             _check_private(self)
             return
@@ -105,6 +119,23 @@ class ClientDPOptions:
                 )
 
 
+# Beside what is refused with all noise: option, its only value, and why.
+_AT_SERVER = (
+    ("min_clients", 1, "that a round stopped would tell how many clients took part"),
+    ("colluding_clients", 1, "without secure_aggregation the server adds the noise, and clients know none of it"),
+)
+_IN_SHARES = (
+    (
+        "client_sampling",
+        "fixed",
+        "the server knows who takes part, so there is nothing to gain; a sum needs its clients",
+    ),
+    ("clip_quantile", None, "how many updates are shorter than the clip would need noise of its own"),
+    ("max_update_norm", None, "it bounds the mean, too, which has noise. Clients clip to clip_update_norm"),
+    ("audit_data", False, "its canary clients go through noise that the server adds"),
+)
+
+
 def _check_private(options: Any) -> None:
     """Refuse what differential privacy lacks, and what its analysis does not cover.
 
@@ -112,6 +143,8 @@ def _check_private(options: Any) -> None:
         ValueError: naming the option, and saying why and what to do.
     """
     private = "Client-level differential privacy"
+    if options.secure_aggregation:
+        private += " under secure_aggregation"
     if find_spec("dp_accounting") is None:
         raise ValueError(f"{private} needs dp-accounting. Install it: {install_command('privacy')}")
     if options.target_delta is None:
@@ -126,16 +159,17 @@ def _check_private(options: Any) -> None:
             f"noise_multiplier={options.noise_multiplier}; expected {LEAST_NOISE} or more. With less, ε is in the hundreds and "
             "protects nothing."
         )
+    secure = options.secure_aggregation
+    if secure and (options.noise_multiplier or 0.0) > LARGEST_SHARED_NOISE:
+        raise ValueError(
+            f"noise_multiplier={options.noise_multiplier}; expected up to {LARGEST_SHARED_NOISE:g} under secure_aggregation: with "
+            "more, nothing is left of updates in the fixed point."
+        )
     for name, allowed, reason in (
         ("weighting", "uniform", "a client with many examples would count for more than the noise covers"),
         ("robust", "none", "it looks at single updates, and one update can change what it makes of all others"),
         ("over_sample", 0.0, "who is in the sum would depend on how fast others are"),
-        (
-            "secure_aggregation",
-            False,
-            "the server clips each update once more, and under secure aggregation it has none",
-        ),
-        ("min_clients", 1, "that a round stopped would tell how many clients took part"),
+        *(_IN_SHARES if secure else _AT_SERVER),
     ):
         if getattr(options, name) != allowed:
             raise ValueError(

@@ -54,8 +54,13 @@ def make_client_trainer(settings: ClientSettings, base_dir: str | os.PathLike) -
                 "secure_aggregation=True with --cold: a client's keys are in the memory of its trainer alone, from its task to "
                 "the end of the round. Leave --cold out."
             )
+        gate = trainer.guard.gate
         trainer.sums = ClientSums(
-            trainer.args, trainer.guard.initial, Path(settings.state_dir), read_identity(settings)
+            trainer.args,
+            trainer.guard.initial,
+            Path(settings.state_dir),
+            read_identity(settings),
+            None if gate is None else gate.policy.min_clients,
         )
     return trainer
 

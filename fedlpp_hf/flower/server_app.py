@@ -101,7 +101,9 @@ def run_federation(grid: Grid, config: str, flags: list[str], keys: ClientKeys |
             num_examples = clients.gather(len(known), at_least=args.min_clients, known=known)
         else:
             num_examples = clients.gather(args.num_clients)
-        train = sum_over_flower(args, trainer.guard.initial, clients) if secure else clients.train
+        train = (
+            sum_over_flower(args, trainer.guard.initial, clients, trainer.count_opening) if secure else clients.train
+        )
         trainer.train_remotely(train, num_examples, args.resume_from_checkpoint)
 
 

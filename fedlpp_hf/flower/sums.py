@@ -4,7 +4,7 @@
 Flower's own protocol (SecAgg+) is for its older interface, which this library does not use.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .answers import read_sum
@@ -27,13 +27,19 @@ def limit_sum(update_bytes: int, num_clients: int) -> int:
     return max(update_bytes, _SPARE_BYTES + _MEMBER_BYTES * num_clients)
 
 
-def sum_over_flower(args: "FederatedConfig", adapter: Mapping[str, Any], clients: FlowerClients) -> "TrainClients":
+def sum_over_flower(
+    args: "FederatedConfig",
+    adapter: Mapping[str, Any],
+    clients: FlowerClients,
+    before_opening: Callable[[int], None],
+) -> "TrainClients":
     """What trains a round's clients and opens the sum of their updates.
 
     Args:
         args: the federation's options.
         adapter: gives keys and shapes of an update.
         clients: whom the Grid reaches.
+        before_opening: told the round whose sum is about to be opened.
     """
     from ..config.rules import trainable_keys
     from ..privacy.secure_sums.rounds import run_sum
@@ -56,6 +62,7 @@ def sum_over_flower(args: "FederatedConfig", adapter: Mapping[str, Any], clients
     def train(tasks: "list[ClientTask]") -> "Iterator[ClientFailure | RoundSum]":
         terms = make_terms(args, tasks[0], size)
         wanted = args.clients_per_round or len(tasks)
-        yield from run_sum(terms, {task.client_id: task for task in tasks}, wanted, send_tasks, ask)
+        asked = {task.client_id: task for task in tasks}
+        yield from run_sum(terms, asked, wanted, send_tasks, ask, lambda: before_opening(terms.round))
 
     return train

@@ -1,6 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """What rounds with noise spend of a privacy budget, by the accountants of Google's dp-accounting. Pure functions."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -76,16 +77,35 @@ def solve_noise(target_epsilon: float, delta: float, sampling: ClientSampling, r
     Raises:
         ValueError: as [`compute_epsilon`], or if no noise up to 2²⁰ is enough.
     """
+
+    def spend(noise: float) -> float:
+        return compute_epsilon(noise, sampling, releases, delta)
+
+    return solve_multiplier(target_epsilon, spend, f"{releases} rounds", delta)
+
+
+def solve_multiplier(target_epsilon: float, spend: Callable[[float], float], what: str, delta: float) -> float:
+    """The least noise multiplier with which `spend` of it is no more than `target_epsilon`, as [`solve_noise`].
+
+    Args:
+        target_epsilon: ε.
+        spend: ε of a noise multiplier.
+        what: It is spent on, for the message.
+        delta: The same.
+
+    Raises:
+        ValueError: if no noise up to 2²⁰ is enough.
+    """
     low, high = 0.5, 1.0
-    while compute_epsilon(high, sampling, releases, delta) > target_epsilon:
+    while spend(high) > target_epsilon:
         low, high = high, 2 * high
         if high > 2**20:
-            raise ValueError(f"No noise makes {releases} rounds spend less than ε = {target_epsilon} at δ = {delta}.")
-    while low >= 0.1 and compute_epsilon(low, sampling, releases, delta) <= target_epsilon:
+            raise ValueError(f"No noise makes {what} spend less than ε = {target_epsilon} at δ = {delta}.")
+    while low >= 0.1 and spend(low) <= target_epsilon:
         low, high = low / 2, low
     while high - low > _TOLERANCE * high:
         middle = (low + high) / 2
-        if compute_epsilon(middle, sampling, releases, delta) > target_epsilon:
+        if spend(middle) > target_epsilon:
             low = middle
         else:
             high = middle

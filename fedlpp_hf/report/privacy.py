@@ -29,12 +29,15 @@ def describe_privacy(records: Sequence[Record], config: Any) -> list[str]:
     spent = find_spent(records)
     if spent is None:
         return []
+    holds = "not against the server, which has every update"
+    if "colluders" in spent:  # clients add the noise
+        holds = f"against the server, too, while at most {spent['colluders']} of a round's clients help it"
     read = config.get if isinstance(config, Mapping) else lambda name: getattr(config, name, None)
     lines = [
         f"Client-level differential privacy: ε = {format_spent(spent)} at δ = {spent['delta']:g} after {spent['releases']} "
         f"releases ({spent['analysis']}; noise multiplier {spent['noise_multiplier']:.4g}, clip {spent['clip_norm']:.4g}). It "
-        "holds for whoever sees the model and the proxies, not against the server, which has every update. What other federations "
-        "with the same clients spend comes on top."
+        f"holds for whoever sees the model and the proxies, {holds}. What other federations with the same clients spend comes on "
+        "top."
     ]
     done, target = records[-1]["round"], read("target_epsilon")
     if target is not None and done < read("num_rounds") and spent["epsilon_of_another_round"] > target:

@@ -1,6 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """A federation's report as text: a line for each round, and at the end a table with a warning if one is due."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,8 +58,8 @@ def describe_round(record: Record, num_rounds: int, choice: MetricChoice = _BY_N
     epsilons = [client["record_epsilon"] for client in record["clients"].values() if "record_epsilon" in client]
     if epsilons:  # whose losses are not told
         parts.append(f"clients' rows: ε up to {max(epsilons):.3g}")
-    elif record["clients"]:
-        parts.append(f"clients' loss {mean_client_loss(record):.4f}")
+    elif loss := _format_loss(record):
+        parts.append(f"clients' loss {loss}")
     for view, label in (("proxy", "base + proxy"), ("server", "server")):
         metrics = record["metrics"].get(view, {})
         name = choice.main(metrics)
@@ -207,7 +208,7 @@ def list_rounds(records: Sequence[Record], choice: MetricChoice = _BY_NAME) -> l
                 str(record["round"]),
                 str(len(record["clients"])),
                 str(len(record["rejected"])),
-                f"{mean_client_loss(record):.4f}" if record["clients"] else "",
+                _format_loss(record),
                 *(f"{value:.4f}" if is_number(value) else "" for value in metrics),
                 *([format_spent(record["privacy"]) if "privacy" in record else "0"] if noisy else []),
                 *(format_bytes(record[way]) for way in ("bytes_down", "bytes_up")),
@@ -215,6 +216,12 @@ def list_rounds(records: Sequence[Record], choice: MetricChoice = _BY_NAME) -> l
             ]
         )
     return rows
+
+
+def _format_loss(record: Record) -> str:
+    """The clients' mean loss; empty without clients, and where they keep their losses to themselves."""
+    loss = mean_client_loss(record) if record["clients"] else math.nan
+    return "" if math.isnan(loss) else f"{loss:.4f}"
 
 
 def describe_choice(record: Record) -> list[str]:

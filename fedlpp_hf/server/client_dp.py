@@ -58,17 +58,6 @@ class ClientDP:
         self._ledger = Ledger("", self._solve_noise(), "")
         self._warn()
 
-    @classmethod
-    def of(
-        cls,
-        args: FederatedConfig,
-        clients: Sequence[str],
-        adapter: Mapping[str, torch.Tensor],
-        store: RoundStore,
-    ) -> "ClientDP | None":
-        """That of a federation; None where it has none."""
-        return cls(args, clients, adapter, store) if args.adds_noise else None
-
     @property
     def noise_multiplier(self) -> float:
         """Of the whole release of a round."""
@@ -94,7 +83,7 @@ class ClientDP:
 
     def affords_round(self, number: int) -> bool:
         """Whether the budget is enough for another round; if not, say so."""
-        target, after = self.args.target_epsilon, self._spent(1)
+        target, after = self.args.target_epsilon, self._spent(number)
         if target is None or after <= target:
             return True
         logger.warning(
@@ -102,6 +91,13 @@ class ClientDP:
             f"{target:g}. {self._spent():.3f} is spent. The federation ends here."
         )
         return False
+
+    def begin_round(self, number: int) -> None:
+        """Told before the sum of a round is opened, where clients add the noise."""
+
+    def local_options(self) -> dict[str, Any]:
+        """What a round's tasks say of clip and noise, as [`LocalOptions`] has it."""
+        return {"clip_norm": self.clip}
 
     def draw_clients(self) -> list[str]:
         """The clients of the next round. After its noise was drawn, others are drawn, be it for the same round again."""
@@ -121,32 +117,50 @@ class ClientDP:
             clip,
             self.shapes,
         )
-        self.clip = release.next_clip
-        report: dict[str, Any] = {
-            "epsilon": self._spent(),
-            "epsilon_of_another_round": self._spent(1),
-            "delta": self.delta,
-            "releases": len(self._ledger.releases),
-            "noise_multiplier": self.noise_multiplier,
-            "noise_std": release.noise_std,
-            "clip_norm": clip,
-            "next_clip_norm": release.next_clip,
-            "divisor": self.sampling.per_round,
-            "analysis": self.sampling.describe(),
-        }
+        report = self._describe(release.noise_std, self.sampling.per_round)
+        self.clip = report["next_clip_norm"] = release.next_clip
         if release.below_clip is not None:
             report["below_clip"] = release.below_clip
         return AggregationResult(release.mean, report={"privacy": report})
 
-    def _spent(self, more: int = 0) -> float:
-        return compute_epsilon(self.noise_multiplier, self.sampling, len(self._ledger.releases) + more, self.delta)
+    def _describe(self, noise_std: float, divisor: int) -> dict[str, Any]:
+        """`privacy` of a round's record: the noise on each value of its sum, what the sum was divided by, and what is spent."""
+        return {
+            "epsilon": self._spent(),
+            "epsilon_of_another_round": self._spent(self._ledger.releases[-1] + 1),
+            "delta": self.delta,
+            "releases": len(self._ledger.releases),
+            "noise_multiplier": self.noise_multiplier,
+            "noise_std": noise_std,
+            "clip_norm": self.clip,
+            "next_clip_norm": self.clip,
+            "divisor": divisor,
+            "analysis": self._describe_analysis(),
+        }
+
+    def _spent(self, *more: int) -> float:
+        """ε so far, and with `more` rounds."""
+        return self._compute(self.noise_multiplier, self._count([*self._ledger.releases, *more]))
+
+    def _count(self, rounds: Sequence[int]) -> int:
+        """Of the releases of these rounds, those in which a client's data may be."""
+        return len(rounds)
+
+    def _compute(self, noise_multiplier: float, releases: int) -> float:
+        return compute_epsilon(noise_multiplier, self.sampling, releases, self.delta)
+
+    def _solve(self, target: float, releases: int) -> float:
+        return solve_noise(target, self.delta, self.sampling, releases)
+
+    def _describe_analysis(self) -> str:
+        return self.sampling.describe()
 
     def _solve_noise(self) -> float:
         given, target = self.args.noise_multiplier, self.args.target_epsilon
         if given is None:
             assert target is not None
-            return solve_noise(target, self.delta, self.sampling, self.args.num_rounds)
-        first = compute_epsilon(given, self.sampling, 1, self.delta)
+            return self._solve(target, self._count(range(1, self.args.num_rounds + 1)))
+        first = self._compute(given, 1)
         if target is not None and first > target:
             raise ValueError(
                 f"noise_multiplier={given}: the first round alone spends ε = {first:.3f}, and target_epsilon={target}. Leave "
@@ -154,13 +168,17 @@ class ClientDP:
             )
         return given
 
-    def _check_clients(self) -> None:
+    def _check_delta(self) -> None:
         number = self.sampling.clients
         if self.delta >= 1 / number:
             raise ValueError(
                 f"target_delta={self.delta} with {number} clients: with 1/{number} or more, to publish one client's data would "
                 f"count as private. Set it well below {1 / number:g}."
             )
+
+    def _check_clients(self) -> None:
+        self._check_delta()
+        number = self.sampling.clients
         compresses = self.args.update_bits != FULL_PRECISION or self.args.update_density < 1
         if compresses and self.sampling.kind == "fixed" and self.sampling.per_round < number:
             raise ValueError(
@@ -173,11 +191,12 @@ class ClientDP:
     def _warn(self) -> None:
         values = sum(math.prod(shape) for shape in self.shapes.values())
         multiplier, _ = ClientMechanism(self.noise_multiplier, 1, self.args.clip_quantile).split_noise()
-        needed = multiplier * math.sqrt(values)
+        factor, counted = self._count_noise()
+        needed = factor * multiplier * math.sqrt(values)
         if needed > self.sampling.per_round:
             logger.warning(
                 f"The noise on a round's mean is {needed / self.sampling.per_round:.1f} times as long as the clip: {values} "
-                f"values, noise multiplier {multiplier:.3g}, {self.sampling.per_round} clients in a round. It takes "
+                f"values, noise multiplier {multiplier:.3g}, {self.sampling.per_round} clients in a round{counted}. It takes "
                 f"{math.ceil(needed)} clients in a round until it is no longer than one client's update. Train fewer values "
                 "(a lower rank, aggregation='freeze_a'), or see docs/data-privacy.md for few clients."
             )
@@ -186,3 +205,7 @@ class ClientDP:
                 "With noise, aggregation='freeze_a' is the better choice: noise on both factors is multiplied in B·A, and half "
                 "as many values get noise."
             )
+
+    def _count_noise(self) -> tuple[float, str]:
+        """How many times as long as the noise that counts the noise on a sum is, and why, for the warning."""
+        return 1.0, ""

@@ -11,8 +11,8 @@ from .sampling import sample_clients
 def check_dropped(args: FederatedConfig, clients: Sequence[str], dropped: Collection[str], next_round: int) -> None:
     """Refuse to drop clients that are unknown, or without whom a round to come could not have enough updates.
 
-    The draws are known in advance, so every round that is left is looked at. Under client-level differential privacy they are secret,
-    and a round may be empty.
+    The draws are known in advance, so every round that is left is looked at. Where the server adds noise they are secret, and
+    a round may be empty.
 
     Args:
         args: The federation's options.
@@ -26,7 +26,7 @@ def check_dropped(args: FederatedConfig, clients: Sequence[str], dropped: Collec
     for client in dropped:
         if client not in clients:
             raise ValueError(f"{client!r:.120} is no client of this federation{suggest(client, clients)}")
-    if args.adds_noise:
+    if args.adds_noise and not args.secure_aggregation:
         return
     for number in range(next_round, args.num_rounds + 1):
         left = [client for client in sample_clients(args, clients, number) if client not in dropped]

@@ -22,11 +22,11 @@ from ..wire.encoding import Payload, restore_tensors
 from ..wire.messages import ClientFailure, ClientTask, ClientUpdate, LocalOptions
 from .admission import AcceptedUpdate
 from .best import check_chosen, find_published_round, forget_rounds
-from .client_dp import ClientDP
 from .combine import combine_updates
 from .owner import Owner
 from .resume import check_resumable
 from .sampling import make_seed, sample_clients
+from .share_dp import make_dp
 from .state import ServerState
 from .step import MeanUpdate, check_owner, is_variate_used, take_step
 from .store import RoundStore
@@ -88,7 +88,7 @@ class FederatedServer:
         self.store = RoundStore(args.output_dir)
         self.optimizer = ServerOptimizer(args.server_optimizer, args.server_learning_rate, args.server_momentum)
         self.admission = make_admission(args, adapter, self.num_examples, self.store.updates_dir)
-        self.dp = ClientDP.of(args, list(self.num_examples), adapter, self.store)
+        self.dp = make_dp(args, list(self.num_examples), adapter, self.store)
 
     @property
     def adapter(self) -> Mapping[str, torch.Tensor]:
@@ -121,7 +121,7 @@ class FederatedServer:
 
     def sample_clients(self, number: int) -> list[str]:
         """The clients of a round, uniform without replacement, a function of (seed, round) alone; with noise, see [`ClientDP`]."""
-        if self.dp is not None:
+        if self.dp is not None and not self.args.secure_aggregation:
             return self.dp.draw_clients()
         return sample_clients(self.args, list(self.num_examples), number)
 
@@ -191,7 +191,7 @@ class FederatedServer:
         drawn, dropped = self.sample_clients(number), self.dropped
         tasks = {client: self.make_task(number, client, proxy) for client in drawn if client not in dropped}
         updates, rejected = self.admission.collect(tasks, train_clients(list(tasks.values())) if tasks else ())
-        if len(updates) < self.args.min_clients and self.dp is None:
+        if len(updates) < self.args.min_clients and (self.dp is None or self.args.secure_aggregation):
             reasons = "; ".join(f"{client}: {reason}" for client, reason in rejected.items())
             raise RuntimeError(
                 f"Round {number} has {len(updates)} acceptable updates; min_clients={self.args.min_clients}. {reasons}. "
@@ -217,9 +217,15 @@ class FederatedServer:
         forget_rounds(self.args, self.store)
         return stop
 
+    def count_opening(self, number: int) -> None:
+        """Told before the sum of a round is opened, so that no crash makes the account of its noise smaller."""
+        if self.dp is not None:
+            self.dp.begin_round(number)
+
     def make_task(self, number: int, client: str, proxy: Payload | None) -> ClientTask:
         """What `client` is asked in a round."""
         args = self.args
+        noise = {"clip_norm": args.clip_update_norm or 0.0} if self.dp is None else self.dp.local_options()
         return ClientTask(
             federation_id=self.federation_id,
             round=number,
@@ -234,10 +240,10 @@ class FederatedServer:
                 rule=args.aggregation,
                 proximal_mu=args.fedprox_mu,
                 logit_adjustment=args.logit_adjustment,
-                clip_norm=self.dp.clip if self.dp is not None else args.clip_update_norm or 0.0,
                 update_bits=args.update_bits,
                 update_block_size=args.adapter_block_size,
                 update_density=args.update_density,
+                **noise,
             ),
         )
 

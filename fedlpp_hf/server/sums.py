@@ -37,7 +37,7 @@ class SumAdmission(Admission):
         self, tasks: Mapping[str, ClientTask], answers: Iterable[ClientUpdate | ClientFailure | RoundSum]
     ) -> tuple[dict[str, AcceptedUpdate], dict[str, str]]:
         file, task = self.updates_dir / _FILE, next(iter(tasks.values()))
-        header = _read(file, task)
+        header = _read(file, task.federation_id, task.round)
         if header is None:
             self.forget()
             self.updates_dir.mkdir(parents=True)
@@ -91,7 +91,7 @@ class SumAdmission(Admission):
             cost["bytes_up"] += found.bytes_up.get(client, 0)
         header |= {
             "clients": list(found.clients),
-            "report": {"sum": _describe(found)},
+            "report": {"sum": _describe(found, self.args.adds_noise)},
         }
         task = next(iter(tasks.values()))
         marks = {"federation_id": task.federation_id, "round": task.round}
@@ -115,7 +115,7 @@ def make_admission(
     return kind(args, adapter, num_examples, updates_dir)
 
 
-def _describe(found: RoundSum) -> dict[str, Any]:
+def _describe(found: RoundSum, has_noise: bool) -> dict[str, Any]:
     """What the round's record says of its sum: all that was learned beside the mean update."""
     opened = found.opened
     return {
@@ -125,15 +125,18 @@ def _describe(found: RoundSum) -> dict[str, Any]:
         "members": found.members,
         "threshold": found.threshold,
         "bits": SUM_BITS,
-        "largest_error": found.resolution / 2,
+        **({} if has_noise else {"largest_error": found.resolution / 2}),
     }
 
 
-def _read(file: Path, task: ClientTask) -> dict[str, Any] | None:
-    """What stands beside the sum of the task's round, if it was opened before the server was stopped."""
+def is_on_disk(updates_dir: Path, federation_id: str, number: int) -> bool:
+    """Whether a round's sum was opened before the server was stopped: that round is taken from it."""
+    return _read(updates_dir / _FILE, federation_id, number) is not None
+
+
+def _read(file: Path, federation_id: str, number: int) -> dict[str, Any] | None:
+    """What stands beside the sum of a round, if it was opened before the server was stopped."""
     if not file.exists():
         return None
     header, _ = decode_message(_KIND, file.read_bytes())
-    if (header["federation_id"], header["round"]) != (task.federation_id, task.round):
-        return None
-    return header
+    return header if (header["federation_id"], header["round"]) == (federation_id, number) else None

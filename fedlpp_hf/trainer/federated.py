@@ -256,7 +256,12 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, WorkersMixin, Publish
     def _mask(self, train_clients: TrainClients) -> TrainClients:
         if not self.args.secure_aggregation:
             return train_clients
-        return sum_in_process(self.args, self.guard.initial, train_clients)
+        return sum_in_process(self.args, self.guard.initial, train_clients, self.count_opening)
+
+    def count_opening(self, number: int) -> None:
+        """Told by what opens the sums of rounds, before it does."""
+        if self.server is not None:
+            self.server.count_opening(number)
 
     def _client_adapter(self) -> Mapping[str, torch.Tensor]:
         """What a client holds: the last round's proxy; before the rounds, and where nothing is sent, the base's adapter."""

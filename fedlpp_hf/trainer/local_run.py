@@ -68,7 +68,7 @@ class LocalRunMixin(RecordRunMixin):
         """
         if len(self.client_datasets) != 1:
             raise ValueError(f"A policy is of one client, and this trainer has {len(self.client_datasets)}.")
-        self.guard.gate = ClientGate(policy, Path(ledger_dir), dry_run)
+        self.guard.gate = ClientGate(policy, Path(ledger_dir), dry_run, self.args.secure_aggregation)
         if policy.record_budget is not None:
             self.check_record_training()
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Secure aggregation in a simulation: clients of this process mask their updates, so that the server sees what it would see."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -16,7 +16,10 @@ from ..wire.messages import ClientFailure, ClientTask
 
 
 def sum_in_process(
-    args: FederatedConfig, adapter: Mapping[str, torch.Tensor], train_clients: TrainClients
+    args: FederatedConfig,
+    adapter: Mapping[str, torch.Tensor],
+    train_clients: TrainClients,
+    before_opening: Callable[[int], None],
 ) -> TrainClients:
     """`train_clients` with one masked sum of all updates in place of each of them.
 
@@ -26,6 +29,7 @@ def sum_in_process(
         args: The federation's options.
         adapter: Gives keys and shapes.
         train_clients: Trains clients whose rows are in this process.
+        before_opening: Told the round whose sum is about to be opened.
     """
     shapes = {key: adapter[key] for key in trainable_keys(args.aggregation, adapter)}
     size = sum(tensor.numel() for tensor in shapes.values())
@@ -57,6 +61,7 @@ def sum_in_process(
                     yield client, str(error)
 
         wanted = args.clients_per_round or len(tasks)
-        yield from run_sum(terms, {task.client_id: task for task in tasks}, wanted, make_keys, ask)
+        asked = {task.client_id: task for task in tasks}
+        yield from run_sum(terms, asked, wanted, make_keys, ask, lambda: before_opening(terms.round))
 
     return train

@@ -26,6 +26,8 @@ class LocalOptions:
         logit_adjustment: τ of [`adjust_logits`].
         clip_norm: Norm to which a longer update is scaled down.
         update_bits, update_block_size, update_density: As in [`compress_update`].
+        share_noise, share_colluders: Noise that clients of a secure sum add in shares, as in [`NoiseShares`].
+        share_delta: δ of the ε that clients note in their logs.
     """
 
     rule: str = "fedavg"
@@ -35,6 +37,9 @@ class LocalOptions:
     update_bits: int = 32
     update_block_size: int = 256
     update_density: float = 1.0
+    share_noise: float = 0.0
+    share_colluders: int = 0
+    share_delta: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 """ε from canary clients: it brackets a known mechanism's, and refutes each planted mistake that it can see."""
 
 import math
+import random
 from statistics import NormalDist
 
 import numpy as np
@@ -16,6 +17,7 @@ from fedlpp_hf.audit.canaries import (
     gaussian_epsilon,
     judge_canaries,
 )
+from fedlpp_hf.privacy.noise_shares import NoiseShares, round_within
 
 
 pytest.importorskip("dp_accounting")
@@ -42,6 +44,23 @@ def test_canaries_bracket_the_truth(noise_multiplier, seed):
     truth = account(noise_multiplier, 1, 1.0)
     assert found.epsilon_low < truth < found.epsilon_high and found.epsilon_high - found.epsilon_low < truth
     assert 0 < found.bound < truth and not found.refuted
+
+
+@pytest.mark.parametrize(("shares", "refuted"), [(4, False), (1, True)])
+def test_noise_in_shares_of_the_least_sum_without_colluders(shares, refuted):
+    """Six clients open a sum, and two of them collude: the shares of four are the noise, and that of one is not enough."""
+    noise, bits = NoiseShares(0.7, 2, 4000), random.Random(0).randbytes
+
+    def release(number, sent):
+        integers = sum((round_within(c.update, 2.0, noise.levels) for c in sent), np.zeros(4000, np.int64))
+        for _ in range(shares):
+            integers = integers + noise.encode(np.zeros(4000, np.float32), 2.0, 6, bits)
+        return integers * 2.0 / noise.levels
+
+    found = audit_canaries(release, CanarySettings(4000, clip=2.0, num_canaries=200), 1e-5, account(0.7, 1, 1.0))
+    assert found.refuted is refuted
+    if not refuted:
+        assert found.epsilon_low < account(0.7, 1, 1.0) < found.epsilon_high
 
 
 @pytest.mark.parametrize("sampling_rate", [1.0, 0.25])

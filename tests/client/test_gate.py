@@ -65,6 +65,19 @@ def test_server_announces_its_clients(trainer, task, tmp_path):
         trainer.guard.admit(task)
 
 
+def test_task_whose_noise_is_drawn_anew_counts_again(trainer, task, tmp_path):
+    """The mean of two answers has half of the noise. Without noise of the client's own, the same task tells nothing new."""
+    shared = replace(task, options=replace(task.options, share_noise=4.0))
+    for name, asked, rounds in (("plain", task, 1), ("shared", shared, 2)):
+        trainer.guard.gate = ClientGate(ClientPolicy(max_rounds=2), tmp_path / name, in_sum=True)
+        (tmp_path / name).mkdir()
+        for _ in range(2):
+            trainer.guard.admit(asked)
+        assert len(ClientLedger.open(tmp_path / name).rounds) == rounds
+    with pytest.raises(PolicyRefusal, match="has answered 2 rounds, and its policy allows 2"):
+        trainer.guard.admit(shared)
+
+
 def test_without_a_policy_the_task_decides(trainer, task):
     update = trainer.train_client(replace(task, options=LocalOptions(clip_norm=0.0)))
     assert norm_of(update, trainer.guard.initial) > 5e-3

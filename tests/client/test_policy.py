@@ -108,6 +108,40 @@ def test_allowed_task():
     demands.check_task(ClientTask.from_bytes(TASK.to_bytes()))  # what the server announces is in the message
 
 
+SHARED = replace(TASK, options=LocalOptions(share_noise=0.8, share_colluders=1, share_delta=1e-3))
+
+
+@pytest.mark.parametrize(
+    ("policy", "task", "in_sum", "message"),
+    [
+        ({"min_noise_multiplier": 1.0}, SHARED, True, "announces share_noise=0.8; the policy demands at least 1"),
+        # Noise that the server says it adds, to a sum that it can't see into.
+        ({"min_noise_multiplier": 0.5}, TASK, True, "announces share_noise=0; the policy demands at least 0.5"),
+        ({"min_clients": 7}, SHARED, True, "announces num_clients=6; the policy demands at least 7"),
+        (
+            {},
+            SHARED,
+            False,
+            "leaves the noise to the clients of a secure sum, and this client's options have no secure",
+        ),
+        (
+            {},
+            replace(TASK, options=LocalOptions(share_noise=-1.0)),
+            True,
+            "share_noise=-1.0; expected a finite number",
+        ),
+        ({}, replace(TASK, options=LocalOptions(share_noise=math.nan)), True, "share_noise=nan; expected a finite"),
+    ],
+)
+def test_refused_task_of_a_secure_sum(policy, task, in_sum, message):
+    with pytest.raises(PolicyRefusal, match=message):
+        ClientPolicy(**policy).check_task(task, in_sum)
+
+
+def test_noise_in_shares_is_enough_by_itself():
+    ClientPolicy(min_noise_multiplier=0.8, min_clients=6).check_task(replace(SHARED, noise_multiplier=0.0), True)
+
+
 @pytest.mark.parametrize("steps", [4, 11])
 def test_steps_outside_the_range(steps):
     policy = ClientPolicy(min_local_steps=5, max_local_steps=10)

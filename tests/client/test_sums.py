@@ -1,14 +1,23 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """The ledger of a client's sums: a round is opened for one set of survivors, and no round before the last."""
 
+import json
+import logging
 import stat
+import sys
 
 import numpy as np
 import pytest
+import torch
 
-from fedlpp_hf.client.sums import LEDGER_FILE, SumLedger
+from fedlpp_hf import FederatedConfig
+from fedlpp_hf.client.sums import LEDGER_FILE, ClientSums, OpenedRounds, SumLedger
+from fedlpp_hf.privacy.noise_shares import NoiseShares, compute_share_epsilon
 from fedlpp_hf.privacy.secure_sums.client import RefusedError, SumClient
 from fedlpp_hf.privacy.secure_sums.fixed_point import Contribution
+from fedlpp_hf.privacy.secure_sums.rounds import run_sum
+from fedlpp_hf.privacy.secure_sums.terms import make_terms as make_own_terms
+from fedlpp_hf.wire.messages import ClientTask, ClientUpdate, LocalOptions
 from tests.privacy.secure_sums.parties import make_terms, name_clients, run
 
 
@@ -41,6 +50,28 @@ def test_damaged_ledger_opens_nothing(ledger):
         ledger.file.write_text(text)
         with pytest.raises(RefusedError, match="ledger of sums is damaged"):
             ledger.enter("f", 9, "these")
+
+
+def test_noise_is_counted_and_a_round_is_opened_three_times_at_most(ledger):
+    """Each time with other noise: a server that says it has crashed, again and again, would average it away."""
+    for _ in range(3):
+        ledger.enter("f", 3, "these", 1.5)
+    again = SumLedger(ledger.file)
+    for call in (lambda: again.check("f", 3), lambda: again.enter("f", 3, "these", 1.5)):
+        with pytest.raises(
+            RefusedError, match="helped to open round 3 as often as it does, 3 times: each has other noise"
+        ):
+            call()
+    again.enter("f", 4, "those", 2.0)
+    assert again.find("f") == OpenedRounds(4, "those", [(3, 1.5)] * 3 + [(4, 2.0)])
+    assert again.find("g") == OpenedRounds()
+
+
+def test_ledger_of_an_older_version_has_no_noise(ledger):
+    ledger.file.write_text(json.dumps({"f": [3, "these"]}))
+    assert ledger.find("f") == OpenedRounds(3, "these", [])
+    ledger.enter("f", 4, "those", 1.0)
+    assert ledger.find("f").noises == [(4, 1.0)]
 
 
 def test_ledger_is_for_its_user_alone(ledger):
@@ -93,3 +124,76 @@ class TestRedoneRound:
         """Two new clients and one of the first: two are not enough for a threshold above one half."""
         found, failures, _ = redo(["site-00", "site-04", "site-05"], lost=[("shares", "site-05")])
         assert found is None and "for other survivors" in failures["site-00"]
+
+
+class TestNoiseInShares:
+    """Clients with ledgers, in rounds to which they add noise."""
+
+    @pytest.fixture
+    def open_round(self, tmp_path):
+        """A function that opens the sum of a round, and returns what its clients answered, or why they did not."""
+        pytest.importorskip("Crypto", reason="needs the extra [privacy]")
+        pytest.importorskip("dp_accounting", reason="needs the extra [privacy]")
+        args = FederatedConfig(
+            "out", report_to=[], use_cpu=True, weighting="uniform", secure_aggregation=True, secure_threshold=0.5,
+            clip_update_norm=1.0,
+        )  # fmt: skip
+        adapter, names = {"q.lora_A.weight": torch.zeros(2, 4)}, name_clients(3)
+        sums = {name: ClientSums(args, adapter, tmp_path / name) for name in names}
+        for name in names:
+            (tmp_path / name).mkdir()
+
+        def run_round(number, noise=4.0):
+            options = LocalOptions(share_noise=noise, share_colluders=1, share_delta=1e-2)
+            tasks = {name: ClientTask("f", number, 9, name, 0, "ab" * 32, None, options) for name in names}
+
+            def train(asked):
+                for name, task in asked.items():
+                    update = ClientUpdate("f", number, name, "ab" * 32, 5, dict(adapter), {"loss": 1.0, "steps": 1})
+                    try:
+                        yield name, sums[name].begin(task, update)
+                    except ValueError as error:
+                        yield name, str(error)
+
+            def ask(step, requests):
+                for name, request in requests.items():
+                    yield name, sums[name].answer(name, step, request)
+
+            terms = make_own_terms(args, tasks["site-00"], 8)
+            return list(run_sum(terms, tasks, 3, train, ask))
+
+        return run_round
+
+    def test_log_says_what_all_sums_spend(self, open_round, caplog):
+        with caplog.at_level(logging.INFO):
+            open_round(1)
+            open_round(1)  # the server has crashed
+            open_round(2, noise=3.0)
+        lines = [record.message for record in caplog.records if "share of the noise" in record.message]
+        assert len(lines) == 9
+        sums = {NoiseShares(4.0, 1, 8): 2, NoiseShares(3.0, 1, 8): 1}
+        assert lines[-1].startswith(
+            "Round 2: this client's update is in a sum with its share of the noise, noise multiplier 3."
+        )
+        assert lines[-1].endswith(
+            f"its 3 sums in this federation spend ε = {compute_share_epsilon(sums, 1e-2):.3f} at δ = 0.01."
+        )
+        assert "If no more than 1 of the others help the server" in lines[0] and "its 1 sums" in lines[0]
+
+    def test_server_that_goes_on_asking_gets_three_sums(self, open_round):
+        assert [len(open_round(1)) for _ in range(3)] == [1, 1, 1]
+        reasons = {answer.reason for answer in open_round(1)}
+        assert reasons == {
+            "this client has helped to open round 1 as often as it does, 3 times: each has other noise, and the mean of more would "
+            "have too little"
+        }
+        assert len(open_round(2)) == 1
+
+    def test_noise_that_can_not_be_accounted_for_is_not_added(self, open_round, monkeypatch):
+        monkeypatch.setitem(sys.modules, "dp_accounting", None)
+        assert "needs dp-accounting" in open_round(1)[0].reason
+
+    def test_without_noise_nothing_is_said(self, open_round, caplog):
+        with caplog.at_level(logging.INFO):
+            open_round(1, noise=0.0)
+        assert "share of the noise" not in caplog.text

@@ -32,7 +32,8 @@ def make_config(**options) -> FederatedConfig:
         ({"robust": "median"}, "robust='median': it looks at single updates.* Set robust='none'"),
         ({"robust": "multi_krum", "num_attackers": 1, "min_clients": 5}, "robust='multi_krum': it looks at single"),
         ({"over_sample": 0.5, "clients_per_round": 4}, "over_sample=0.5: who is in the sum would depend on how fast"),
-        ({"secure_aggregation": True}, "secure_aggregation=True: the server clips each update once more"),
+        ({"colluding_clients": -1}, "colluding_clients=-1; expected a number from 0"),
+        ({"colluding_clients": 2}, "colluding_clients=2: without secure_aggregation the server adds the noise"),
         ({"min_clients": 2}, "min_clients=2: that a round stopped would tell how many"),
         ({"aggregation": "exact"}, "aggregation='exact': the clip bounds the factors, not the mean of their products"),
         ({"broadcast": "never", "num_rounds": 3}, "broadcast='never' in num_rounds=3: .* Set num_rounds=1"),
@@ -45,8 +46,30 @@ def test_what_breaks_the_analysis_is_refused_with_the_reason(options, message):
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"client_sampling": "poisson"}, "client_sampling='poisson': the server knows who takes part"),
+        ({"clip_quantile": 0.5}, "clip_quantile=0.5: how many updates are shorter than the clip would need noise"),
+        ({"max_update_norm": 2.0}, "max_update_norm=2.0: it bounds the mean, too, which has noise"),
+        ({"audit": True, "audit_data": True}, "audit_data=True: its canary clients go through noise that the server"),
+        ({"over_sample": 0.5, "clients_per_round": 4}, "over_sample=0.5: who is in the sum"),
+        ({"target_delta": None}, "under secure_aggregation needs target_delta"),
+        ({"noise_multiplier": 2000.0}, "noise_multiplier=2000.0; expected up to 1024"),
+    ],
+    ids=str,
+)
+def test_what_breaks_noise_in_shares_is_refused_with_the_reason(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(secure_aggregation=True, **options)
+
+
+def test_noise_in_shares_goes_with_what_only_the_server_would_hide():
+    assert make_config(secure_aggregation=True, min_clients=3, clients_per_round=5, colluding_clients=2).adds_noise
+
+
+@pytest.mark.parametrize(
     "options",
-    [{"target_delta": 0.1}, {"client_sampling": "poisson"}, {"clip_quantile": 0.5}],
+    [{"target_delta": 0.1}, {"client_sampling": "poisson"}, {"clip_quantile": 0.5}, {"colluding_clients": 2}],
     ids=str,
 )
 def test_parts_of_it_do_nothing_alone_and_are_refused(options):

@@ -107,7 +107,7 @@ def run_over(network, config, output_dir, llama_base, *flags):
     limit = limit_update(trainer.guard.initial)
     args, secure = trainer.args, trainer.args.secure_aggregation
     clients = FlowerClients(network, network_config, base, limit, round_timeout=args.round_timeout, hides_rows=secure)
-    train = sum_over_flower(args, trainer.guard.initial, clients) if secure else clients.train
+    train = sum_over_flower(args, trainer.guard.initial, clients, trainer.count_opening) if secure else clients.train
     num_examples = clients.gather(len(network.nodes))
     trainer.train_remotely(train, num_examples, args.resume_from_checkpoint)
     return read_adapter(output_dir)[0]

@@ -66,6 +66,20 @@ def test_refusal_tells_a_class_and_a_number(client, caplog):
     assert len(ClientLedger.open(settings.ledger_dir).rounds) == 1
 
 
+def test_policy_of_a_client_in_sums(client, tmp_path):
+    """What it demands of noise must be in the shares, and it counts the members of a sum itself."""
+    pytest.importorskip("Crypto", reason="needs the extra `privacy`")
+    flags = ("--secure_aggregation", "True", "--weighting", "uniform", "--clip_update_norm", "0.01")
+    (tmp_path / "state").mkdir(exist_ok=True)
+    _, trainer, task = client("min_noise_multiplier: 2\nmin_clients: 5\n", flags=flags)
+    assert trainer.sums.least == 5
+    task = replace(task, num_clients=5, noise_multiplier=9.0)
+    for options, said in ((LocalOptions(), "share_noise=0"), (LocalOptions(share_noise=1.0), "share_noise=1")):
+        with pytest.raises(PolicyRefusal, match=f"announces {said}; the policy demands at least 2"):
+            train_task(trainer, replace(task, options=options).to_bytes())
+    assert train_task(trainer, replace(task, options=LocalOptions(share_noise=2.0, share_delta=0.1)).to_bytes())
+
+
 @pytest.mark.slow
 def test_record_level_privacy_is_the_clients(client):
     pytest.importorskip("opacus", reason="needs the extra `privacy`")

@@ -10,6 +10,7 @@ import pytest
 from fedlpp_hf import RoundStore
 from fedlpp_hf.flower.client_trainer import answer_sum, make_client_trainer, train_task
 from fedlpp_hf.flower.errors import SayableError
+from fedlpp_hf.privacy import noise_shares
 from fedlpp_hf.privacy.secure_sums.client import SumClient
 from fedlpp_hf.privacy.secure_sums.fixed_point import Contribution
 from fedlpp_hf.privacy.secure_sums.server import SumServer
@@ -55,6 +56,33 @@ def test_equals_in_process(tmp_path, write_config, rows, llama_base, options):
     federation = json.loads((tmp_path / "flower" / "_federation" / "federation.json").read_text())
     assert federation["clients"] == dict.fromkeys(CLIENTS)
     assert records[2]["clients"] == {client: {"num_examples": None} for client in CLIENTS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("silent", [True, False], ids=["without the noise itself", "noise"])
+def test_noise_in_shares(tmp_path, write_config, rows, llama_base, monkeypatch, caplog, silent):
+    """It comes from the server's tasks: the clients' own configuration has no noise. The server adds none."""
+    options = {"noise_multiplier": 3.0, "target_delta": 0.01, "aggregation": "freeze_a", "clip_update_norm": 0.05}
+    config = write_config(num_rounds=2, **SECURE | options)
+    if silent:
+        monkeypatch.setattr(noise_shares, "draw_skellam", lambda variance, count, read: np.zeros(count, np.int64))
+    network = Network(tmp_path, config, rows)
+    with caplog.at_level("INFO"):
+        over_flower = run_over(network, config, tmp_path / "flower", llama_base)
+    records = RoundStore(tmp_path / "flower").records()
+    here = run_here(config, rows, tmp_path / "process")
+    if silent:
+        assert_equal(over_flower, here)
+    else:
+        key = max(here, key=lambda name: "lora_B" in name)
+        assert (over_flower[key] != here[key]).float().mean() > 0.9
+    assert [record["rejected"] for record in records] == [{}, {}, {}]
+    assert [record["privacy"]["releases"] for record in records[1:]] == [1, 2]
+    spent = records[2]["privacy"]["epsilon"]
+    assert spent == RoundStore(tmp_path / "process").records()[2]["privacy"]["epsilon"]
+    lines = [line.message for line in caplog.records if "its 2 sums in this federation spend" in line.message]
+    assert len(lines) == 3 and all(f"ε = {spent:.3f} at δ = 0.01" in line for line in lines)
+    assert network.updates == [None] * len(network.updates)
 
 
 @pytest.mark.slow

@@ -60,6 +60,17 @@ def test_report_and_page_say_what_was_spent_and_against_whom_it_holds(args):
     assert find_spent(make_records()) is None and describe_privacy(make_records(), args) == []
 
 
+def test_report_of_noise_in_shares_says_that_it_holds_against_the_server(args):
+    records = make_noisy()
+    for record in records[1:]:
+        record["privacy"]["colluders"] = 2
+        record["sum"] = {"loss": float("nan"), "losses": 0, "steps": 0}
+    text = render_report(records, args)
+    assert "against the server, too, while at most 2 of a round's clients help it" in text
+    assert "not against the server" not in text and "nan" not in text
+    assert "loss" not in describe_round(records[2], 2) and list_rounds(records)[2][3] == ""
+
+
 def test_report_says_that_the_budget_ended_it(args):
     args.num_rounds = 9
     assert "The budget of ε = 3 ended the federation after round 2: another round would have brought it to 3.702." in (

@@ -173,6 +173,8 @@ class SumClient:
         }
         said = read_message("roster", terms, request, fields, limit_members(MOST_MEMBERS))
         roster = Roster(terms, said["members"])
+        if len(roster.ids) < terms.least:
+            raise RefusedError(f"{len(roster.ids)} clients are in the sum; this client's policy demands {terms.least}")
         for name, own in (("threshold", roster.threshold), ("bound", terms.bound), ("size", terms.size)):
             if said[name] != own:
                 raise RefusedError(f"the server's {name} is {said[name]}; by this client's options it is {own}")

@@ -1,5 +1,6 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""Updates as integers modulo 2^32, and their sum as a mean. A value that could overflow is an error, never clipped."""
+"""Updates as integers modulo 2^32, and their sum as a mean. A value that could overflow is an error, never clipped; where clients
+add noise, they clip first, and nothing can overflow."""
 
 import math
 from collections.abc import Mapping
@@ -77,6 +78,8 @@ def check_contribution(contribution: Contribution, terms: SumTerms) -> None:
         raise ValueError(f"the update has {len(values)} values; the sum has {terms.size}")
     if not np.isfinite(values).all():
         raise ValueError("the update has values that are NaN or infinite")
+    if terms.noise is not None:
+        return
     largest = float(np.abs(values).max(initial=0.0))
     if largest > terms.bound * (1 + _SLACK):
         raise ValueError(
@@ -96,6 +99,8 @@ def encode_contribution(contribution: Contribution, terms: SumTerms, members: in
         ValueError: if something is too large.
     """
     check_contribution(contribution, terms)
+    if terms.noise is not None:
+        return _encode_with_noise(contribution, terms, members)
     levels = terms.levels(members)
     if not 0 <= contribution.steps <= levels:
         raise ValueError(f"the client took {contribution.steps} steps; the sum of {members} holds up to {levels} each")
@@ -110,6 +115,14 @@ def encode_contribution(contribution: Contribution, terms: SumTerms, members: in
     return words
 
 
+def _encode_with_noise(contribution: Contribution, terms: SumTerms, members: int) -> np.ndarray:
+    """Loss and steps stay with the client: they have no noise."""
+    assert terms.noise is not None
+    words = np.zeros(terms.size + EXTRA_WORDS, np.uint32)
+    words.view(np.int32)[: terms.size] = terms.noise.encode(contribution.values, terms.bound, terms.threshold(members))
+    return words
+
+
 def decode_sum(words: np.ndarray, terms: SumTerms, members: int, survivors: int) -> OpenedSum:
     """What the sum of `survivors` contributions says, which were encoded for `members`.
 
@@ -117,7 +130,7 @@ def decode_sum(words: np.ndarray, terms: SumTerms, members: int, survivors: int)
         ValueError: if no such contributions have that sum: a member masked with something else than it shared.
     """
     numbers, levels = words.view(np.int32), terms.levels(members)
-    most = survivors * (levels * (1 + _SLACK) + 1)
+    most = survivors * (terms.largest(members) * (1 + _SLACK) + 1)
     loss, losses, steps = map(int, numbers[terms.size :])
     largest = max(int(numbers.max()), -int(numbers.min()))
     if largest > most or not 0 <= losses <= survivors or steps < 0:

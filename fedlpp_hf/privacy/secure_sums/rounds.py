@@ -51,6 +51,7 @@ def run_sum(
     wanted: int,
     train: Callable[[Mapping[str, ClientTask]], Answers],
     ask: Ask,
+    before_opening: Callable[[], None] = lambda: None,
 ) -> Iterator[ClientFailure | RoundSum]:
     """Train a round's clients and open the sum of their updates; yields a failure for each client that is not in it, and the sum.
 
@@ -63,6 +64,7 @@ def run_sum(
         train: Sends the tasks; a client's answer are its keys ([`SumClient.advertise`]). Its generator is closed early where
             more clients were asked than are wanted.
         ask: Sends a step's requests; its generator, too, yields clients and answers.
+        before_opening: Called before clients are asked for what opens the sum.
     """
     server, reasons = SumServer(terms), dict[str, str]()
     up: Counter[str] = Counter()
@@ -95,6 +97,8 @@ def run_sum(
         take(train(tasks), server.add_keys, wanted)
         for step, make, add in steps:
             requests = make()
+            if step == "opening":
+                before_opening()
             down.update({client: len(request) for client, request in requests.items()})
             take(ask(step, requests), add, len(requests) + 1)
         opened = server.open()

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...wire.encoding import encode_message
 from ...wire.messages import ClientTask
+from ..noise_shares import NoiseShares
 
 
 LEAST_MEMBERS = 3  # of two, each would learn the other's update
@@ -28,6 +29,8 @@ class SumTerms:
         size: Values of an update.
         task: Digest of what all members were given to do ([`digest_task`]).
         max_norm: Norm above which a client refuses to send its update, or None.
+        noise: What members add before they mask, or None. Then `bound` is the norm to which they clip.
+        least: Members below which a client refuses to take part.
     """
 
     federation_id: str
@@ -37,15 +40,20 @@ class SumTerms:
     size: int
     task: str
     max_norm: float | None = None
+    noise: NoiseShares | None = None
+    least: int = LEAST_MEMBERS
 
     def threshold(self, members: int) -> int:
         """Members whose shares open the sum: ⌊share·members⌋ + 1."""
         return compute_threshold(self.share, members)
 
-    @staticmethod
-    def levels(members: int) -> int:
-        """Steps of the fixed point from 0 to the bound: the sum of all members stays within 2^30."""
-        return (1 << SUM_BITS) // members
+    def levels(self, members: int) -> int:
+        """Steps of the fixed point from 0 to the bound: the sum of all members stays within 2^30. With noise they are fewer."""
+        return (1 << SUM_BITS) // members if self.noise is None else self.noise.levels
+
+    def largest(self, members: int) -> int:
+        """The largest magnitude of a member's value, in steps, with its noise."""
+        return self.levels(members) if self.noise is None else self.noise.largest_summand(self.threshold(members))
 
     def resolution(self, members: int) -> float:
         """The step of the fixed point. A member's rounding error, and so the mean's, is at most half of it."""
@@ -64,7 +72,27 @@ def make_terms(options: Any, task: ClientTask, size: int) -> SumTerms:
         options: A [`FederatedConfig`].
         task: Any task of the round.
         size: Values of an update.
+
+    Raises:
+        ValueError: if the task leaves noise to the clients, and its numbers are out of range, or the options have no clip.
     """
+    asked = task.options
+    if asked.share_noise:
+        if options.clip_update_norm is None:
+            raise ValueError(
+                "The task leaves noise to the clients, and this client's options have no clip_update_norm to measure it by. Set "
+                "the server's."
+            )
+        noise = NoiseShares(asked.share_noise, asked.share_colluders, size)
+        return SumTerms(
+            task.federation_id,
+            task.round,
+            float(options.clip_update_norm),
+            options.secure_threshold,
+            size,
+            digest_task(task),
+            noise=noise,
+        )
     bound = float(options.clip_update_norm or options.max_update_norm)
     share, most = options.secure_threshold, options.max_update_norm
     return SumTerms(task.federation_id, task.round, bound, share, size, digest_task(task), most)
