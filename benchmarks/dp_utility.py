@@ -2,6 +2,7 @@
 """What client-level differential privacy costs: the server's model at several ε, with 200 and 2,000 simulated clients.
 
     python -m benchmarks.dp_utility --csv docs/dp_utility.csv   # all of it; about five hours on an idle core
+    python -m benchmarks.dp_utility --shares --csv docs/dp_utility.csv   # noise in shares under secure sums instead, ε 8, 3, 1
     python -m benchmarks.dp_utility --quick                     # four lines of three rounds, in six minutes
     python -m benchmarks.dp_utility --arithmetic                # how long the noise is beside one update; trains nothing
 
@@ -35,7 +36,7 @@ SETTINGS = {200: (100, 1e-3), 2000: (200, 1e-4)}
 QUICK_PER_ROUND = 20
 VALUES = (48_500, 2_200)  # of an adapter of rank 8; of its r×r cores alone
 LEARNING_RATE = CLIP = 0.3
-OURS = "ours"
+OURS, SHARES = "ours", "ours, in shares"
 WARM_UP_STEPS = 30  # with 50, the owner's model is nearly as good as it gets
 
 
@@ -43,18 +44,27 @@ def run(data: dict[str, Any], clients: int, epsilon: float, seed: int, options: 
     """One federation as a line of the table."""
     per_round, delta = SETTINGS[clients]
     per_round = QUICK_PER_ROUND if options.quick else per_round
-    private = {"target_epsilon": epsilon, "target_delta": delta, "client_sampling": "poisson"}
+    private = {"target_epsilon": epsilon, "target_delta": delta}
+    # Clients that add the noise themselves are drawn in a fixed number; one of a round may collude with the server.
+    private |= {"secure_aggregation": True} if options.shares else {"client_sampling": "poisson"}
     finite = math.isfinite(epsilon)
     began = time.perf_counter()
     trainer = train(data, (clients, epsilon, seed), options, clip_update_norm=CLIP, **(private if finite else {}))
     records = trainer.server.store.records()
-    answers = [client for record in records for client in record["clients"].values()]
-    line = measure(records) | {"clipped": round(statistics.fmean(client["clipped"] for client in answers), 3)}
+    clipped = [client["clipped"] for record in records for client in record["clients"].values() if "clipped" in client]
+    line = measure(records)
+    if clipped:  # a secure sum does not tell
+        line["clipped"] = round(statistics.fmean(clipped), 3)
     if trainer.server.dp is not None:
         privacy = records[-1]["privacy"]
         values = sum(shape.numel() for shape in trainer.server.dp.shapes.values())
-        line |= describe_noise(privacy["epsilon"], privacy["noise_multiplier"], values, per_round)
-    start = {"clients": clients, "ε": epsilon, "seed": seed, "by": OURS, "per round": per_round}
+        multiplier = privacy["noise_multiplier"]
+        line |= describe_noise(privacy["epsilon"], multiplier, values, per_round)
+        if options.shares:  # the multiplier is of those whose noise counts; the others' is in the sum, too
+            counted = compute_threshold(trainer.args.secure_threshold, per_round) - trainer.args.colluding_clients
+            line["noise / clip"] = round(line["noise / clip"] * math.sqrt(per_round / counted), 3)
+    by = SHARES if options.shares else OURS
+    start = {"clients": clients, "ε": epsilon, "seed": seed, "by": by, "per round": per_round}
     return start | line | {"s": round(time.perf_counter() - began)}
 
 
@@ -209,6 +219,7 @@ def main() -> None:
     parser.add_argument("--epsilons", nargs="+", type=float, default=[math.inf, 8.0, 3.0, 1.0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--shares", action="store_true", help="noise in shares under secure sums, 200 clients")
     parser.add_argument("--csv", type=Path, default=Path("out/dp_utility/dp_utility.csv"))
     parser.add_argument("--scratch", type=Path, default=Path("out/dp_utility"))
     parser.add_argument("--arithmetic", action="store_true", help="how long the noise is beside one update")
@@ -219,10 +230,13 @@ def main() -> None:
     if options.quick:
         options.epsilons, options.seeds, options.rounds = [math.inf, 8.0], [0], 3
         options.csv = options.csv.with_stem(f"{options.csv.stem}_quick")
+    if options.shares:
+        options.clients, options.epsilons = [200], [value for value in options.epsilons if math.isfinite(value)]
     if not (SHARED / "data").is_dir():
         raise SystemExit("This benchmark needs the shared data folder beside the checkout.")
     lines: list[dict[str, Any]] = list(read_lines(options.csv))
-    done = {(int(line["clients"]), float(line["ε"]), int(line["seed"])) for line in lines if line["by"] == OURS}
+    by = SHARES if options.shares else OURS
+    done = {(int(line["clients"]), float(line["ε"]), int(line["seed"])) for line in lines if line["by"] == by}
     wanted = [(n, e, s) for s in options.seeds for n in options.clients for e in options.epsilons]
     wanted = [values for values in wanted if values not in done]
     if wanted:
