@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""`FederatedConfig`: the groups of options on top of `TrainingArguments`, as one flat surface."""
+"""`FederatedConfig`: the groups of options on top of `TrainingArguments`."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,43 +8,15 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from .aggregation import AggregationOptions
-from .audit import AuditOptions
-from .client_dp import ClientDPOptions
+from .groups import GROUPS, FederationOptions
 from .metrics import lower_is_better
-from .precision import PrecisionOptions
-from .record_dp import RecordOptions
-from .rounds import RoundOptions
-from .run import RunOptions
-from .secure_sums import SecureSumOptions
 
 
 logger = logging.get_logger(__name__)
 
-GROUPS = (
-    RoundOptions,
-    PrecisionOptions,
-    AggregationOptions,
-    ClientDPOptions,
-    RecordOptions,
-    SecureSumOptions,
-    AuditOptions,
-    RunOptions,
-)
-
 
 @dataclass
-class FederatedConfig(
-    RunOptions,
-    AuditOptions,
-    SecureSumOptions,
-    RecordOptions,
-    ClientDPOptions,
-    AggregationOptions,
-    PrecisionOptions,
-    RoundOptions,
-    TrainingArguments,
-):
+class FederatedConfig(FederationOptions, TrainingArguments):
     """Arguments of a federation, on top of [`~transformers.TrainingArguments`], which describe one client's local run.
 
     The options of each group are documented there: [`RoundOptions`], [`PrecisionOptions`], [`AggregationOptions`],
