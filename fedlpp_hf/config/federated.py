@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from .groups import GROUPS, FederationOptions
 from .metrics import lower_is_better
+from .sharding import check_sharding
 
 
 logger = logging.get_logger(__name__)
@@ -33,6 +34,7 @@ class FederatedConfig(FederationOptions, TrainingArguments):
 
     def __post_init__(self):
         options: Any = self
+        check_sharding(options)  # first: the parent would set it up
         best = options.load_best_model_at_end
         options.load_best_model_at_end = False  # for the parent, which would ask for a run's own checkpoints
         if best and options.metric_for_best_model is None:
