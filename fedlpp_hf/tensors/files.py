@@ -16,11 +16,11 @@ DTYPES = {name: getattr(torch, dtype.name) for name, dtype in STORED.items()}
 
 def read_range(descriptor: int, buffer: memoryview, start: int) -> None:
     """Fill `buffer` from offset `start`."""
-    done = 0
+    count = done = os.preadv(descriptor, [buffer], start)
     while done < len(buffer):
-        count = os.preadv(descriptor, [buffer[done:]], start + done)
         if not count:
             raise OSError(errno.EIO, "the file ended while it was read; is someone writing to it?")
+        count = os.preadv(descriptor, [buffer[done:]], start + done)
         done += count
 
 
@@ -65,23 +65,34 @@ class TensorFile(Mapping[str, torch.Tensor]):
         """A tensor's shape, from the header."""
         return torch.Size(self._open().tensors[key].shape)
 
-    def read_values(self, key: str, start: int, end: int, memory: memoryview | None = None) -> torch.Tensor:
-        """Read values of a tensor, in memory order.
-
-        Args:
-            key: the tensor's name.
-            start: the first value.
-            end: the value after the last.
-            memory: where to put them; they are valid until it is used again. By default new memory.
-        """
+    def read_values(self, key: str, start: int, end: int) -> torch.Tensor:
+        """Read values of a tensor from one place to another, in memory order, into new memory."""
         file = self._open()
         tensor = file.tensors[key]
         size = tensor.torch_dtype.itemsize
-        if memory is None:
-            memory = torch.empty((end - start) * size, dtype=torch.uint8).numpy().data
-        part = memory[: (end - start) * size]
-        read_range(file.descriptor, part, tensor.start + start * size)
-        return torch.frombuffer(part, dtype=tensor.torch_dtype) if part else torch.empty(0, dtype=tensor.torch_dtype)
+        data = torch.empty((end - start) * size, dtype=torch.uint8)
+        read_range(file.descriptor, data.numpy().data, tensor.start + start * size)
+        return data.view(tensor.torch_dtype)
+
+    def make_reader(self, key: str, memory: memoryview) -> "Read":
+        """A function that reads values of a tensor into `memory`, where they are valid until it is used again.
+
+        What does not change from one part to the next is found once.
+        """
+        file = self._open()
+        tensor = file.tensors[key]
+        size, dtype = tensor.torch_dtype.itemsize, tensor.torch_dtype
+        part, values = memory[:0], torch.empty(0, dtype=dtype)
+
+        def read(start: int, end: int) -> torch.Tensor:
+            nonlocal part, values
+            if end - start != len(values):
+                part = memory[: (end - start) * size]
+                values = torch.frombuffer(part, dtype=dtype) if part else torch.empty(0, dtype=dtype)
+            read_range(file.descriptor, part, tensor.start + start * size)
+            return values
+
+        return read
 
     def _open(self) -> "_OpenFile":
         return _open_file(self.path, self._stamp)
@@ -95,10 +106,11 @@ def find_values(
 ) -> tuple[torch.Size, Read]:
     """A tensor's shape, and a function that returns its values from one place to another in memory order, as `(n,)`.
 
-    From a [`TensorFile`] only these are read, into `memory` (see [`TensorFile.read_values`]).
+    From a [`TensorFile`] only these are read: into `memory` (see [`TensorFile.make_reader`]), or into new memory each time.
     """
     if isinstance(tensors, TensorFile):
-        return tensors.shape_of(key), partial(tensors.read_values, key, memory=memory)
+        read = partial(tensors.read_values, key) if memory is None else tensors.make_reader(key, memory)
+        return tensors.shape_of(key), read
     tensor = tensors[key]
     values = tensor.reshape(-1)
     return tensor.shape, lambda start, end: values[start:end]
