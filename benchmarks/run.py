@@ -82,10 +82,9 @@ BENCHMARKS = (
         "aggregation",
         "The mean of updates",
         "Aim: 1.5 × reading the files, and memory of three adapters. Sums are in double precision, client by client in a fixed order. "
-        "In bfloat16 the aim is out of reach of torch's operations: a file is read in a third of the time, while each value is still "
-        "widened to eight bytes (0.10 ns) and added (0.14 ns), against 0.15 ns to read it, all in one core's cache. That is 2.6 × "
-        "reading before the first call's overhead. To map files, other sizes of chunks, or fewer calls of Python for each gained nothing; one pass "
-        "would need a compiled kernel.",
+        "The aim is out of reach of torch's operations for bfloat16: a value is read in half the time, and is still widened to eight bytes "
+        "and added, which takes longer than to read it (the line below the table). To map the files, other sizes of chunks, or fewer calls of "
+        "Python gained nothing; one pass would need a compiled kernel.",
         ("--clients", "12", "--layers", "8", "--repeats", "5"),
         ("--clients", "12", "100", "--repeats", "5"),
     ),
