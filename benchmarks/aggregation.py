@@ -15,6 +15,7 @@ it knows no bfloat16, and holds all updates and as many products at once.
 import argparse
 import ctypes
 import gc
+import os
 import statistics
 import tempfile
 import threading
@@ -34,6 +35,7 @@ from fedlpp_hf.tensors.files import TensorFile
 
 
 RANK = 16
+CHUNK = 2**15  # values, as `fedlpp_hf.aggregation.mean` has them
 SIZES = {"q": (4096, 4096), "k": (4096, 1024), "v": (4096, 1024), "o": (4096, 4096)}
 SIZES |= {"gate": (4096, 14336), "up": (4096, 14336), "down": (14336, 4096)}
 
@@ -200,6 +202,29 @@ def measure(methods: dict[str, Method], files: list[Path], paths: list[Path], re
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
+def measure_parts(file: Path, dtype: torch.dtype, repeats: int) -> None:
+    """Prints what each step of the mean takes by itself, with a chunk's buffers in the cache."""
+    values = torch.empty(CHUNK, dtype=dtype)
+    wide, total = torch.zeros(CHUNK, dtype=torch.float64), torch.zeros(CHUNK, dtype=torch.float64)
+    memory = values.view(torch.uint8).numpy().data
+    with open(file, "rb", buffering=0) as opened:
+        places = range(0, file.stat().st_size - len(memory), len(memory))
+        steps: dict[str, Callable[[int], object]] = {
+            "read": lambda place: os.preadv(opened.fileno(), [memory], place),
+            "widen to float64": lambda _: wide.copy_(values),
+            "add": lambda _: total.add_(wide, alpha=0.1),
+        }
+        found: dict[str, list[float]] = {name: [] for name in steps}
+        for _ in range(repeats):
+            for name, step in steps.items():
+                busy = time.process_time()
+                for place in places:
+                    step(place)
+                found[name].append((time.process_time() - busy) / len(places) / CHUNK * 1e9)
+    parts = ", ".join(f"{name} {statistics.median(taken):.2f}" for name, taken in found.items())
+    print(f"\nNanoseconds of the processor for each value of {CHUNK} in the cache: {parts}.", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--clients", type=int, nargs="+", default=[12, 100])
@@ -238,6 +263,7 @@ def main() -> None:
                 paths = link_files(files, clients)
                 print(f"\n{clients} clients, {values / 1e6:.1f} M values, {dtype}, {args.threads} thread(s)\n")
                 measure(methods, files, paths, args.repeats, values)
+            measure_parts(files[0], getattr(torch, dtype), args.repeats)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fedlpp_hf.audit.canaries import CanaryAudit, CanarySettings, Contribution, Release, audit_canaries
+from fedlpp_hf.audit.canaries import CanarySettings, Contribution, Release, audit_canaries
+from fedlpp_hf.audit.data_report import CanaryAudit
 from fedlpp_hf.report.tables import format_table
 
 

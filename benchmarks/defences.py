@@ -29,8 +29,9 @@ from fedlpp_hf.aggregation.round import RoundUpdates
 from fedlpp_hf.aggregation.rules import aggregate
 from fedlpp_hf.aggregation.variate import average_variates
 from fedlpp_hf.processes.owner import OwnerProcess
-from fedlpp_hf.tensors.adapters import global_norm, lora_factors
+from fedlpp_hf.tensors.adapters import global_norm
 from fedlpp_hf.tensors.codebooks import codebook, nf4_subset
+from fedlpp_hf.tensors.lora import lora_factors
 from fedlpp_hf.tensors.quantization import restore_from_levels, round_to_levels
 from fedlpp_hf.wire.encoding import restore_tensors
 from fedlpp_hf.wire.messages import ClientTask

@@ -24,7 +24,7 @@ from fedlpp_hf.base.contents import check_configurations
 from fedlpp_hf.base.export import export_base
 from fedlpp_hf.base.full_model import FullModel
 from fedlpp_hf.base.manifest import check_base
-from fedlpp_hf.base.marking import MarkKey
+from fedlpp_hf.base.mark_keys import MarkKey
 from fedlpp_hf.base.packing import pack_base, read_packed_manifest, unpack_base
 from fedlpp_hf.base.shards import read_shards
 from fedlpp_hf.base.suspect import SuspectReader
@@ -34,7 +34,8 @@ from fedlpp_hf.flower.client_keys import read_public_key
 from fedlpp_hf.flower.client_settings import ClientSettings
 from fedlpp_hf.merge.merge import merge_adapter
 from fedlpp_hf.server.store import RoundStore
-from fedlpp_hf.tensors.adapters import lora_factors, read_adapter
+from fedlpp_hf.tensors.adapters import read_adapter
+from fedlpp_hf.tensors.lora import lora_factors
 from fedlpp_hf.wire.messages import ClientTask, LocalOptions
 from tests.helpers import build_model, make_llama_adapter, make_pair
 

@@ -115,7 +115,8 @@ def run_method(method: str, full: Path, adapter: Path, out: Path, threads: int, 
             PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
 
     elif method == "stream":
-        from fedlpp_hf.tensors.adapters import lora_factors, read_adapter
+        from fedlpp_hf.tensors.adapters import read_adapter
+        from fedlpp_hf.tensors.lora import lora_factors
 
         def merge():
             from safetensors import safe_open

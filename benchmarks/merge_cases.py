@@ -30,7 +30,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fedlpp_hf import merge_adapter
-from fedlpp_hf.tensors.adapters import lora_factors, read_adapter
+from fedlpp_hf.tensors.adapters import read_adapter
+from fedlpp_hf.tensors.lora import lora_factors
 
 
 SIZES = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

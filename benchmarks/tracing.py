@@ -29,7 +29,8 @@ from benchmarks import real_model
 from benchmarks.convergence import SHARED, read_rows
 from benchmarks.encoder import find_encoder
 from fedlpp_hf import export_base, load_base
-from fedlpp_hf.base.marking import MarkKey, prepare_mark, trace_base
+from fedlpp_hf.base.mark_keys import MarkKey, prepare_mark
+from fedlpp_hf.base.marking import trace_base
 from fedlpp_hf.base.reader import BaseReader
 from fedlpp_hf.privacy.marks import Mark, Tracer
 from fedlpp_hf.tensors.codebooks import codebook

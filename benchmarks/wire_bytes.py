@@ -31,10 +31,10 @@ from fedlpp_hf import FederatedConfig, export_base
 from fedlpp_hf.base.huffman import shrink_codes
 from fedlpp_hf.base.packing import pack_base
 from fedlpp_hf.base.quantize import unpack_nibbles
-from fedlpp_hf.config.arguments import read_yaml
+from fedlpp_hf.config.yaml_files import read_yaml
 from fedlpp_hf.tensors.adapters import adapter_parameters
-from fedlpp_hf.tensors.codebooks import codebook
-from fedlpp_hf.tensors.packing import pack_codes, packed_size
+from fedlpp_hf.tensors.codebooks import codebook, packed_size
+from fedlpp_hf.tensors.packing import pack_codes
 from fedlpp_hf.tensors.quantization import quantize_tensors, round_to_levels
 from fedlpp_hf.wire.compression import compress_update
 from fedlpp_hf.wire.messages import ClientTask, ClientUpdate

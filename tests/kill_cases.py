@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from fedlpp_hf import FederatedConfig, FederatedServer, FederatedTrainer
 from fedlpp_hf.base.export import export_base
 from fedlpp_hf.base.manifest import check_base
-from fedlpp_hf.base.marking import MarkKey, prepare_mark
+from fedlpp_hf.base.mark_keys import MarkKey, prepare_mark
 from fedlpp_hf.client.memory import ClientMemory
 from fedlpp_hf.flower.base_transfer import PackedBase, count_received, find_base, receive_piece
 from fedlpp_hf.flower.certificates import make_certificates, make_node_key

@@ -15,12 +15,13 @@ import torch
 from benchmarks import fuzz
 from benchmarks.fuzz_messages import MessageFuzz
 from fedlpp_hf.base.manifest import check_base
-from fedlpp_hf.base.marking import MarkKey
+from fedlpp_hf.base.mark_keys import MarkKey
 from fedlpp_hf.client.memory import ClientMemory
 from fedlpp_hf.flower.client_settings import ClientSettings
 from fedlpp_hf.server import admission
-from fedlpp_hf.tensors.adapters import lora_factors, read_adapter
-from fedlpp_hf.tensors.files import parse_header
+from fedlpp_hf.tensors.adapters import read_adapter
+from fedlpp_hf.tensors.headers import parse_header
+from fedlpp_hf.tensors.lora import lora_factors
 from fedlpp_hf.wire.messages import ClientTask, LocalOptions
 
 

@@ -264,6 +264,7 @@ _PROBE = """
 import json, sys
 for name in ("fedlpp_hf", "fedlpp_hf.cli.main", "fedlpp_hf.server.loop", "fedlpp_hf.trainer.federated"):
     __import__(name)
+    print("loaded", json.dumps([name + ", whole", sorted(m for m in sys.modules if m.startswith("fedlpp_hf."))]))
     print("loaded", json.dumps([name, sorted({".".join(m.split(".")[:2]) for m in sys.modules if m.startswith("fedlpp_hf.")}
                       | {m.partition(".")[0] for m in sys.modules})]))
 """
@@ -286,6 +287,13 @@ def test_package_and_command_import_nothing_heavy(loaded, name):
 def test_trainer_imports_no_extras(loaded):
     assert not loaded["fedlpp_hf.trainer.federated"] & {"flwr", "trl", "matplotlib", "evaluate"}
     assert [name for name in FILES if "sklearn" in find_imports(name)[1]] == []  # transformers 5.20 loads it by itself
+
+
+def test_trainer_loads_what_its_run_needs(loaded):
+    """Neither the owner's process nor an audit is in each trainer's import."""
+    modules = loaded["fedlpp_hf.trainer.federated, whole"]
+    assert "fedlpp_hf.processes.owner" in modules
+    assert not modules & {"fedlpp_hf.processes.owner_handler", "fedlpp_hf.merge.merge", "fedlpp_hf.audit.audit"}
 
 
 def test_server_loads_nothing_that_opens_a_model(loaded):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..tensors.adapters import lora_factors
+from ..tensors.lora import lora_factors
 from .mean import sum_updates
 from .products import mean_of_products, stack_products, truncate_product
 from .round import AggregationResult, RoundUpdates

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from peft import PeftConfig
 
-from ..tensors.adapters import LoraFactors, lora_factors
+from ..tensors.lora import LoraFactors, lora_factors
 
 
 Product = tuple[torch.Tensor, torch.Tensor]

@@ -16,8 +16,8 @@ from ..tensors.adapters import global_norm
 from ..tensors.codebooks import FULL_PRECISION
 from ..wire.compression import decompress_update
 from .attacks import Adapter, replaced_options
-from .canaries import CanaryAudit, CanarySettings, Contribution, audit_canaries
-from .data_report import DataAudit, InversionFigures, MembershipFigures
+from .canaries import CanarySettings, Contribution, audit_canaries
+from .data_report import CanaryAudit, DataAudit, InversionFigures, MembershipFigures
 from .inversion import invert_update
 from .membership import ATTACKS, compare_scores
 from .observed import ObservedUpdate

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..report.tables import format_table
-from .canaries import CanaryAudit
 from .membership import Membership
 
 
@@ -35,6 +34,36 @@ class MembershipFigures:
 
     model: str
     figures: Membership
+
+
+@dataclass(frozen=True, slots=True)
+class CanaryAudit:
+    """What the canaries show at `delta`.
+
+    `shift` is the mean of the canaries' components in units of chance; had they sent nothing, it would be 0 ± 1/√canaries. `epsilon` is the ε of the Gaussian
+    mechanism with this shift, and `epsilon_low` to `epsilon_high` its 99.9 % interval: an estimate, exact for Gaussian noise
+    without sampling, and too low for mixtures. `bound` is a 99.9 % lower bound that assumes nothing of the noise: from the share
+    of canaries above a threshold, which was chosen on the other half of them, against the known share of chance.
+    `accounted` is the ε that is claimed. `repeats` says that two releases of the same round had the same noise.
+    """
+
+    num_canaries: int
+    delta: float
+    shift: float
+    epsilon: float
+    epsilon_low: float
+    epsilon_high: float
+    bound: float
+    accounted: float | None
+    repeats: bool
+
+    @property
+    def refuted(self) -> bool:
+        """Whether the run shows that the accounted ε is wrong: the interval or the bound is above it, or noise can be subtracted.
+
+        A sound mechanism is refuted by chance in about one run of 1,000.
+        """
+        return self.repeats or (self.accounted is not None and max(self.epsilon_low, self.bound) > self.accounted)
 
 
 @dataclass(frozen=True, slots=True)

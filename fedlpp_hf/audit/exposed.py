@@ -6,7 +6,7 @@ from typing import Any
 
 from ..base.manifest import read_manifest
 from ..report.sent import SentTensor
-from ..tensors.adapters import PREFIX
+from ..tensors.lora import PREFIX
 from ..tensors.quantization import QuantizedTensor
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..tensors.adapters import PREFIX
+from ..tensors.lora import PREFIX
 
 
 _FILLER = 3  # tokens of the sequences by which layers are told apart; any will do

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..tensors.adapters import lora_factors
+from ..tensors.lora import lora_factors
 from .gains import GainModel
 from .inputs import InputReader, split_batches
 from .matching import search_rows

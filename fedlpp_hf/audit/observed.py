@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..tensors.adapters import LoraFactors
+from ..tensors.lora import LoraFactors
 from .spans import RowSpace, find_row_space, measure_distance, rounding_noise, undo_adam
 
 

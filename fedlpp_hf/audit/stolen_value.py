@@ -4,11 +4,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..processes.measurement import RowMeasures
+
+if TYPE_CHECKING:
+    from ..processes.measurement import RowMeasures
 
 
 RESAMPLES = 1000
@@ -58,7 +60,7 @@ def read_stolen(values: Mapping[str, Any]) -> StolenValue:
     return stolen
 
 
-def estimate_exposure(models: Mapping[str, RowMeasures], owner: RowMeasures, seed: int = 0) -> StolenValue:
+def estimate_exposure(models: Mapping[str, "RowMeasures"], owner: "RowMeasures", seed: int = 0) -> StolenValue:
     """What the best of `models` is worth: (model − guessing) / (owner's model − guessing), in loss.
 
     Guessing is the uniform distribution over classes or tokens. Of the untouched base this is its exposure; of the base after
@@ -151,7 +153,7 @@ def estimate_stolen_value(
 
 
 def estimate_interval(
-    models: Mapping[str, RowMeasures], server: RowMeasures, seed: int = 0, resamples: int = RESAMPLES
+    models: Mapping[str, "RowMeasures"], server: "RowMeasures", seed: int = 0, resamples: int = RESAMPLES
 ) -> tuple[float, float] | None:
     """The 95 % interval of the mean loss of the best of `models`, as seen from the server's; None if a loss is not finite.
 

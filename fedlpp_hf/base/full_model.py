@@ -13,8 +13,8 @@ from huggingface_hub import is_offline_mode
 from transformers import AutoConfig
 from transformers.utils import logging
 
-from ..tensors.adapters import ADAPTER_CONFIG
 from ..tensors.files import DTYPES, read_tensor
+from ..tensors.names import ADAPTER_CONFIG
 from .contents import check_link
 from .hub_repository import HubRepository, HubUnreachable, find_in_cache, find_missing
 from .manifest import BASE_MANIFEST

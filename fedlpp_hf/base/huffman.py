@@ -5,7 +5,8 @@ import zlib
 
 import torch
 
-from ..tensors.packing import pack_codes, packed_size, unpack_codes
+from ..tensors.codebooks import packed_size
+from ..tensors.packing import pack_codes, unpack_codes
 
 
 _WORTH = 0.95  # of the packed size; what saves less stays as it is

@@ -17,8 +17,8 @@ from bitsandbytes.functional import (
 )
 
 from ..privacy.marks import Mark, draw_choices
-from ..tensors.codebooks import FULL_PRECISION, codebook, nf4_subset
-from ..tensors.packing import look_up, packed_size
+from ..tensors.codebooks import FULL_PRECISION, codebook, nf4_subset, packed_size
+from ..tensors.packing import look_up
 from ..tensors.quantization import find_between_levels, restore_from_levels, round_to_levels
 from .calibration import Calibration
 from .compensation import round_with_compensation

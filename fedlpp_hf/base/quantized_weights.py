@@ -1,12 +1,14 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Checkpoints that are quantized already, whichever way they say it: in a configuration, a file, or scales beside codes."""
 
-import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..tensors.files import DTYPES, TensorRange
+from ..tensors.headers import STORED, TensorRange
+from .contents import check_link, read_json
+from .shards import read_shards
 
 
 # As transformers, compressed-tensors, MLX and AutoAWQ call it.
@@ -14,6 +16,18 @@ _KEYS = ("quantization_config", "compression_config", "quantization", "quant_con
 # As ModelOpt, AutoGPTQ and AutoAWQ call it.
 _FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 _WORDS = ("scale", "scb", "absmax", "amax", "zero_point", "zeros", "quant_state", "quant_map", "g_idx")
+
+
+def check_checkpoint(directory: str | os.PathLike) -> None:
+    """Refuse a directory that holds no full-precision model, as far as its headers and its configuration tell.
+
+    Raises:
+        ValueError: saying why.
+    """
+    root = Path(directory)
+    read_shards(root, str(directory))
+    if (config := check_link(root, root / "config.json")).is_file():  # without one, whoever opens the model says so
+        check_configuration(config, os.listdir(root), str(directory))
 
 
 def check_configuration(config: Path, files: Iterable[str], model: str) -> None:
@@ -29,7 +43,7 @@ def check_configuration(config: Path, files: Iterable[str], model: str) -> None:
     """
     files = set(files)
     found = next((name for name in _FILES if name in files), None)
-    found = found or _find_key(json.loads(config.read_text(encoding="utf-8")))
+    found = found or _find_key(read_json(config))
     if found:
         raise ValueError(f"`{model}` is quantized already (it has `{found}`); give the full-precision model.")
 
@@ -69,4 +83,4 @@ def check_scales(tensors: Iterable[TensorRange], left_out: Iterable[str]) -> Non
 
 
 def _is_narrow(dtype: str) -> bool:
-    return dtype != "BOOL" and (dtype not in DTYPES or DTYPES[dtype].itemsize == 1)
+    return dtype != "BOOL" and (dtype not in STORED or STORED[dtype].itemsize == 1)

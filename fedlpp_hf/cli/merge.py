@@ -3,12 +3,14 @@
 
 import argparse
 import os
+from pathlib import Path
 
 from .arguments import (
     add_json,
     add_visibility,
     check_directory,
     check_full_model,
+    check_readable_model,
     check_repo_id,
     find_model_class,
     parse_count,
@@ -52,10 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Call [`~fedlpp_hf.merge_adapter`], print what it did, and push the result with `--push`."""
     _check_arguments(arguments)
+    base_dir, base_weight = _find_base(arguments)
+    model_class = find_model_class(arguments.model_class)
     from ..merge.merge import merge_adapter
     from ..report.inspection import describe_merge
 
-    base_dir, base_weight = _find_base(arguments)
     report = merge_adapter(
         arguments.full_model,
         arguments.adapter,
@@ -65,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
         base_weight=base_weight,
         verify=arguments.verify,
         delete_source_shards=arguments.delete_source_shards,
-        model_class=find_model_class(arguments.model_class),
+        model_class=model_class,
         threads=arguments.threads,
         device=arguments.device,
         sync=not arguments.no_sync,
@@ -95,16 +98,26 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError("--base_weight moves towards the base; give --base_dir, the directory of the base.")
     for path in (arguments.full_model, *arguments.adapter):
         check_full_model(path)
-    if arguments.base_dir is not None:
-        check_directory(arguments.base_dir)
     if arguments.push is not None:
         check_repo_id(arguments.push)
-    if os.path.exists(arguments.output_dir) and not (
-        os.path.isdir(arguments.output_dir) and not os.listdir(arguments.output_dir)
-    ):
-        raise ValueError(
-            f"`{arguments.output_dir}` exists and is not an empty directory; choose another, or remove it."
-        )
+    from ..merge.destination import check_destination
+
+    check_destination(Path(arguments.output_dir), arguments.full_model)
+    _check_files(arguments)
+
+
+def _check_files(arguments: argparse.Namespace) -> None:
+    """Read the headers of what is on disk: a wrong path must not wait for torch and PEFT."""
+    from ..base.manifest import read_manifest
+    from ..tensors.lora import read_config, read_shapes
+
+    for path in filter(os.path.isdir, arguments.adapter):
+        read_config(path)
+        read_shapes(path)
+    check_readable_model(arguments.full_model)
+    if arguments.base_dir is not None:
+        check_directory(arguments.base_dir)
+        read_manifest(arguments.base_dir)
 
 
 def _find_base(arguments: argparse.Namespace) -> tuple[str | None, float]:

@@ -4,7 +4,15 @@
 import argparse
 import os
 
-from .arguments import add_json, add_visibility, check_directory, check_file, check_repo_id, print_json
+from .arguments import (
+    add_json,
+    add_visibility,
+    check_directory,
+    check_file,
+    check_full_model,
+    check_repo_id,
+    print_json,
+)
 from .command import Command
 
 
@@ -29,8 +37,20 @@ def run(arguments: argparse.Namespace) -> None:
         check_directory(arguments.federation_dir)
     if arguments.audit is not None:
         check_file("--audit", arguments.audit)
+    if arguments.source is not None:
+        check_full_model(arguments.source)
+    from ..tensors.names import ADAPTER_CONFIG
+
+    is_adapter = os.path.isfile(os.path.join(arguments.directory, ADAPTER_CONFIG))
+    if is_adapter and arguments.federation_dir is not None:
+        raise ValueError(
+            f"`{arguments.directory}` is an adapter; --federation_dir is for a merged model. Leave it out."
+        )
+    if not is_adapter:
+        from ..hub.merged_model import check_merged
+
+        check_merged(arguments.directory)
     from ..hub.push import push_adapter, push_merged
-    from ..tensors.adapters import ADAPTER_CONFIG
 
     options = {
         "source": arguments.source,
@@ -40,11 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
         "create_pr": arguments.create_pr,
         "audit": arguments.audit,
     }
-    if os.path.isfile(os.path.join(arguments.directory, ADAPTER_CONFIG)):
-        if arguments.federation_dir is not None:
-            raise ValueError(
-                f"`{arguments.directory}` is an adapter; --federation_dir is for a merged model. Leave it out."
-            )
+    if is_adapter:
         commit = push_adapter(arguments.directory, arguments.repo_id, **options)
     else:
         options["federation_dir"] = arguments.federation_dir

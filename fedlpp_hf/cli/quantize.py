@@ -5,7 +5,7 @@ import argparse
 import os
 from typing import Any
 
-from .arguments import BITS, add_json, check_full_model, find_model_class, parse_block_size, parse_size, print_json
+from .arguments import BITS, add_json, check_readable_model, find_model_class, parse_block_size, parse_size, print_json
 from .command import Command
 
 
@@ -42,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Call [`~fedlpp_hf.export_base`] and print what the base contains."""
-    check_full_model(arguments.full_model)
     if os.path.exists(arguments.output_dir) and not arguments.overwrite:
         raise ValueError(f"`{arguments.output_dir}` exists; pass --overwrite to replace the base in it.")
     if arguments.double_quant and arguments.bits == "8":
@@ -51,6 +50,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("--mark CLIENT and --key FILE come together: whose copy it is, and the secret that marks it.")
     if arguments.mark is not None and arguments.bits == "8":
         raise ValueError("--mark with --bits 8: int8 rows have none of the levels that a mark needs. Use 1 to 4 bits.")
+    check_readable_model(arguments.full_model)
+    model_class, mark = find_model_class(arguments.model_class), _prepare_mark(arguments)
     from ..base.export import export_base
     from ..report.base_inspection import describe_base, summarize_base
 
@@ -62,10 +63,10 @@ def run(arguments: argparse.Namespace) -> None:
         double_quant=arguments.double_quant,
         embedding_bits=arguments.embedding_bits,
         skip_modules=arguments.skip_modules,
-        model_class=find_model_class(arguments.model_class),
+        model_class=model_class,
         revision=arguments.revision,
         overwrite=arguments.overwrite,
-        mark=_prepare_mark(arguments),
+        mark=mark,
         max_shard_size=arguments.max_shard_size,
     )
     if arguments.json:
@@ -77,7 +78,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _prepare_mark(arguments: argparse.Namespace) -> Any:
     if arguments.mark is None:
         return None
-    from ..base.marking import prepare_mark
+    from ..base.mark_keys import prepare_mark
     from ..tensors.codebooks import check_bits
 
     settings = {

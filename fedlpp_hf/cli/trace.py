@@ -2,7 +2,10 @@
 """`fedlpp-hf trace`: find out whose copy of a base a model came from."""
 
 import argparse
+import os
+from pathlib import Path
 
+from .arguments import check_full_model, check_readable_model
 from .command import Command
 
 
@@ -20,10 +23,18 @@ def run(arguments: argparse.Namespace) -> None:
     """Call [`~fedlpp_hf.base.marking.trace_base`] and print a table of all clients."""
     if not 0 < arguments.false_alarm < 1:
         raise ValueError(f"--false_alarm {arguments.false_alarm}: expected a chance between 0 and 1.")
-    from ..base.marking import MarkKey, trace_base
+    from ..base.mark_keys import MarkKey
+    from ..base.shards import read_shards
+
+    key = MarkKey.read(arguments.key)
+    check_full_model(arguments.suspect)
+    if os.path.isdir(arguments.suspect):  # which may be quantized
+        read_shards(Path(arguments.suspect))
+    check_readable_model(arguments.full_model or key.full_model)
+    from ..base.marking import trace_base
     from ..report.tables import format_table
 
-    found = trace_base(arguments.suspect, MarkKey.read(arguments.key), arguments.full_model)
+    found = trace_base(arguments.suspect, key, arguments.full_model)
     rows = [["client", "agreement", "score", "chance of a false alarm", ""]]
     for trace in found:
         guilty = "came from here" if trace.false_alarm <= arguments.false_alarm else ""

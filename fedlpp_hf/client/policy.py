@@ -6,9 +6,9 @@ import os
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..config.arguments import read_yaml
 from ..config.rules import RULES
 from ..config.spelling import suggest
+from ..config.yaml_files import read_yaml
 from ..privacy.record_accounting import RecordBudget
 from ..wire.messages import ClientTask
 

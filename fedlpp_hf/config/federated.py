@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""`FederatedConfig`: the groups of options on top of `TrainingArguments`, as one flat surface."""
+"""`FederatedConfig`: the groups of options on top of `TrainingArguments`."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,43 +8,16 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from .aggregation import AggregationOptions
-from .audit import AuditOptions
-from .client_dp import ClientDPOptions
+from .groups import GROUPS, FederationOptions
 from .metrics import lower_is_better
-from .precision import PrecisionOptions
-from .record_dp import RecordOptions
-from .rounds import RoundOptions
-from .run import RunOptions
-from .secure_sums import SecureSumOptions
+from .sharding import check_sharding
 
 
 logger = logging.get_logger(__name__)
 
-GROUPS = (
-    RoundOptions,
-    PrecisionOptions,
-    AggregationOptions,
-    ClientDPOptions,
-    RecordOptions,
-    SecureSumOptions,
-    AuditOptions,
-    RunOptions,
-)
-
 
 @dataclass
-class FederatedConfig(
-    RunOptions,
-    AuditOptions,
-    SecureSumOptions,
-    RecordOptions,
-    ClientDPOptions,
-    AggregationOptions,
-    PrecisionOptions,
-    RoundOptions,
-    TrainingArguments,
-):
+class FederatedConfig(FederationOptions, TrainingArguments):
     """Arguments of a federation, on top of [`~transformers.TrainingArguments`], which describe one client's local run.
 
     The options of each group are documented there: [`RoundOptions`], [`PrecisionOptions`], [`AggregationOptions`],
@@ -61,6 +34,7 @@ class FederatedConfig(
 
     def __post_init__(self):
         options: Any = self
+        check_sharding(options)  # first: the parent would set it up
         best = options.load_best_model_at_end
         options.load_best_model_at_end = False  # for the parent, which would ask for a run's own checkpoints
         if best and options.metric_for_best_model is None:

@@ -5,11 +5,14 @@ A new one is an entry of `PRESETS`. Options that all presets share, such as the 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from .federated import FederatedConfig
+from .rounds import RoundOptions
+from .spelling import suggest
+from .yaml_files import read_yaml
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,33 @@ PRESETS = (
     Preset("strict", "nothing is sent but a 3-bit base", _NOTHING_SENT | _VARIATE | {"base_bits": 3}),
 )
 
+# What the simulation of a preset sets itself.
+FIXED: dict[str, Any] = {"audit": True, "merge": False, "report_to": "none", "disable_tqdm": True}
+_SET_BY_SIMULATION = (
+    "output_dir", "full_model", "resume_from_checkpoint", "overwrite", "audit_steps", "audit_rows", *FIXED,
+)  # fmt: skip
+
+
+def choose_presets(names: Sequence[str] | None, files: Mapping[str, str]) -> list[Preset]:
+    """The presets of those `names` (all, if None), and those that users have in YAML `files`, by name.
+
+    Raises:
+        ValueError: for an unknown name, one that is taken, or an option that a preset can't set.
+    """
+    known = {preset.name: preset for preset in PRESETS}
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"There is no preset `{name}`{suggest(name, known)} Expected some of {', '.join(known)}.")
+    found = [preset for preset in PRESETS if names is None or preset.name in names]
+    for name, path in files.items():
+        if name in known:
+            raise ValueError(f"The preset `{name}` exists already; give yours another name.")
+        options = read_yaml(path)
+        if wrong := [option for option in options if option in _SET_BY_SIMULATION]:
+            raise ValueError(f"`{path}` sets `{wrong[0]}`, which the simulation sets itself. Leave it out.")
+        found.append(Preset(name, f"options of {Path(path).name}", options))
+    return found
+
 
 def make_flags(options: Mapping[str, Any]) -> list[str]:
     """Options as flags, for [`parse_args`]; None is left out."""
@@ -58,7 +88,7 @@ def divide_steps(options: Mapping[str, Any], steps: int) -> int:
     Raises:
         ValueError: if there are more rounds than steps.
     """
-    rounds = int(options.get("num_rounds") or FederatedConfig.num_rounds)
+    rounds = int(options.get("num_rounds") or RoundOptions.num_rounds)
     if steps < rounds:
         raise ValueError(f"steps={steps} in {rounds} rounds; expected at least one step in each round. Raise steps.")
     return steps // rounds

@@ -6,9 +6,11 @@ A new rule is a line in `RULES` and a file `aggregation/<module>.py` with its fu
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import PeftConfig
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,7 @@ def check_rules(options: Any) -> None:
     _check_attackers(options, robust)
 
 
-def check_products(rule: str, peft_config: PeftConfig) -> None:
+def check_products(rule: str, peft_config: "PeftConfig") -> None:
     """Refuse a rule that averages products for adapters whose update is not s·B·A.
 
     Raises:

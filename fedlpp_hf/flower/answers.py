@@ -9,12 +9,12 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..wire.text import make_printable
-from .grid_requests import Answer
 
 
 if TYPE_CHECKING:
     from ..wire.encoding import MessageLimit
     from ..wire.messages import ClientUpdate
+    from .grid_requests import Answer
 
 MAX_ID = 100  # characters of a client's id
 MAX_ROWS = 10**9  # of a client
@@ -24,7 +24,7 @@ class RefusalError(ValueError):
     """What a client said itself, or did not say in time: not a broken rule."""
 
 
-def read_description(answer: Answer, most: int, hides_rows: bool = False) -> dict[str, int | None] | int:
+def read_description(answer: "Answer", most: int, hides_rows: bool = False) -> dict[str, int | None] | int:
     """What a node says of itself: the numbers of rows of its clients, or the bytes of the base that it has so far.
 
     Args:
@@ -72,7 +72,7 @@ def check_client_id(client: str) -> None:
         )
 
 
-def read_update(client: str, answer: Answer, limit: "MessageLimit") -> "ClientUpdate":
+def read_update(client: str, answer: "Answer", limit: "MessageLimit") -> "ClientUpdate":
     """A client's answer to its task.
 
     Args:
@@ -95,7 +95,7 @@ def read_update(client: str, answer: Answer, limit: "MessageLimit") -> "ClientUp
     return update
 
 
-def read_sum(answer: Answer) -> bytes:
+def read_sum(answer: "Answer") -> bytes:
     """A client's answer to its task, or to a later step, under secure aggregation. [`SumServer`] reads the bytes.
 
     Raises:
@@ -108,7 +108,7 @@ def read_sum(answer: Answer) -> bytes:
     return data
 
 
-def _read_content(answer: Answer, names: Collection[str]) -> Mapping[str, Any]:
+def _read_content(answer: "Answer", names: Collection[str]) -> Mapping[str, Any]:
     """An answer that has exactly one of `names`."""
     if isinstance(answer, str):
         raise RefusalError(answer)

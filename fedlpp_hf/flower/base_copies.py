@@ -85,7 +85,7 @@ class MarkedCopies:
 
     def _locate(self, holder: str) -> Path | None:
         """The file of a holder's copy; None before there is a key."""
-        from ..base.marking import MarkKey
+        from ..base.mark_keys import MarkKey
 
         if not self.key_file.exists():
             return None

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config.arguments import parse_args, read_yaml
+from ..config.arguments import parse_args
 from ..config.federated import FederatedConfig
+from ..config.yaml_files import read_yaml
+from .trainer_file import find_trainer, read_reference
 
 
 @dataclass
@@ -91,7 +93,7 @@ def read_settings(
     Raises:
         ValueError: if the configuration names no usable `trainer`, or a value is wrong.
     """
-    make_trainer = load_function(str(read_yaml(Path(config)).get("trainer", "")), Path(config).parent)
+    make_trainer = load_function(read_reference(config), Path(config).parent)
     types = list(typing.get_type_hints(make_trainer).values())
     if len(types) < 2 or not isinstance(types[1], type) or not issubclass(types[1], FederatedConfig):
         raise ValueError(
@@ -114,10 +116,7 @@ def load_function(reference: str, directory: Path) -> Callable[..., Any]:
     Raises:
         ValueError: if there is no such file or function.
     """
-    file, _, name = reference.partition(":")
-    path = (directory / file).resolve()
-    if not file.endswith(".py") or not path.is_file():
-        raise ValueError(f"trainer={reference!r}; expected FILE.py:FUNCTION with a file relative to `{directory}`.")
+    path, name = find_trainer(reference, directory)
     # By name rather than by path: the owner's process imports the module again to unpickle a reference to the function.
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))

@@ -9,6 +9,9 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+from .trainer_file import find_trainer, read_reference
 
 
 def check_settings(
@@ -25,6 +28,7 @@ def check_settings(
     Raises:
         ValueError: with the reason, if the configuration, a flag or the policy is wrong.
     """
+    find_trainer(read_reference(config), Path(config).parent)
     request = json.dumps([config, list(flags), list(other_options), policy])
     command = [sys.executable, "-m", "fedlpp_hf.flower.settings_check", request]
     result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)

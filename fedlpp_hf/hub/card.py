@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 
-from ..config.federated import FederatedConfig
+from ..config.groups import FederationOptions
 from ..config.options import card_labels
 from ..report.tables import format_table
 from ..report.text import NOT_MEASURED, list_remarks, list_results
@@ -132,7 +132,7 @@ def _describe_federation(federation: Path | None) -> str:
     config, clients = state["config"], state.get("clients") or {}
     rows = [
         f"| {label} | {config[key]} |"
-        for key, label in card_labels(FederatedConfig).items()
+        for key, label in card_labels(FederationOptions).items()
         if config.get(key) is not None
     ]
     done = RoundStore(federation).latest()

@@ -1,7 +1,6 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Push a merged model or an adapter to the Hub: private by default, and never a client's files."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,16 +8,11 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, ModelCard
 
-from ..base.shards import read_shards
-from ..merge.destination import VIEW_MARK
 from ..server.store import FEDERATION_DIR
-from ..tensors.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..tensors.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .card import CARD, write_model_card
+from .merged_model import check_merged
 from .upload import Destination, explain_refusals, upload_files
-
-
-# Files of a client, and files with a secret: TrainingArguments carry the Hub's token.
-_NEVER_PUSHED = ("base_manifest.json", "task.safetensors", "update.safetensors", "training_args.bin")
 
 
 def push_merged(
@@ -59,7 +53,7 @@ def push_merged(
         RuntimeError: if the Hub refuses; the message says what to do.
     """
     directory = Path(directory)
-    _check_merged(directory)
+    check_merged(directory)
     with explain_refusals(repo_id):
         write_model_card(directory, repo_id, source=source, federation_dir=federation_dir, audit=audit, token=token)
     files = {
@@ -104,31 +98,6 @@ def push_adapter(
     files = {name: directory / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD)}
     destination = Destination(repo_id, private, allow_public, revision, create_pr, token)
     return _upload(files, destination, source, commit_message)
-
-
-def _check_merged(directory: Path) -> None:
-    """Check that the directory is a whole merged model and nothing else."""
-    if not directory.is_dir():
-        raise ValueError(f"`{directory}` is not a directory; expected a merged model.")
-    if (directory / FEDERATION_DIR).exists():
-        raise ValueError(
-            f"`{directory}` has `{FEDERATION_DIR}`, the state of a federation with files of its clients. Push the "
-            "directory that the merge wrote."
-        )
-    for path in sorted(directory.rglob("*")):
-        if path.name in _NEVER_PUSHED:
-            name = path.relative_to(directory)
-            raise ValueError(f"`{directory}` has `{name}`, which must not be published. Is it a client's directory?")
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`{directory / 'config.json'}` can't be read ({error}); expected a merged model.") from error
-    if config.get("quantization_config") or config.get(VIEW_MARK):
-        raise ValueError(
-            f"`{directory}` is a client's view: a quantized model, or one merged into its base. Push a model that was "
-            "merged into the full-precision weights."
-        )
-    read_shards(directory)  # every shard whole, and where the index says
 
 
 def _upload(

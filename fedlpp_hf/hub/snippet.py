@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
-from ..merge.peft_models import find_auto_class
+from ..merge.task_classes import find_auto_class
 from ..server.store import FEDERATION_DIR
-from ..tensors.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..tensors.lora import read_shapes
+from ..tensors.names import ADAPTER_CONFIG
 
 
 _CONFIG = "config.json"
@@ -63,12 +62,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _count_labels(directory: Path) -> int | None:
     """The rows of the head that an adapter has whole: without them `from_pretrained` would make a head of another size."""
-    with safe_open(directory / ADAPTER_WEIGHTS, "pt") as file:
-        heads = [
-            file.get_slice(key).get_shape()
-            for key in sorted(file.keys())
-            if ".lora_" not in key and key.endswith(".weight") and any(f".{head}." in key for head in _HEADS)
-        ]
+    heads = [
+        tensor.shape
+        for key, tensor in sorted(read_shapes(directory).items())
+        if ".lora_" not in key and key.endswith(".weight") and any(f".{head}." in key for head in _HEADS)
+    ]
     # The last layer of a head of several comes last by name: dense, out_proj.
     return heads[-1][0] if heads else None
 

@@ -14,7 +14,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_adapter_state
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from ..tensors.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..tensors.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 class AdapterReader:

@@ -1,6 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Ranges of bytes between files: shared or copied inside the kernel where it can, written, compared."""
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -12,6 +13,8 @@ _FICLONE = 0x40049409
 # The errors of file systems that can't copy or clone inside the kernel.
 _UNSUPPORTED = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.ENOTTY, errno.EPERM}
 _COPY_BLOCK = 1 << 20
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def clone_file(source: int, destination: int) -> bool:
@@ -23,6 +26,22 @@ def clone_file(source: int, destination: int) -> bool:
             return False
         raise
     return True
+
+
+def reserve_file(descriptor: int, size: int) -> None:
+    """Give a new file its size, and where the system can, its room on disk: to write there takes less time, and can't fail late.
+
+    Raises:
+        OSError: if there is too little room.
+    """
+    # `os.posix_fallocate` would write into every block of a file system that can't reserve any.
+    if hasattr(_libc, "fallocate"):
+        if not _libc.fallocate(descriptor, 0, ctypes.c_long(0), ctypes.c_long(size)):
+            return
+        number = ctypes.get_errno()
+        if number in _NO_ROOM:
+            raise OSError(number, os.strerror(number))
+    os.ftruncate(descriptor, size)
 
 
 def can_share_blocks(source: Path, directory: Path) -> bool:

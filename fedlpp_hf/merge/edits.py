@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import layer as lora_layers
 from peft.utils.other import ModulesToSaveWrapper
 
-from ..tensors.adapters import PREFIX
+from ..tensors.lora import PREFIX
 from .adapter_reader import AdapterReader
 from .peft_models import NeedsPeft, is_duplicate, list_nearest, list_shapes
 from .sizes import parameter_name

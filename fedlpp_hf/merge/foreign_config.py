@@ -6,9 +6,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import PeftConfig, PeftType
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 _LARGEST_RANK = 1 << 16
@@ -29,7 +31,7 @@ for pattern in patterns:
 """
 
 
-def check_foreign_config(config: PeftConfig, modules: Sequence[str]) -> None:
+def check_foreign_config(config: "PeftConfig", modules: Sequence[str]) -> None:
     """Refuse an adapter's configuration with values that no training writes, or patterns that never end.
 
     Args:
@@ -39,6 +41,8 @@ def check_foreign_config(config: PeftConfig, modules: Sequence[str]) -> None:
     Raises:
         ValueError: naming the field.
     """
+    from peft import PeftType
+
     if config.peft_type == PeftType.LORA:
         for name, value, expected, right in _judge_fields(config):
             if not right:
@@ -112,7 +116,7 @@ def check_patterns(patterns: Iterable[tuple[str, str]], modules: Sequence[str]) 
         raise ValueError(f"The patterns of adapter_config.json can't be matched ({error}).") from error
 
 
-def _list_patterns(config: PeftConfig) -> Iterator[tuple[str, str]]:
+def _list_patterns(config: "PeftConfig") -> Iterator[tuple[str, str]]:
     """What PEFT takes for regular expressions: a string for all modules, and the keys and names of patterns."""
     for name in ("target_modules", "exclude_modules"):
         value = getattr(config, name, None)

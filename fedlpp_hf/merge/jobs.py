@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..base.shards import Shard
-from ..tensors.files import TensorRange
+from ..tensors.headers import TensorRange
 from .edits import Edit
 from .locations import Piece, whole_pieces
 from .plan import MergeInputs

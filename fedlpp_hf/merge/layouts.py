@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from ..base.full_model import FullModel
 from ..base.shards import Shard
-from ..tensors.files import DTYPES, TensorRange
+from ..tensors.headers import STORED, TensorRange
 from .plan import MergeInputs
 
 
@@ -50,7 +50,7 @@ def change_layout(shard: Shard, changes: Mapping[str, tuple[str, tuple[int, ...]
         if name in shard.tensors and name not in changes:  # maybe of a dtype that torch does not have
             length = shard.tensors[name].stop - shard.tensors[name].start
         else:
-            length = DTYPES[dtype].itemsize * math.prod(shape)
+            length = STORED[dtype].itemsize * math.prod(shape)
         offsets[name] = (position, position + length)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + length]}
         position += length

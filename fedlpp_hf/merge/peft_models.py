@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..base.modules import build_meta_model
-from ..tensors.adapters import PREFIX, adapter_parameters
+from ..tensors.adapters import adapter_parameters
+from ..tensors.lora import PREFIX
 from .adapter_reader import AdapterReader
 from .foreign_config import check_foreign_config
 from .sizes import (
@@ -31,18 +32,11 @@ from .sizes import (
     find_sizes,
     parameter_name,
 )
+from .task_classes import find_auto_class
 
 
 logger = logging.get_logger(__name__)
 
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 # Initializations that leave the model's own weights alone; the others subtract their start from them.
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 # Options with which ΔW is not s·B·A of the stored factors.
@@ -78,13 +72,6 @@ class AdaptedModel:
     config_changes: dict[str, Any] = field(default_factory=dict)
     tokens: tuple[int, int] | None = None
     needs_peft: str | None = None
-
-
-def find_auto_class(peft_config: PeftConfig | Mapping[str, Any]) -> str | None:
-    """The name of the Auto class for an adapter's task; None where its configuration names none."""
-    values = peft_config if isinstance(peft_config, Mapping) else vars(peft_config)
-    task = values.get("task_type")
-    return _AUTO_CLASSES.get(str(getattr(task, "value", task)))
 
 
 def _explain_peft(config: PeftConfig) -> str | None:

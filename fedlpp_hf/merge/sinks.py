@@ -10,7 +10,7 @@ import torch
 
 from ..base.shards import read_shard
 from ..tensors.files import read_range
-from .copying import clone_file, copy_range, find_difference, write_range
+from .copying import clone_file, copy_range, find_difference, reserve_file, write_range
 from .jobs import Copy, ShardJobs
 
 
@@ -48,8 +48,8 @@ class FileWriter:
         """Write the header, or share all blocks of the source where the file system can."""
         if jobs.new is jobs.old and clone_file(source, self._file.fileno()):
             return []
+        reserve_file(self._file.fileno(), jobs.new.size)
         write_range(self._file.fileno(), jobs.new.header, 0)
-        os.ftruncate(self._file.fileno(), jobs.new.size)
         return jobs.copies
 
     def take_copy(self, source: int, copy: Copy) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..tensors.adapters import PREFIX
+from ..tensors.lora import PREFIX
 from .adapter_reader import AdapterReader
 from .tying import list_tied_groups
 

@@ -8,6 +8,7 @@ are messages of safetensors and JSON, so that no full-precision weight and no pi
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from ..tensors.adapters import scrub_config
 from ..wire.encoding import restore_tensors
 from .blueprint import TrainerBlueprint
 from .measurement import RowMeasures
-from .owner_handler import OwnerHandler
 from .service import Service
 
 
@@ -51,7 +51,7 @@ class OwnerProcess:
                 )
         self.has_rows = blueprint.owner_dataset is not None
         self.selects = blueprint.selection_dataset is not None
-        self._service = Service("owner", OwnerHandler, blueprint)
+        self._service = Service("owner", _make_handler, blueprint)
 
     def export_base(self, output_dir: str | os.PathLike, mark: tuple[str, str] | None = None) -> dict[str, Any]:
         """Write the quantized base to `output_dir`; returns the totals of its manifest.
@@ -154,3 +154,9 @@ def _pack_adapter(
 ) -> dict[str, torch.Tensor]:
     tensors = {f"adapter:{key}": value for key, value in adapter.items()}
     return tensors | {f"residual:{key}": value for key, value in (residual or {}).items()}
+
+
+def _make_handler(blueprint: TrainerBlueprint, scratch: Path) -> Any:
+    from .owner_handler import OwnerHandler  # in the owner's process: no other one loads what exports and merges
+
+    return OwnerHandler(blueprint, scratch)

@@ -17,7 +17,7 @@ from ..aggregation.variate import average_variates
 from ..base.calibration import Calibration, measure_moments
 from ..base.export import export_base
 from ..base.full_model import FullModel
-from ..base.marking import prepare_mark
+from ..base.mark_keys import prepare_mark
 from ..base.model_class import change_config, list_float_modules
 from ..base.modules import build_meta_model
 from ..base.reader import BaseReader

@@ -1,5 +1,8 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""Describe what a base, an adapter or a federation contains and what of it leaves the owner, in lines to print."""
+"""Describe what a base, an adapter or a federation contains and what of it leaves the owner, in lines to print.
+
+It needs no torch: of adapters it reads the headers.
+"""
 
 import math
 import os
@@ -7,17 +10,16 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..base.manifest import BASE_MANIFEST
-from ..config.federated import FederatedConfig
+from ..config.groups import FederationOptions
 from ..config.metrics import MetricChoice
 from ..config.options import card_labels
 from ..merge.foreign_config import check_patterns
 from ..server.store import FEDERATION_DIR, FEDERATION_FILE, RoundStore
-from ..tensors.adapters import ADAPTER_CONFIG, LoraFactors, lora_factors, read_adapter
-from ..tensors.codebooks import BITS
-from ..tensors.packing import packed_size
+from ..tensors.codebooks import BITS, packed_size
+from ..tensors.headers import TensorRange
+from ..tensors.lora import LoraFactors, lora_factors, read_config, read_shapes
+from ..tensors.names import ADAPTER_CONFIG
 from .base_inspection import describe_base, format_shape, shorten
 from .tables import format_bytes, format_table
 from .text import find_warnings, list_rounds
@@ -77,13 +79,14 @@ def find_kind(directory: str | os.PathLike, verify: bool = False) -> tuple[str, 
 
 def read_lora(
     directory: str | os.PathLike,
-) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, LoraFactors]]:
-    """Read an adapter: its tensors, its configuration, and the factors by target.
+) -> tuple[dict[str, TensorRange], dict[str, Any], dict[str, LoraFactors]]:
+    """Read what an adapter is: its tensors without their values, its configuration, and the factors by target.
 
     Raises:
         ValueError: if it can't be read, is no LoRA, or has patterns that may never end.
     """
-    adapter, config = read_adapter(directory)
+    config = read_config(directory)
+    adapter = read_shapes(directory)
     fields = {name: config.get(name) for name in ("rank_pattern", "alpha_pattern")}
     patterns = [(name, key) for name, value in fields.items() if isinstance(value, dict) for key in value]
     try:
@@ -106,8 +109,8 @@ def describe_adapter(directory: str | os.PathLike, tensors: bool = False) -> lis
     """
     adapter, config, factors = read_lora(directory)
     others = sorted(set(adapter) - {key for f in factors.values() for key in (f.key_a, f.key_b)})
-    values = sum(tensor.numel() for tensor in adapter.values())
-    stored = sum(tensor.nbytes for tensor in adapter.values())
+    counts = [math.prod(tensor.shape) for tensor in adapter.values()]
+    values, stored = sum(counts), sum(tensor.stop - tensor.start for tensor in adapter.values())
     scales = sorted({factor.scale for factor in factors.values()})
     lines = [
         f"{config.get('peft_type', 'PEFT')} adapter: rank {config.get('r')}, alpha {config.get('lora_alpha')}, "
@@ -119,12 +122,10 @@ def describe_adapter(directory: str | os.PathLike, tensors: bool = False) -> lis
         lines.append(f"WARNING: its configuration names the model `{name}`, which a client would see.")
     if tensors:
         rows = [
-            [key, format_shape(t.shape), str(t.dtype).removeprefix("torch."), format_bytes(t.nbytes)]
-            for key, t in adapter.items()
+            [key, format_shape(t.shape), t.dtype_name, format_bytes(t.stop - t.start)] for key, t in adapter.items()
         ]
         lines += ["", *format_table([["tensor", "shape", "dtype", "bytes"], *rows])]
-    block_size = FederatedConfig.adapter_block_size
-    counts = [tensor.numel() for tensor in adapter.values()]
+    block_size = FederationOptions.adapter_block_size
     sizes = [sum(packed_size(bits, n) + SCALE_BYTES * math.ceil(n / block_size) for n in counts) for bits in BITS]
     table = [["bits", *map(str, BITS), "32"], ["bytes", *map(format_bytes, [*sizes, 4 * values])]]
     return [*lines, "", f"To broadcast it to one client, in blocks of {block_size}:", *format_table(table)]
@@ -139,7 +140,7 @@ def describe_federation(output_dir: str | os.PathLike) -> list[str]:
     store = RoundStore(output_dir)
     federation, records = store.read(), store.records()
     config = federation["config"]
-    names = [name for name in card_labels(FederatedConfig) if name != "num_rounds"]  # which is in the first line
+    names = [name for name in card_labels(FederationOptions) if name != "num_rounds"]  # which is in the first line
     shown = [f"{name}={config[name]}" for name in names if config.get(name) not in (None, -1)]
     lines = [
         f"Federation {federation['federation_id']}: {max(len(records) - 1, 0)} of {config['num_rounds']} rounds committed, "

@@ -4,9 +4,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import torch
-
 from ..config.metrics import is_number
 
 
@@ -62,6 +59,9 @@ def _convert(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         # A subclass, such as numpy.float64, is written as what it is.
         return value if value is None or type(value) in (bool, int, float, str) else _plain(value)
+    import numpy as np  # not before something else than JSON's own values comes: a report needs neither
+    import torch
+
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().float().numpy() if value.is_floating_point() else value.detach().cpu().numpy()
     if isinstance(value, np.ndarray | np.generic):

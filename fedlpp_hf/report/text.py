@@ -4,15 +4,18 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..config.federated import FederatedConfig
 from ..config.metrics import MetricChoice, is_number
 from ..server.best import find_published_round
 from .metrics import Record, mean_client_loss
 from .parties import Party
 from .privacy import describe_privacy, find_spent, format_spent
 from .tables import format_bytes, format_table
+
+
+if TYPE_CHECKING:
+    from ..config.federated import FederatedConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,7 @@ def describe_round(record: Record, num_rounds: int, choice: MetricChoice = _BY_N
 
 def render_report(
     records: Sequence[Record],
-    args: FederatedConfig,
+    args: "FederatedConfig",
     references: Mapping[str, Mapping[str, float]] | None = None,
     attackers: Sequence[AttackerRow] = (),
 ) -> str:
@@ -107,7 +110,7 @@ def render_report(
 
 def list_results(
     records: Sequence[Record],
-    args: FederatedConfig,
+    args: "FederatedConfig",
     references: Mapping[str, Mapping[str, float]] | None = None,
     attackers: Sequence[AttackerRow] = (),
 ) -> list[list[str]]:
@@ -148,7 +151,7 @@ def list_results(
     return table
 
 
-def read_ends(records: Sequence[Record], args: FederatedConfig) -> tuple[Mapping[str, Any], Mapping[str, Any], int]:
+def read_ends(records: Sequence[Record], args: "FederatedConfig") -> tuple[Mapping[str, Any], Mapping[str, Any], int]:
     """Metrics by view before the first round and after the last, and the published round: the last has its server's."""
     first, last, published = records[0]["metrics"], records[-1]["metrics"], find_published_round(args, records)
     if published != records[-1]["round"]:
@@ -167,7 +170,9 @@ def describe_costs(records: Sequence[Record]) -> str:
     )
 
 
-def list_remarks(records: Sequence[Record], args: FederatedConfig, attackers: Sequence[AttackerRow] = ()) -> list[str]:
+def list_remarks(
+    records: Sequence[Record], args: "FederatedConfig", attackers: Sequence[AttackerRow] = ()
+) -> list[str]:
     """What the table of results does not say: the stolen value's meaning, what was chosen, and by which rows."""
     published = find_published_round(args, records)
     remarks = (
@@ -183,7 +188,7 @@ def list_remarks(records: Sequence[Record], args: FederatedConfig, attackers: Se
     return remarks
 
 
-def list_warnings(records: Sequence[Record], args: FederatedConfig) -> list[str]:
+def list_warnings(records: Sequence[Record], args: "FederatedConfig") -> list[str]:
     """[`find_warnings`] of a whole federation."""
     first, last, _ = read_ends(records, args)
     return find_warnings(first, last, MetricChoice.of(args))

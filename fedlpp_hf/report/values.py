@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..config.federated import FederatedConfig
+from ..config.precision import PrecisionOptions
 from ..server.store import RoundStore
-from ..tensors.adapters import ADAPTER_CONFIG
-from ..tensors.codebooks import BITS
-from ..tensors.packing import packed_size
+from ..tensors.codebooks import BITS, packed_size
+from ..tensors.names import ADAPTER_CONFIG
 from .base_inspection import summarize_base
 from .inspection import SCALE_BYTES, find_kind, read_lora
 
@@ -36,8 +35,8 @@ def summarize_directory(directory: str | os.PathLike, tensors: bool = False, ver
 
 def _summarize_adapter(directory: Path, tensors: bool) -> dict[str, Any]:
     adapter, config, factors = read_lora(directory)
-    counts = [tensor.numel() for tensor in adapter.values()]
-    block_size = FederatedConfig.adapter_block_size
+    counts = [math.prod(tensor.shape) for tensor in adapter.values()]
+    block_size = PrecisionOptions.adapter_block_size
     broadcast = {
         str(bits): sum(packed_size(bits, count) + SCALE_BYTES * math.ceil(count / block_size) for count in counts)
         for bits in BITS
@@ -48,14 +47,13 @@ def _summarize_adapter(directory: Path, tensors: bool) -> dict[str, Any]:
         "alpha": config.get("lora_alpha"),
         "targets": {path: factor.scale for path, factor in factors.items()},
         "parameters": sum(counts),
-        "bytes": sum(tensor.nbytes for tensor in adapter.values()),
+        "bytes": sum(tensor.stop - tensor.start for tensor in adapter.values()),
         "broadcast_bytes": broadcast | {"32": 4 * sum(counts)},
         "broadcast_block_size": block_size,
     }
     if tensors:
         values["tensors"] = [
-            {"name": key, "shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
-            for key, tensor in adapter.items()
+            {"name": key, "shape": list(tensor.shape), "dtype": tensor.dtype_name} for key, tensor in adapter.items()
         ]
     return values
 

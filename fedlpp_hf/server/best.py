@@ -2,11 +2,14 @@
 """Which round is the best, and so the one that is published: by the owner's selection rows, or `load_best_model_at_end`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..config.federated import FederatedConfig
 from ..config.metrics import MetricChoice, is_number
 from .store import RoundStore
+
+
+if TYPE_CHECKING:
+    from ..config.federated import FederatedConfig
 
 
 def read_judged(record: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -18,7 +21,7 @@ def read_judged(record: Mapping[str, Any]) -> Mapping[str, Any]:
     return metrics | ({"eval_selection_loss": record["selection_loss"]} if "selection_loss" in record else {})
 
 
-def check_chosen(args: FederatedConfig, record: Mapping[str, Any]) -> None:
+def check_chosen(args: "FederatedConfig", record: Mapping[str, Any]) -> None:
     """Refuse, before any client trains, a `metric_for_best_model` that evaluation does not give.
 
     Raises:
@@ -50,7 +53,7 @@ def read_base_weight(store: RoundStore) -> float:
     return float(records[-1 if selected is None else selected].get("base_weight", 0.0))
 
 
-def find_published_round(args: FederatedConfig, records: Sequence[Mapping[str, Any]]) -> int:
+def find_published_round(args: "FederatedConfig", records: Sequence[Mapping[str, Any]]) -> int:
     """The last round, or the best one; of equals, the first.
 
     By the owner's selection rows round 0 may be the best, so that the federation ends no worse on them than it began; with
@@ -64,7 +67,7 @@ def find_published_round(args: FederatedConfig, records: Sequence[Mapping[str, A
     return last if best is None else best
 
 
-def find_best_round(args: FederatedConfig, records: Sequence[Mapping[str, Any]]) -> int | None:
+def find_best_round(args: "FederatedConfig", records: Sequence[Mapping[str, Any]]) -> int | None:
     """The best round by `metric_for_best_model`, from round 1 on; of equals, the first. None if none was measured."""
     choice = MetricChoice.of(args)
     best: tuple[int, float] | None = None
@@ -79,7 +82,7 @@ def find_best_round(args: FederatedConfig, records: Sequence[Mapping[str, Any]])
     return None if best is None else best[0]
 
 
-def forget_rounds(args: FederatedConfig, store: RoundStore) -> None:
+def forget_rounds(args: "FederatedConfig", store: RoundStore) -> None:
     """Delete the tensors of all rounds but the last `save_total_limit`; without a limit, or one of 0, of none.
 
     Beside the last rounds are kept: round 0, where resumed clients start; the best round by `metric_for_best_model`; and the

@@ -10,35 +10,25 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig, PeftModel
-from peft.utils import get_peft_model_state_dict
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .lora import read_config
 from .names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
-PREFIX = "base_model.model."
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
 
 
-@dataclass(frozen=True, slots=True)
-class LoraFactors:
-    """One target of an adapter: the keys of its factors and the scale s in ΔW = s·B·A."""
-
-    module: str
-    key_a: str
-    key_b: str
-    scale: float
-
-
-def adapter_parameters(model: PeftModel, adapter_name: str = "default") -> dict[str, torch.nn.Parameter]:
+def adapter_parameters(model: "PeftModel", adapter_name: str = "default") -> dict[str, torch.nn.Parameter]:
     """The live parameters of an adapter (LoRA factors and `modules_to_save`) by their key in a PEFT repository."""
+    from peft.utils import get_peft_model_state_dict
+
     named = dict(model.named_parameters(remove_duplicate=False))
     # `save_embedding_layers="auto"` would ask the Hub, and could add full-precision embeddings of the base.
     return get_peft_model_state_dict(model, named, adapter_name, save_embedding_layers=False)
@@ -120,75 +110,22 @@ def _shorten(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def lora_factors(keys: Iterable[str], peft_config: PeftConfig | Mapping[str, Any]) -> dict[str, LoraFactors]:
-    """The LoRA targets among an adapter's `keys`, by module path (without PEFT's prefix).
-
-    `lora_A` `(r, in)`, `lora_B` `(out, r)` (for embeddings `lora_embedding_A` `(r, vocabulary)`, `lora_embedding_B`
-    `(dim, r)`); ΔW = s·B·A, s = α/r (LoRA, arXiv 2106.09685, §4.1) or α/√r (rsLoRA, arXiv 2312.03732), with PEFT's
-    `rank_pattern` and `alpha_pattern`.
-
-    Raises:
-        ValueError: if a factor has no partner.
-    """
-    keys = set(keys)
-    targets = {}
-    for key in sorted(keys):
-        for name_a, name_b in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
-            if f".{name_b}" in key and key.replace(f".{name_b}", f".{name_a}") not in keys:
-                raise ValueError(f"The adapter has `{key}` but not its partner `{name_a}`. Save it again.")
-            if f".{name_a}" not in key:
-                continue
-            key_b = key.replace(f".{name_a}", f".{name_b}")
-            if key_b not in keys:
-                raise ValueError(f"The adapter has `{key}` but not its partner `{name_b}`. Save it again.")
-            module = key.split(f".{name_a}")[0].removeprefix(PREFIX)
-            targets[module] = LoraFactors(module, key, key_b, lora_scale(peft_config, module))
-    return targets
-
-
-def lora_scale(peft_config: PeftConfig | Mapping[str, Any], module: str) -> float:
-    """The scale s of a target's ΔW = s·B·A; sources at [`lora_factors`].
-
-    Raises:
-        ValueError: if the configuration has no numbers for it.
-    """
-    config: Mapping[str, Any] = peft_config if isinstance(peft_config, Mapping) else peft_config.to_dict()
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    if not (isinstance(ranks, Mapping) and isinstance(alphas, Mapping)):
-        raise ValueError(
-            f"adapter_config.json is not a configuration of LoRA: it has rank_pattern={ranks!r:.80} and "
-            f"alpha_pattern={alphas!r:.80}; expected names with numbers."
-        )
-    rank = ranks.get(get_pattern_key(list(ranks), module), config.get("r"))
-    alpha = alphas.get(get_pattern_key(list(alphas), module), config.get("lora_alpha"))
-    if type(rank) is not int or rank < 1 or isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise ValueError(
-            f"adapter_config.json is not a configuration of LoRA: it has r={rank!r:.80} and lora_alpha={alpha!r:.80} for "
-            f"`{module}`; expected two numbers."
-        )
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
 def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and configuration of a PEFT repository on disk. Only safetensors are read.
 
     Raises:
         ValueError: if a file is missing, truncated or not what its name says.
     """
-    directory = Path(directory)
-    for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
-        if not (directory / name).is_file():
-            raise ValueError(f"`{directory}` has no `{name}`; expected a PEFT adapter saved as safetensors.")
+    config = read_config(directory)
     try:
-        config = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError(f"its configuration is a {type(config).__name__}, expected an object")
-        return load_file(directory / ADAPTER_WEIGHTS), config
-    except (SafetensorError, ValueError, RecursionError) as error:
+        return load_file(Path(directory) / ADAPTER_WEIGHTS), config
+    except (SafetensorError, ValueError) as error:
         raise ValueError(f"The adapter in `{directory}` can't be read ({error}); is it truncated?") from error
 
 
-def write_adapter(directory: str | os.PathLike, tensors: Mapping[str, torch.Tensor], peft_config: PeftConfig) -> None:
+def write_adapter(
+    directory: str | os.PathLike, tensors: Mapping[str, torch.Tensor], peft_config: "PeftConfig"
+) -> None:
     """Write a plain PEFT repository, without the path or name of the base that PEFT would put into it."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -197,7 +134,7 @@ def write_adapter(directory: str | os.PathLike, tensors: Mapping[str, torch.Tens
     (directory / ADAPTER_CONFIG).write_text(json.dumps(scrub_config(peft_config), indent=2, sort_keys=True) + "\n")
 
 
-def scrub_config(peft_config: PeftConfig) -> dict[str, Any]:
+def scrub_config(peft_config: "PeftConfig") -> dict[str, Any]:
     """`peft_config` as JSON values, without what would tell the owner's paths."""
     config = {
         key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)

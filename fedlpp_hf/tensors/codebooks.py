@@ -1,14 +1,18 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""Codebooks: the levels that quantized values can take."""
+"""Codebooks: the levels that quantized values can take, and the bytes of their codes. It loads torch when levels are made."""
 
 import math
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 BITS = (1, 2, 3, 4, 8)
 FULL_PRECISION = 32
+TRITS_PER_BYTE = 5  # 3**5 = 243 <= 256: 1.6 bits per ternary code
 
 # QLoRA (arXiv 2305.14314, appendix E): the offset that makes NormalFloat's tails finite, as in bitsandbytes.
 _TAIL_QUANTILE = 0.9677083
@@ -36,8 +40,9 @@ def _levels(bits: int) -> tuple[float, ...]:
 def normal_float_levels(bits: int) -> tuple[float, ...]:
     """NormalFloat's `2**bits` levels by formula: quantiles of the normal distribution, 2**(bits-1) above 0 and one less
     below, scaled to end at 1 (QLoRA, arXiv 2305.14314, appendix E)."""
+    import torch
 
-    def quantiles(count: int) -> torch.Tensor:
+    def quantiles(count: int) -> "torch.Tensor":
         return torch.special.ndtri(torch.linspace(_TAIL_QUANTILE, 0.5, count, dtype=torch.float64))[:-1]
 
     half = 2 ** (bits - 1)
@@ -45,7 +50,7 @@ def normal_float_levels(bits: int) -> tuple[float, ...]:
     return tuple((levels / levels.max()).tolist())
 
 
-def codebook(bits: int | str) -> torch.Tensor:
+def codebook(bits: int | str) -> "torch.Tensor":
     """The sorted levels in [-1, 1] of a `bits`-bit code, float32.
 
     1 (or `"ternary"`) is {-1, 0, 1}; 2, 3 and 4 are NormalFloat, the asymmetric quantile code of QLoRA (arXiv
@@ -54,6 +59,8 @@ def codebook(bits: int | str) -> torch.Tensor:
     Raises:
         ValueError: for any other `bits`.
     """
+    import torch
+
     return torch.tensor(_levels(check_bits(bits)), dtype=torch.float32)
 
 
@@ -82,3 +89,10 @@ def check_bits(bits: int | str) -> int:
 def information_bits(bits: int, block_size: int, scale_bits: int = 32) -> float:
     """Information per value in bits: the code's, plus its share of the block's scale."""
     return (math.log2(3) if bits == 1 else bits) + scale_bits / block_size
+
+
+def packed_size(bits: int, count: int) -> int:
+    """Bytes of `count` packed codes."""
+    if bits == 1:
+        return -(-count // TRITS_PER_BYTE)
+    return -(-count // 8) * 3 if bits == 3 else -(-count * bits // 8)

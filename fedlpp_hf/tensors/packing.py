@@ -5,18 +5,12 @@ from collections.abc import Callable
 
 import torch
 
+from .codebooks import TRITS_PER_BYTE, packed_size
+
 
 # Values whose temporaries stay in a core's cache and in memory that is there already (new memory costs as much as the
 # arithmetic), and fewer than the 32768 from which torch spreads an operation over threads.
 CACHED = 30 << 10  # a multiple of 5 and 8, the codes that are packed together
-_TRITS_PER_BYTE = 5  # 3**5 = 243 <= 256: 1.6 bits per ternary code
-
-
-def packed_size(bits: int, count: int) -> int:
-    """Bytes of `count` packed codes."""
-    if bits == 1:
-        return -(-count // _TRITS_PER_BYTE)
-    return -(-count // 8) * 3 if bits == 3 else -(-count * bits // 8)
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -30,9 +24,9 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def _pack_slice(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 1:
-        groups = _pad(codes, _TRITS_PER_BYTE)
+        groups = _pad(codes, TRITS_PER_BYTE)
         packed = groups[:, -1].clone()
-        for place in range(_TRITS_PER_BYTE - 2, -1, -1):
+        for place in range(TRITS_PER_BYTE - 2, -1, -1):
             packed.mul_(3).add_(groups[:, place])
         return packed
     if bits == 3:
@@ -72,7 +66,7 @@ def unpack_codes(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
 def _unpack_slice(packed: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 1:
         byte = torch.arange(256, device=packed.device)
-        trits = torch.stack([byte // 3**place % 3 for place in range(_TRITS_PER_BYTE)], dim=1).to(torch.uint8)
+        trits = torch.stack([byte // 3**place % 3 for place in range(TRITS_PER_BYTE)], dim=1).to(torch.uint8)
         codes = trits.index_select(0, packed.int())
     elif bits == 3:
         a, b, c = packed.view(-1, 3).unbind(1)

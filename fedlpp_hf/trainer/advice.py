@@ -19,10 +19,9 @@ from transformers import (
 
 from ..audit.report import AuditReport
 from ..audit.stolen_value import StolenValue
-from ..config.arguments import parse_args, read_yaml
+from ..config.arguments import parse_args
 from ..config.federated import FederatedConfig
-from ..config.presets import PRESETS, Preset, divide_steps, make_flags
-from ..config.spelling import suggest
+from ..config.presets import FIXED, Preset, divide_steps, make_flags
 from ..report.advice import Estimate, PresetResult, Recommendation
 from ..server.store import RoundStore
 from .advice_results import SCHEMA_VERSION, describe_model, open_output, read_result, write_advice, write_result
@@ -40,14 +39,6 @@ DEFAULTS: dict[str, Any] = {
     "lr_scheduler_type": "constant",
     "seed": 0,
 }
-_FIXED: dict[str, Any] = {
-    "audit": True,
-    "merge": False,
-    "report_to": "none",
-    "disable_tqdm": True,
-}
-# What a preset of a user can't set, because the simulation does.
-_SET_HERE = ("output_dir", "full_model", "resume_from_checkpoint", "overwrite", "audit_steps", "audit_rows", *_FIXED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +103,7 @@ class Simulation:
         try:
             if not {"max_steps", "num_train_epochs"} & set(preset.options):
                 own["max_steps"] = divide_steps(preset.options, self.steps)
-            flags = [*make_flags(DEFAULTS), *self.flags, *make_flags({**preset.options, **own, **_FIXED})]
+            flags = [*make_flags(DEFAULTS), *self.flags, *make_flags({**preset.options, **own, **FIXED})]
             return parse_args((FederatedConfig,), flags)[0]
         except ValueError as error:
             raise ValueError(f"The preset `{preset.name}`: {error}") from error
@@ -138,27 +129,6 @@ class Simulation:
             "steps": self.steps,
             "lora": dict(self.lora),
         }
-
-
-def choose_presets(names: Sequence[str] | None, files: Mapping[str, str]) -> list[Preset]:
-    """The presets of those `names` (all, if None), and those that users have in YAML `files`, by name.
-
-    Raises:
-        ValueError: for an unknown name, one that is taken, or an option that a preset can't set.
-    """
-    known = {preset.name: preset for preset in PRESETS}
-    for name in names or ():
-        if name not in known:
-            raise ValueError(f"There is no preset `{name}`{suggest(name, known)} Expected some of {', '.join(known)}.")
-    found = [preset for preset in PRESETS if names is None or preset.name in names]
-    for name, path in files.items():
-        if name in known:
-            raise ValueError(f"The preset `{name}` exists already; give yours another name.")
-        options = read_yaml(path)
-        if wrong := [option for option in options if option in _SET_HERE]:
-            raise ValueError(f"`{path}` sets `{wrong[0]}`, which the simulation sets itself. Leave it out.")
-        found.append(Preset(name, f"options of {Path(path).name}", options))
-    return found
 
 
 class _Progress(FederatedCallback):

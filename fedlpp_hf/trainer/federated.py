@@ -14,7 +14,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import TrainOutput
 
-from ..audit.audit import check_auditable
+from ..audit.requirements import check_auditable
 from ..client.adapter_config import check_adapter_config
 from ..client.checks import check_loss_weights, check_model, find_peft_model
 from ..client.guard import QuantizedBaseCallback

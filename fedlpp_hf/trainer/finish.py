@@ -4,18 +4,19 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
-from ..audit.audit import audit_federation
 from ..audit.exposed import list_sent
-from ..audit.report import AuditReport
 from ..report.rounds import RoundReporter
 from ..report.sent import SentTensor
 from ..tensors.codebooks import FULL_PRECISION
 from .publishing import MERGED_DIR
 
+
+if TYPE_CHECKING:
+    from ..audit.report import AuditReport
 
 logger = logging.get_logger(__name__)
 
@@ -61,6 +62,8 @@ def finish_federation(trainer: Any, records: Sequence[dict[str, Any]], reporter:
             write_report()
     with _collect(problems):
         if args.audit:
+            from ..audit.audit import audit_federation  # many modules, which few federations need
+
             audit = audit_federation(trainer)
             audit.write(args.output_dir)
             write_report()

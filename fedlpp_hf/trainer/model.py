@@ -19,8 +19,9 @@ from ..config.rules import trainable_keys
 from ..processes.blueprint import TrainerBlueprint
 from ..processes.owner import OwnerProcess
 from ..server.store import FEDERATION_DIR, RoundStore
-from ..tensors.adapters import PREFIX, adapter_parameters
+from ..tensors.adapters import adapter_parameters
 from ..tensors.codebooks import FULL_PRECISION
+from ..tensors.lora import PREFIX
 
 
 def resolve_model(

@@ -58,7 +58,7 @@ def check_launch(args: TrainingArguments) -> None:
             raise ValueError(
                 f"{launched} processes were launched ({variable}), but this Trainer's world has {args.world_size}: each process "
                 "would run the whole federation, in the same output_dir. Launch one process; or several that the Trainer knows "
-                "of, with `torchrun --nproc_per_node N` (and use_cpu=True where there is no GPU), without FSDP or DeepSpeed."
+                "of, with `torchrun --nproc_per_node N` (and use_cpu=True where there is no GPU)."
             )
 
 

@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from ..tensors.codebooks import check_bits
-from ..tensors.files import DTYPES, MAX_HEADER_BYTES
-from ..tensors.packing import packed_size
+from ..tensors.codebooks import check_bits, packed_size
+from ..tensors.files import DTYPES
+from ..tensors.headers import MAX_HEADER_BYTES
 from ..tensors.quantization import QuantizedTensor, dequantize
 
 

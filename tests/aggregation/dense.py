@@ -6,7 +6,7 @@ from peft import LoraConfig
 
 from fedlpp_hf.aggregation.products import join_residual
 from fedlpp_hf.aggregation.round import RoundUpdates
-from fedlpp_hf.tensors.adapters import lora_factors
+from fedlpp_hf.tensors.lora import lora_factors
 from fedlpp_hf.tensors.quantization import dequantize, quantize
 
 

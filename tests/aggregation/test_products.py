@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from fedlpp_hf.aggregation.mean import average_updates, normalize_weights
 from fedlpp_hf.aggregation.products import decompose_product, join_residual, stack_products
 from fedlpp_hf.aggregation.rules import aggregate
-from fedlpp_hf.tensors.adapters import lora_factors, read_adapter, write_adapter
+from fedlpp_hf.tensors.adapters import read_adapter, write_adapter
+from fedlpp_hf.tensors.lora import lora_factors
 
 from .dense import HEAD, E, Q, add, assert_close, coarse, dense, make_adapter, make_config, make_round, total
 

@@ -12,7 +12,8 @@ from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorForSeq2Seq
 
 from fedlpp_hf import AuditReport, FederatedConfig, FederatedTrainer, audit_federation, load_base
-from fedlpp_hf.audit.audit import _Scale, check_auditable
+from fedlpp_hf.audit.audit import _Scale
+from fedlpp_hf.audit.requirements import check_auditable
 from fedlpp_hf.base.manifest import read_manifest
 from fedlpp_hf.cli.main import main
 from fedlpp_hf.processes.measurement import choose_rows, measure_rows

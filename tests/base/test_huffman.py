@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fedlpp_hf.base.huffman import restore_codes, shrink_codes
-from fedlpp_hf.tensors.codebooks import codebook
-from fedlpp_hf.tensors.packing import pack_codes, packed_size
+from fedlpp_hf.tensors.codebooks import codebook, packed_size
+from fedlpp_hf.tensors.packing import pack_codes
 from fedlpp_hf.tensors.quantization import round_to_levels
 
 

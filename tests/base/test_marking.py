@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from fedlpp_hf import export_base, load_base, merge_adapter
 from fedlpp_hf.base.manifest import check_base, read_manifest
-from fedlpp_hf.base.marking import MarkKey, prepare_mark, trace_base
+from fedlpp_hf.base.mark_keys import MarkKey, prepare_mark
+from fedlpp_hf.base.marking import trace_base
 from tests.helpers import make_llama_adapter
 
 

@@ -1,17 +1,21 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """The parser and its errors: one line that says what is wrong, before anything heavy is imported."""
 
+import importlib.util
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from fedlpp_hf import __version__
+from fedlpp_hf.base.mark_keys import MarkKey
 from fedlpp_hf.cli import inspect
 from fedlpp_hf.cli.main import COMMANDS, build_parser
-from fedlpp_hf.tensors.adapters import ADAPTER_CONFIG
-from tests.helpers import assert_fails_in_one_line
+from fedlpp_hf.tensors.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from tests.helpers import assert_fails_in_one_line, make_federation
 
 
 def test_every_command_has_help_with_examples(run):
@@ -83,20 +87,100 @@ def test_wrong_arguments_end_in_one_line(run, arguments, text):
 
 
 def test_wrong_arguments_are_noticed_before_heavy_imports():
-    code = f"""
-import sys
-from fedlpp_hf.cli.main import main
-for arguments in {[arguments for arguments, _ in WRONG_ARGUMENTS]}:
-    try:
-        main(arguments)
-    except SystemExit as end:
-        assert end.code == 2, arguments
-    heavy = {{"torch", "transformers", "peft", "datasets", "bitsandbytes", "flwr"}} & set(sys.modules)
-    assert not heavy, (arguments, heavy)
-"""
+    code = _RUN.format([(arguments, 2) for arguments, _ in WRONG_ARGUMENTS])
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("\n") == len(WRONG_ARGUMENTS)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, full_llama, llama_base, adapters) -> dict[str, str]:
+    """Directories and files by what they are: good ones, and some that are not what a command wants."""
+    root = tmp_path_factory.mktemp("places")
+    (root / "empty").mkdir()
+    (root / "federation.yaml").write_text("trainer: absent.py:make_trainer")
+    (root / "rows.jsonl").touch()
+    cut = Path(shutil.copytree(adapters[0], root / "cut"))
+    with open(cut / ADAPTER_WEIGHTS, "r+b") as file:
+        file.truncate(100)
+    MarkKey("ab" * 32, str(root / "empty"), {"bits": 4}).write(root / "marks.json")
+    make_federation(root / "out", adapters[0])
+    names = {path.stem: str(path) for path in root.iterdir()}
+    return names | {
+        "full": str(full_llama),
+        "base": str(llama_base),
+        "adapter": str(adapters[0]),
+        "new": str(root / "new"),
+    }
+
+
+# Paths that exist, and are not what the command needs; the names are those of `places`.
+WRONG_PLACES = [
+    ("inspect empty", "is not a base"),
+    ("inspect full --verify", "is not a base; --verify"),
+    ("inspect cut", "can't be read"),
+    ("inspect cut --json", "can't be read"),
+    ("audit out", "has no audit.json"),
+    ("status empty", "holds no federation"),
+    ("stop out", "No process runs a federation"),
+    ("quantize empty new", "has neither `model.safetensors` nor"),
+    ("quantize base new", "is quantized already"),
+    ("quantize full new --mark a --key rows", "can't be read"),
+    ("merge full empty new", "has no `adapter_config.json`"),
+    ("merge full cut new", "can't be read"),
+    ("merge empty adapter new", "has neither `model.safetensors` nor"),
+    ("merge base adapter new", "is quantized already"),
+    ("merge full adapter new --base_dir empty", "has no `base_manifest.json`"),
+    ("trace base --key rows", "can't be read"),
+    ("trace empty --key marks", "has neither `model.safetensors` nor"),
+    ("trace base --key marks", "has neither `model.safetensors` nor"),
+    ("push base org/model", "must not be published"),
+    ("push empty org/model", "expected a merged model"),
+    ("push adapter org/model --federation_dir out", "is an adapter; --federation_dir is for"),
+    ("push full org/model --source ./absent", "is neither a directory nor"),
+    ("advise empty rows new", "has neither `model.safetensors` nor"),
+    ("advise full absent.csv new", "data `absent.csv` is not a file"),
+    ("advise full rows new --only strickt", "There is no preset `strickt`"),
+    ("server --config federation", "trainer='absent.py:make_trainer'"),
+    ("client --config federation --data absent.jsonl", "--data `absent.jsonl` does not exist"),
+    ("client --config federation --data rows --dry_run --num_rounds 3", "trainer='absent.py:make_trainer'"),
+]
+RIGHT_PLACES = ["inspect base", "inspect adapter --tensors", "inspect adapter --json", "inspect out", "inspect out --json", "status out"]  # fmt: skip
+# Imports the command, runs it, and says what it imported.
+_RUN = """
+import sys
+from fedlpp_hf.cli.main import main
+for arguments, code in {}:
+    try:
+        main(arguments)
+        assert code == 0, arguments
+    except SystemExit as end:
+        assert end.code == code, arguments
+    heavy = {{"torch", "transformers", "peft", "datasets", "bitsandbytes", "huggingface_hub", "flwr"}} & set(sys.modules)
+    assert not heavy, (arguments, heavy)
+"""
+
+
+@pytest.mark.parametrize("arguments, text", WRONG_PLACES)
+def test_wrong_places_end_in_one_line(run, places, monkeypatch, arguments, text):
+    monkeypatch.chdir(Path(places["empty"]).parent)
+    if arguments.startswith(("server", "client")):
+        pytest.importorskip("flwr", reason="needs the extra [flower]")
+    assert_fails_in_one_line(run(*(places.get(word, word) for word in arguments.split())), text)
+    assert not Path(places["new"]).exists()
+
+
+def test_places_are_checked_and_inspected_before_heavy_imports(places, tmp_path):
+    """What is on disk is checked by its headers: neither a wrong path nor `inspect` and `status` wait for torch."""
+    network = importlib.util.find_spec("flwr") is not None
+    wrong = [(line, 2) for line, _ in WRONG_PLACES if network or not line.startswith(("server", "client"))]
+    lines = [*wrong, *((line, 0) for line in RIGHT_PLACES)]
+    cases = [([places.get(word, word) for word in line.split()], code) for line, code in lines]
+    result = subprocess.run(
+        [sys.executable, "-c", _RUN.format(cases)], cwd=tmp_path, capture_output=True, text=True, timeout=100
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("\n") == len(wrong)
 
 
 def test_wrong_input_ends_in_one_line(run, tmp_path, full_llama, llama_base):

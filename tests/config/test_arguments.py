@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from fedlpp_hf.config.arguments import parse_args, read_yaml
+from fedlpp_hf.config.arguments import parse_args
 from fedlpp_hf.config.federated import FederatedConfig
+from fedlpp_hf.config.yaml_files import read_yaml
 
 
 @dataclass

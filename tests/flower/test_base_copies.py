@@ -5,7 +5,8 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from fedlpp_hf import export_base
-from fedlpp_hf.base.marking import MarkKey, prepare_mark, trace_base
+from fedlpp_hf.base.mark_keys import MarkKey, prepare_mark
+from fedlpp_hf.base.marking import trace_base
 from fedlpp_hf.flower.base_copies import MarkedCopies
 from fedlpp_hf.flower.base_transfer import find_base, read_fingerprint, receive_piece
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from fedlpp_hf import RoundStore
-from fedlpp_hf.base.marking import MarkKey, trace_base
+from fedlpp_hf.base.mark_keys import MarkKey
+from fedlpp_hf.base.marking import trace_base
 from tests.flower.machines import Machines
 from tests.helpers import CLIENTS
 

@@ -2,6 +2,8 @@
 """The result is on disk whole or not at all: kills, full disks, damage, two merges at once."""
 
 import contextlib
+import ctypes
+import errno
 import json
 import os
 import random
@@ -14,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from fedlpp_hf.merge import copying, jobs, rows, sinks, writing
@@ -170,6 +173,34 @@ def test_small_chunks_give_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "BLOCK_BYTES", 4096)
     merge_adapter(full, adapter, tmp_path / "rows", threads=3, verify=True)
     assert read_files(tmp_path / "whole") == read_files(tmp_path / "rows")
+
+
+@pytest.mark.parametrize("alpha", [6, 8])  # a scale of 1.5, and a power of two, which has another product
+def test_distance_between_rows_in_memory_does_not_show(tmp_path, monkeypatch, alpha):
+    """In 16 bits, where chunks are computed in another place than they are read to."""
+    full, adapter, _ = make_pair(tmp_path, dtype=torch.bfloat16, target_modules="all-linear", lora_alpha=alpha)
+    merge_adapter(full, adapter, tmp_path / "padded")
+    monkeypatch.setattr(rows, "PADDING", 0)
+    merge_adapter(full, adapter, tmp_path / "dense")
+    assert read_files(tmp_path / "padded") == read_files(tmp_path / "dense") != read_files(full)
+
+
+@pytest.mark.parametrize("number", [None, errno.EOPNOTSUPP, errno.ENOSPC])
+def test_room_is_reserved_where_it_can_be(tmp_path, monkeypatch, number):
+    class System:
+        def fallocate(self, *arguments):
+            ctypes.set_errno(number)
+            return -1
+
+    if number is not None:
+        monkeypatch.setattr(copying, "_libc", System())
+    with open(tmp_path / "file", "wb") as file:
+        if number == errno.ENOSPC:
+            with pytest.raises(OSError, match="No space left"):
+                copying.reserve_file(file.fileno(), 10**6)
+            return
+        copying.reserve_file(file.fileno(), 10**6)
+        assert os.fstat(file.fileno()).st_size == 10**6
 
 
 def test_a_killed_merge_leaves_nothing_or_everything(tmp_path):

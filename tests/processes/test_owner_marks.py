@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from fedlpp_hf import FederatedTrainer
 from fedlpp_hf.base.manifest import check_base
-from fedlpp_hf.base.marking import MarkKey
+from fedlpp_hf.base.mark_keys import MarkKey
 from fedlpp_hf.cli.main import main
 from fedlpp_hf.processes.blueprint import TrainerBlueprint
 from fedlpp_hf.processes.owner_handler import OwnerHandler

@@ -10,18 +10,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fedlpp_hf.tensors.adapters import (
-    PREFIX,
     adapter_parameters,
     check_keys,
     check_tensors,
     copy_adapter,
     load_adapter_,
-    lora_factors,
-    lora_scale,
     read_adapter,
     scrub_config,
     write_adapter,
 )
+from fedlpp_hf.tensors.lora import PREFIX, lora_factors, lora_scale
 
 
 class Network(nn.Module):

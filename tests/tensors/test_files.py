@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from fedlpp_hf.tensors.files import DTYPES, TensorFile, close_files, find_values, parse_header, read_header
+from fedlpp_hf.tensors.files import DTYPES, TensorFile, close_files, find_values
+from fedlpp_hf.tensors.headers import parse_header, read_header
 
 
 TENSORS = {"a": torch.arange(12.0).view(3, 4), "b": torch.arange(5, dtype=torch.bfloat16)}

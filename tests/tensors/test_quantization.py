@@ -7,8 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlpp_hf.tensors.codebooks import BITS, check_bits, codebook, information_bits, nf4_subset, normal_float_levels
-from fedlpp_hf.tensors.packing import look_up, pack_codes, packed_size, unpack_codes
+from fedlpp_hf.tensors.codebooks import (
+    BITS,
+    check_bits,
+    codebook,
+    information_bits,
+    nf4_subset,
+    normal_float_levels,
+    packed_size,
+)
+from fedlpp_hf.tensors.packing import look_up, pack_codes, unpack_codes
 from fedlpp_hf.tensors.quantization import (
     QuantizedTensor,
     dequantize,

@@ -8,8 +8,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
-from fedlpp_hf.config.presets import PRESETS, Preset, divide_steps, make_flags
-from fedlpp_hf.trainer.advice import Simulation, choose_presets, simulate
+from fedlpp_hf.config.presets import PRESETS, Preset, choose_presets, divide_steps, make_flags
+from fedlpp_hf.trainer.advice import Simulation, simulate
 from fedlpp_hf.trainer.advice_results import ADVICE_JSON, RESULT
 from fedlpp_hf.trainer.advice_rows import RowSource, find_kind, prepare_rows, read_rows
 from tests.helpers import make_tokenizer

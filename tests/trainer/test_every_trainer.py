@@ -12,7 +12,7 @@ from fedlpp_hf import export_base
 from fedlpp_hf.client.checks import find_peft_model
 from fedlpp_hf.config.metrics import MetricChoice
 from fedlpp_hf.merge.merge import merge_adapter
-from fedlpp_hf.tensors.adapters import PREFIX
+from fedlpp_hf.tensors.lora import PREFIX
 from fedlpp_hf.trainer.publishing import MERGED_DIR
 from tests.helpers import ROOT, assert_equal, make_args, make_tokenizer
 from tests.trainer.cases import find_trainer, list_cases, make_rows, render_table

@@ -59,7 +59,7 @@ def test_report_is_written_whatever_fails(llama_base, lora, tmp_path, monkeypatc
             write=lambda directory: None, summarize=lambda: summary, check_threshold=lambda: owner.do("threshold")
         )
 
-    monkeypatch.setattr("fedlpp_hf.trainer.finish.audit_federation", audit)
+    monkeypatch.setattr("fedlpp_hf.audit.audit.audit_federation", audit)
     options = {"num_rounds": 1, "max_steps": 1, "merge": True, "audit": True, "compare_full_precision": True}
     trainer = make_trainer(load_base(llama_base), tmp_path, lora, eval_dataset=make_rows(), **options)
     trainer.owner = owner

@@ -16,7 +16,7 @@ from transformers import (
 
 from fedlpp_hf import FederatedTrainer, QuantizedBaseCallback, export_base, load_base
 from fedlpp_hf.client.checks import find_peft_model
-from fedlpp_hf.tensors.adapters import PREFIX
+from fedlpp_hf.tensors.lora import PREFIX
 from fedlpp_hf.trainer.model import start_adapter
 from fedlpp_hf.trainer.publishing import MERGED_DIR
 from tests.helpers import (

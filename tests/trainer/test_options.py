@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fedlpp_hf import FederatedTrainer, load_base
-from fedlpp_hf.tensors.adapters import lora_factors
+from fedlpp_hf.tensors.lora import lora_factors
 from fedlpp_hf.trainer.publishing import MERGED_DIR
 from fedlpp_hf.wire.encoding import restore_tensors
 from tests.helpers import make_rows, make_trainer
