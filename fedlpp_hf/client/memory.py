@@ -40,9 +40,21 @@ class ClientMemory:
 
     def write(self, tensors: dict[str, torch.Tensor]) -> None:
         """Keep `tensors` for the next round, and the file of the round before for a federation that goes back."""
+        _remove_halves(self.directory)  # of a process that was killed in another round
         write_atomically(self.file, save(tensors))
         for old in [file for file in self._files() if file < self.file][:-1]:
             old.unlink()
 
     def _files(self) -> list[Path]:
         return sorted(self.directory.glob("round-*.safetensors"))
+
+
+def sweep_memories(directory: Path) -> None:
+    """Remove what killed processes left of files under `directory`, where nobody writes any more."""
+    for memory in directory.glob("*/"):
+        _remove_halves(memory)
+
+
+def _remove_halves(directory: Path) -> None:
+    for half in directory.glob(".round-*.tmp"):
+        half.unlink(missing_ok=True)

@@ -4,7 +4,8 @@
 import pytest
 import torch
 
-from fedlpp_hf.client.memory import ClientMemory
+from fedlpp_hf.client.memory import ClientMemory, sweep_memories
+from fedlpp_hf.tensors import atomic
 from fedlpp_hf.wire.messages import ClientTask
 
 
@@ -39,3 +40,20 @@ def test_clients_do_not_share_and_their_ids_are_no_paths(tmp_path, client):
     other.write({"w": torch.zeros(1)})
     assert tmp_path in other.file.resolve().parents
     assert open_memory(tmp_path, 2, federation="another").read() == {}
+
+
+@pytest.mark.parametrize("remedy", ["the next round", "the end"])
+def test_what_a_killed_write_left_goes(tmp_path, monkeypatch, remedy):
+    open_memory(tmp_path, 1).write({"w": torch.ones(1)})
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "sync_path", lambda path: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            open_memory(tmp_path, 2).write({"w": torch.ones(1)})
+    names = {path.name for path in tmp_path.glob("*/*")}
+    assert names == {"round-00001.safetensors", ".round-00002.safetensors.tmp"}
+    if remedy == "the end":
+        sweep_memories(tmp_path)
+    else:
+        open_memory(tmp_path, 3).write({"w": torch.ones(1)})
+        names.add("round-00003.safetensors")
+    assert {path.name for path in tmp_path.glob("*/*")} == names - {".round-00002.safetensors.tmp"}
