@@ -194,7 +194,8 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, WorkersMixin, Publish
                 return self.train_remotely(self._mask(workers.train_clients), num_examples, resume)
             finally:
                 workers.close()
-                sweep_memories(Path(self.args.output_dir) / CLIENTS_DIR)  # one of them may have died
+                store = RoundStore(self.args.output_dir)
+                sweep_memories(store.output_dir / CLIENTS_DIR, store.latest() or 0)  # a worker may have died
         finally:
             gc.unfreeze()
 
