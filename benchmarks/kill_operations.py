@@ -4,11 +4,12 @@
     python -m benchmarks.kill_operations [--kills 40] [--seed 0] [--csv kill_operations.csv]
 
 Three rounds of four clients with two workers and the owner's process, which exports the base, estimates a control variate and merges.
-One run without a kill counts the operations of each process (see `tests/faults.py`). Then, in an order that the seed draws, one trial
-for each: the first such process that comes to that operation dies in it, and the run is resumed if it ended. `--kills` stops earlier.
-Counted are rounds that were committed and are gone, files with other bits than those of the undisturbed run (where a worker's death
-costs a client its part in a round, the rounds before are compared), resumes that fail, and files that are left. A worker's death must
-cost one client one round at most, and never the run. Exit code 1 if anything is wrong. Trials that the file has are not run again.
+One run without a kill counts the operations of each process (see `tests/faults.py`). Then there is one trial for each, in an order
+that the seed draws: the first such process that comes to that operation dies in it, and the run is resumed where that ended it.
+`--kills` stops earlier. Counted are rounds that were committed and are gone, files with other bits than those of the undisturbed run
+(where a worker's death costs a client its part in a round, the rounds before are compared), runs that fail, and files that are left. A
+worker's death must cost one client one round at most, and never the run. Exit code 1 if anything is wrong. Trials that the file has
+are not run again.
 
 The undisturbed run starts all processes as users do. In the trials they are forked, which saves each of them 6 s of imports; that the
 bits are the same is compared in each trial.
@@ -16,6 +17,7 @@ bits are the same is compared in each trial.
 
 import argparse
 import csv
+import gc
 import json
 import os
 import random
@@ -88,6 +90,8 @@ def serve() -> None:
     """Fork a federation for each line that comes in, and answer with its exit code."""
     import matplotlib.figure  # noqa: F401  # for the report, once instead of in each fork
 
+    gc.collect()
+    gc.freeze()  # else each fork walks all that was imported
     while line := sys.stdin.readline():
         pid = os.fork()
         if not pid:
