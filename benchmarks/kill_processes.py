@@ -7,7 +7,8 @@ Three rounds of four clients with two workers and the owner's process, as `train
 owner's process, a worker, or all of them. Then the run is resumed until it ends. Counted are rounds that were committed and are
 gone, bits that differ from the undisturbed run (where a worker dies, its client is left out of that round, so only the rounds before
 are compared), resumes that fail, and files that are left in the temporary directory. Exit code 1 if there is one.
-`benchmarks.kills` has the operations on files. Trials that the file has are not run again.
+Operations on files are killed at in `benchmarks.kills` (one process) and `benchmarks.kill_operations` (the owner's process, workers).
+Trials that the file has are not run again.
 """
 
 import argparse

@@ -83,11 +83,15 @@ class Faults:
             os._exit(KILLED)
 
     # --- What happens at an operation.
+    def is_due(self, number: int, kind: str) -> bool:
+        """Whether the fault is at this operation, or was before it; called once for each."""
+        return self.at is not None and number >= self.at
+
     def _reach(self, kind: str, half: Callable[[], Any] | None = None) -> None:
         """Count an operation; at the fault, do `half` of it and die, or raise what a full disk does."""
         with self._lock:
             number, self.count = self.count, self.count + 1
-            if self.at is None or number < self.at:
+            if not self.is_due(number, kind):
                 return
             if self.mode == "full":
                 if kind not in _NEEDS_ROOM:
@@ -256,13 +260,16 @@ class Faults:
         self._unsynced.add(os.fstat(descriptor).st_ino)
 
     def _is_ours(self, path: str) -> bool:
-        return os.path.realpath(os.path.dirname(path)).startswith(self.root)
+        return self._is_below(os.path.realpath(os.path.dirname(path)))
 
     def _is_ours_open(self, descriptor: int) -> bool:
         try:
-            return os.readlink(f"/proc/self/fd/{descriptor}").startswith(self.root)
+            return self._is_below(os.readlink(f"/proc/self/fd/{descriptor}"))
         except OSError:
             return False
+
+    def _is_below(self, path: str) -> bool:
+        return f"{path}/".startswith(f"{self.root}/")
 
 
 class _File:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ..tensors.atomic import hash_file, sync_path
-from ..tensors.scratch import working_directory
+from ..tensors.atomic import hash_file
+from ..tensors.scratch import replaced_directory
 from .contents import read_json
 from .manifest import BASE_MANIFEST, write_json
 from .shards import WEIGHTS, WEIGHTS_INDEX
@@ -29,10 +29,7 @@ def new_base_directory(output_dir: Path, overwrite: bool) -> Iterator[Path]:
         ValueError: if `output_dir` exists, unless it is a base and `overwrite` is set.
         RuntimeError: if another process is writing it.
     """
-    with working_directory(output_dir, "writing") as partial:
-        old = partial.with_suffix(".replaced")
-        if old.exists():  # left by a process that was killed between the two renamings below
-            shutil.rmtree(old) if output_dir.exists() else old.rename(output_dir)
+    with replaced_directory(output_dir, "writing") as directory:
         if output_dir.exists() and not overwrite:
             raise ValueError(f"`{output_dir}` exists; pass overwrite=True to replace the base in it.")
         if output_dir.exists() and not (output_dir / BASE_MANIFEST).is_file():
@@ -40,15 +37,8 @@ def new_base_directory(output_dir: Path, overwrite: bool) -> Iterator[Path]:
                 f"`{output_dir}` has no `{BASE_MANIFEST}`, so it is not a base and is not overwritten. Choose "
                 "another directory."
             )
-        yield partial
-        # The new name must not be on disk before the files are: whoever finds it takes the base for whole.
-        for path in (*partial.rglob("*"), partial):
-            sync_path(path)
-        if output_dir.exists():
-            output_dir.rename(old)
-        partial.rename(output_dir)
-        sync_path(partial.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        directory.mkdir()
+        yield directory
 
 
 class ShardWriter:

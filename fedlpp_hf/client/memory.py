@@ -21,7 +21,7 @@ class ClientMemory:
     def __init__(self, directory: Path, task: ClientTask):
         client = hashlib.sha256(f"{task.federation_id}/{task.client_id}".encode()).hexdigest()[:32]
         self.directory = directory / client
-        self.file = self.directory / f"round-{task.round:05d}.safetensors"
+        self.file = self.directory / _name_file(task.round)
 
     def read(self) -> dict[str, torch.Tensor]:
         """What the client kept in its last round before the task's: a resumed federation may go back a round.
@@ -29,7 +29,7 @@ class ClientMemory:
         Raises:
             ValueError: if the file is damaged.
         """
-        earlier = [file for file in self._files() if file < self.file]
+        earlier = _find_earlier(self.file)
         try:
             return load_file(earlier[-1]) if earlier else {}
         except SafetensorError as error:
@@ -41,8 +41,30 @@ class ClientMemory:
     def write(self, tensors: dict[str, torch.Tensor]) -> None:
         """Keep `tensors` for the next round, and the file of the round before for a federation that goes back."""
         write_atomically(self.file, save(tensors))
-        for old in [file for file in self._files() if file < self.file][:-1]:
-            old.unlink()
+        _tidy(self.file)
 
-    def _files(self) -> list[Path]:
-        return sorted(self.directory.glob("round-*.safetensors"))
+
+def sweep_memories(directory: Path, last_round: int) -> None:
+    """Remove what processes that were killed left under `directory`. Nobody may be writing there.
+
+    Args:
+        directory: Of all memories.
+        last_round: The last one that is committed.
+    """
+    for memory in directory.glob("*/"):
+        _tidy(memory / _name_file(last_round))
+
+
+def _name_file(number: int) -> str:
+    return f"round-{number:05d}.safetensors"
+
+
+def _find_earlier(file: Path) -> list[Path]:
+    """The files of rounds before that of `file`, in order."""
+    return [other for other in sorted(file.parent.glob("round-*.safetensors")) if other < file]
+
+
+def _tidy(file: Path) -> None:
+    """Keep what is of the round of `file` or later, and the last file before; halves are of processes that were killed."""
+    for left in (*_find_earlier(file)[:-1], *file.parent.glob(".round-*.tmp")):
+        left.unlink()

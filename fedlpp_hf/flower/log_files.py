@@ -4,39 +4,28 @@
 import contextlib
 import os
 import shutil
-import threading
-from collections.abc import Iterator
 from pathlib import Path
+
+from .repeating import repeating
 
 
 MAX_BYTES = 50_000_000  # of a file, and of the older one beside it
 _LOOK_SECONDS = 10.0
 
 
-@contextlib.contextmanager
-def keep_small(*paths: Path) -> Iterator[None]:
+def keep_small(*paths: Path) -> contextlib.AbstractContextManager[None]:
     """Meanwhile, empty each of these logs once it is too long; what was in it is the file beside it, `.1`.
 
     Others write them, and must have opened them to append. They go on in the same file, so a few lines that come between copy
     and emptying can be lost.
     """
-    over = threading.Event()
 
     def look() -> None:
-        while True:
-            for path in paths:
-                with contextlib.suppress(OSError):  # it is not there yet, or the disk is full
-                    empty_if_long(path)
-            if over.wait(_LOOK_SECONDS):
-                return
+        for path in paths:
+            with contextlib.suppress(OSError):  # it is not there yet, or the disk is full
+                empty_if_long(path)
 
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    return repeating(look, _LOOK_SECONDS)
 
 
 def empty_if_long(path: Path) -> None:

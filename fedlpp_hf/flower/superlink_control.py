@@ -4,15 +4,15 @@
 import contextlib
 import json
 import subprocess
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..tensors.atomic import write_atomically
 from .client_keys import read_public_key
 from .installed_app import APP_FILES
+from .repeating import repeating
 
 
 _CONNECTION = "fedlpp"
@@ -66,31 +66,24 @@ def register_clients(state_dir: Path, client_keys: str | None, environment: dict
         write_atomically(registered / path.name, path.read_bytes())
 
 
-@contextlib.contextmanager
-def watch_keys(state_dir: Path, client_keys: str | None, environment: dict[str, str]) -> Iterator[None]:
+def watch_keys(
+    state_dir: Path, client_keys: str | None, environment: dict[str, str]
+) -> contextlib.AbstractContextManager[None]:
     """Register keys that are added meanwhile. Those that are removed need nothing here: the gate reads the directory."""
     if client_keys is None:
-        yield
-        return
-    over = threading.Event()
+        return contextlib.nullcontext()
+    told = ""
 
     def watch() -> None:
-        told = ""
-        while not over.wait(_WATCH_SECONDS):
-            try:
-                register_clients(state_dir, client_keys, environment)
-            except (ValueError, RuntimeError, OSError) as error:
-                if str(error) != told:  # the owner may be writing the file; it is tried again
-                    told = str(error)
-                    print(told, flush=True)
+        nonlocal told
+        try:
+            register_clients(state_dir, client_keys, environment)
+        except (ValueError, RuntimeError, OSError) as error:
+            if str(error) != told:  # the owner may be writing the file; it is tried again
+                told = str(error)
+                print(told, flush=True)
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    return repeating(watch, _WATCH_SECONDS)
 
 
 def run_app(state_dir: Path, environment: dict[str, str]) -> int:

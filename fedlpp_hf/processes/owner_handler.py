@@ -203,7 +203,7 @@ class OwnerHandler:
     def merge(self, tensors, adapter_dir: str, output_dir: str, base_weight: float):
         blueprint = self.blueprint
         revision = blueprint.init_kwargs.get("revision")
-        with replaced_directory(Path(output_dir)) as fresh:
+        with replaced_directory(Path(output_dir), "merging into") as fresh:
             merge_adapter(
                 blueprint.full_model,
                 adapter_dir,

@@ -56,22 +56,31 @@ def working_directory(target: Path, doing: str) -> Iterator[Path]:
 
 
 @contextmanager
-def replaced_directory(target: Path) -> Iterator[Path]:
-    """Name a directory for the block to make. It takes the place of `target` when it is whole.
+def replaced_directory(target: Path, doing: str) -> Iterator[Path]:
+    """Name a directory for the block to make, which takes the place of `target` once it is whole and on disk.
 
-    The old one stays beside it until then, also where the process is killed. What a killed process left is mended first.
+    Where the block fails, the old one stays. Where the process was killed during the exchange, the next call mends that first.
+
+    Args:
+        target: What is being written.
+        doing: As in [`working_directory`].
+
+    Raises:
+        RuntimeError: if another process is at it.
     """
-    fresh, old = (target.with_name(f"{target.name}.{end}") for end in ("new", "old"))
-    if old.exists() and not target.exists():  # killed between the two renames
-        os.replace(old, target)
-    for left in (fresh, old):
-        shutil.rmtree(left, ignore_errors=True)
-    yield fresh
-    if target.exists():
-        os.replace(target, old)
-    os.replace(fresh, target)
-    sync_path(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    with working_directory(target, doing) as work:
+        fresh, old = work / target.name, work.with_name(f".{target.name}.replaced")
+        if old.exists():  # left by a process that was killed after the first of the two renamings below
+            shutil.rmtree(old) if target.exists() else old.rename(target)
+        yield fresh
+        # The new name must not be on disk before the files are: whoever finds it takes them for whole.
+        for path in (*fresh.rglob("*"), fresh):
+            sync_path(path)
+        if target.exists():
+            target.rename(old)
+        fresh.rename(target)
+        sync_path(work.parent)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

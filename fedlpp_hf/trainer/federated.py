@@ -19,6 +19,7 @@ from ..client.adapter_config import check_adapter_config
 from ..client.checks import check_loss_weights, check_model, find_peft_model
 from ..client.guard import QuantizedBaseCallback
 from ..client.logit_adjustment import check_labels
+from ..client.memory import sweep_memories
 from ..client.partition import check_client_sizes, count_rows, drop_column, partition_clients
 from ..config.federated import FederatedConfig
 from ..config.rules import check_products
@@ -193,6 +194,8 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, WorkersMixin, Publish
                 return self.train_remotely(self._mask(workers.train_clients), num_examples, resume)
             finally:
                 workers.close()
+                store = RoundStore(self.args.output_dir)
+                sweep_memories(store.output_dir / CLIENTS_DIR, store.latest() or 0)  # a worker may have died
         finally:
             gc.unfreeze()
 

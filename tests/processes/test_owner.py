@@ -2,6 +2,7 @@
 """What the clients' process never sees, and what the owner's process does when asked."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from fedlpp_hf.processes.owner_handler import OwnerHandler
 from fedlpp_hf.tensors import scratch
 from fedlpp_hf.tensors.adapters import read_adapter
 from fedlpp_hf.trainer.publishing import MERGED_DIR
+from tests.faults import KILLED
 from tests.helpers import ROOT, make_args, make_labelled_rows, make_pair, make_rows, read_files
 
 
@@ -212,34 +214,37 @@ def test_what_could_not_be_merged_is_refused_when_the_trainer_is_made(full_llama
 
 @pytest.mark.parametrize("killed_at", ["old aside", "new in", "old removed"])
 def test_a_merge_that_is_killed_loses_no_model(tmp_path, monkeypatch, killed_at):
-    """Killed before a step of the swap: a whole model is there, and the next merge leaves one directory."""
+    """Killed before a step of the exchange: a whole model is there, and the next merge leaves one directory."""
     full, adapter, _ = make_pair(tmp_path / "pair")
-    out, aside = tmp_path / "out" / MERGED_DIR, tmp_path / "out" / f"{MERGED_DIR}.old"
+    out, aside = tmp_path / "out" / MERGED_DIR, tmp_path / "out" / f".{MERGED_DIR}.replaced"
     blueprint = SimpleNamespace(full_model=str(full), init_kwargs={}, choose_class=lambda config: AutoModelForCausalLM)
     handler = OwnerHandler(blueprint, tmp_path / "scratch")
     handler.merge({}, str(adapter), str(out), 0.0)
     whole = read_files(out)
     (out / "earlier").touch()  # tells the old one from the new one
-    replace, remove = scratch.os.replace, scratch.shutil.rmtree
+    rename, remove = os.rename, scratch.shutil.rmtree
 
-    def die_in_replace(source, target):
+    def die_in_rename(source, target):
         if Path(target) == {"old aside": aside, "new in": out}.get(killed_at):
-            raise KeyboardInterrupt
-        replace(source, target)
+            os._exit(KILLED)
+        rename(source, target)
 
     def die_in_remove(path, *args, **kwargs):
         if killed_at == "old removed" and path == aside and aside.exists():
-            raise KeyboardInterrupt
+            os._exit(KILLED)
         remove(path, *args, **kwargs)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(scratch.os, "replace", die_in_replace)
-        patch.setattr(scratch.shutil, "rmtree", die_in_remove)
-        with pytest.raises(KeyboardInterrupt):
+    pid = os.fork()
+    if not pid:
+        try:
+            os.rename, scratch.shutil.rmtree = die_in_rename, die_in_remove
             handler.merge({}, str(adapter), str(out), 0.0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == KILLED
     left = {path.name for path in out.parent.iterdir()}
-    ends = {"old aside": {"", ".new"}, "new in": {".old", ".new"}, "old removed": {"", ".old"}}[killed_at]
-    assert left == {f"{MERGED_DIR}{end}" for end in ends}
+    there = {"old aside": {out.name}, "new in": {aside.name}, "old removed": {out.name, aside.name}}[killed_at]
+    assert left == there | {f".{MERGED_DIR}.merging"}
     with monkeypatch.context() as patch:  # one that fails gives back the model of the run before
         patch.setattr("fedlpp_hf.processes.owner_handler.merge_adapter", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
