@@ -19,7 +19,6 @@ from ..client.adapter_config import check_adapter_config
 from ..client.checks import check_loss_weights, check_model, find_peft_model
 from ..client.guard import QuantizedBaseCallback
 from ..client.logit_adjustment import check_labels
-from ..client.memory import sweep_memories
 from ..client.partition import check_client_sizes, count_rows, drop_column, partition_clients
 from ..config.federated import FederatedConfig
 from ..config.rules import check_products
@@ -131,8 +130,8 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, WorkersMixin, Publish
         check_model(model, unquantized)
         self.blueprint.follow(find_peft_model(model))
         check_products(args.aggregation, self.blueprint.peft_config)
-        memory_dir = Path(args.output_dir) / CLIENTS_DIR
-        self.guard = QuantizedBaseCallback(memory_dir=memory_dir, allow_full_precision=unquantized)
+        memories = Path(args.output_dir) / CLIENTS_DIR
+        self.guard = QuantizedBaseCallback(memory_dir=memories, allow_full_precision=unquantized)
         start = copy_adapter(adapter_parameters(find_peft_model(model)))
         arguments = {
             "data_collator": data_collator,
@@ -155,9 +154,8 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, WorkersMixin, Publish
         check_adapter_switching(self.model, args)
         self.client_datasets = self.prepare_clients(self.raw_datasets)
         check_labels(find_peft_model(self.model), self.client_datasets, args.logit_adjustment)
-        check_client_sizes(
-            self.client_datasets, args.train_batch_size * args.world_size if args.dataloader_drop_last else 1
-        )
+        least = args.train_batch_size * args.world_size if args.dataloader_drop_last else 1
+        check_client_sizes(self.client_datasets, least)
         if self.owner is None and args.full_model and self.is_world_process_zero():
             self.owner = OwnerProcess(self.blueprint)
         if self.owner is not None and args.merge:
@@ -193,9 +191,7 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, WorkersMixin, Publish
             try:
                 return self.train_remotely(self._mask(workers.train_clients), num_examples, resume)
             finally:
-                workers.close()
-                store = RoundStore(self.args.output_dir)
-                sweep_memories(store.output_dir / CLIENTS_DIR, store.latest() or 0)  # a worker may have died
+                self.end_workers(workers)
         finally:
             gc.unfreeze()
 

@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
 
+from ..client.guard import QuantizedBaseCallback
+from ..client.memory import sweep_memories
 from ..processes.blueprint import TrainerBlueprint
 from ..processes.workers import ClientWorkers
+from ..server.store import RoundStore
 from ..tensors.codebooks import FULL_PRECISION
 from .callbacks import EventHandler, means_rounds
 
@@ -16,12 +19,13 @@ _Parent: Any = Trainer if TYPE_CHECKING else object
 
 
 class WorkersMixin(_Parent):
-    """The part of [`FederatedMixin`] that starts `client_workers`.
+    """The part of [`FederatedMixin`] that starts and ends `client_workers`.
 
-    `users_callbacks` are those that the trainer was made with, `own_callbacks` all it had then.
+    `guard` keeps the clients' memories; `users_callbacks` are those that the trainer was made with, `own_callbacks` all it had then.
     """
 
     blueprint: TrainerBlueprint
+    guard: QuantizedBaseCallback
     raw_datasets: dict[str, Any]
     callback_handler: EventHandler
     users_callbacks: list[Any]
@@ -57,6 +61,12 @@ class WorkersMixin(_Parent):
         if blueprint.base_dir:
             theirs = dataclasses.replace(theirs, full_model="")
         return ClientWorkers(theirs, args.client_workers, None, self._begin_client)
+
+    def end_workers(self, workers: ClientWorkers) -> None:
+        """Close the processes, and sweep what one that died has left of its clients' memories."""
+        workers.close()
+        if self.guard.memory_dir is not None:
+            sweep_memories(self.guard.memory_dir, RoundStore(self.args.output_dir).latest() or 0)
 
     def _begin_client(self, client_id: str) -> None:
         if self.rounds is not None:
