@@ -25,22 +25,23 @@ from ..wire.messages import ClientTask, ClientUpdate
 logger = logging.getLogger(__name__)
 
 LEDGER_FILE = "sums.json"
-_MOST_OPENINGS = 3  # of a round with noise: what a server that crashes may need
+_MOST_MASKED = 3  # updates of a round with noise: what a server that crashes may need
 
 
 @dataclass(frozen=True, slots=True)
 class OpenedRounds:
-    """What a client has helped to open of one federation.
+    """What a client has done in the sums of one federation.
 
     Args:
-        last: Number of the last round.
+        last: Number of the last round that it has helped to open.
         survivors: Digest of those whose updates were in its sum.
-        noises: Round and noise multiplier of each sum in which the client's noise was, in order.
+        noises: Round, noise multiplier and colluders of each update that has left masked, with noise, in order. Others may have
+            opened its sum without this client.
     """
 
     last: int = 0
     survivors: str = ""
-    noises: Sequence[tuple[int, float]] = ()
+    noises: Sequence[tuple[int, float, int]] = ()
 
 
 class SumLedger:
@@ -48,7 +49,7 @@ class SumLedger:
 
     The sums of two sets of survivors of one round differ by the updates of single clients, so a client opens a round for one
     set alone, and no round before its last one. It does not even mask its update for another set: those who have not opened
-    the round yet could open that sum without it. With noise it opens a round three times at most.
+    the round yet could open that sum without it. With noise it masks its update of a round three times at most.
 
     Args:
         file: The ledger's.
@@ -65,7 +66,7 @@ class SumLedger:
             clients: Digest of those whose updates may be in the sum, where they are known.
 
         Raises:
-            RefusedError: if a later round was opened, or this one for others, or too often.
+            RefusedError: if a later round was opened, or this one for others.
         """
         opened = self.find(federation_id)
         if number < opened.last:
@@ -77,40 +78,57 @@ class SumLedger:
             raise RefusedError(
                 f"this client has helped to open round {number} for other survivors; the two sums would tell updates apart"
             )
-        if sum(one == number for one, _ in opened.noises) >= _MOST_OPENINGS:
+
+    def check_noise(self, federation_id: str, number: int) -> None:
+        """
+        Raises:
+            RefusedError: if this round's update has left masked, with noise, as often as it may.
+        """
+        if sum(one == number for one, *_ in self.find(federation_id).noises) >= _MOST_MASKED:
             raise RefusedError(
-                f"this client has helped to open round {number} as often as it does, {_MOST_OPENINGS} times: each has other noise, "
-                "and the mean of more would have too little"
+                f"this client has masked its update of round {number} as often as it does, {_MOST_MASKED} times: each has other "
+                "noise, and the mean of more would have too little; start another federation"
             )
 
-    def enter(self, federation_id: str, number: int, survivors: str, noise_multiplier: float = 0.0) -> None:
+    def note_noise(self, federation_id: str, number: int, noise: NoiseShares) -> None:
+        """Note that an update is about to leave masked, with its share of the noise.
+
+        It counts whether or not this client is asked to help to open the sum: a threshold of the others can open it.
+
+        Raises:
+            RefusedError: as [`check_noise`].
+        """
+        self.check_noise(federation_id, number)
+        opened = self.find(federation_id)
+        noises = [*opened.noises, (number, noise.multiplier, noise.colluders)]
+        self._write(federation_id, replace(opened, noises=noises))
+
+    def enter(self, federation_id: str, number: int, survivors: str) -> None:
         """Note a sum that is about to be opened, before the first share leaves.
 
         Args:
             federation_id: Of the federation.
             number: Of the round.
             survivors: Digest of those whose updates are in it.
-            noise_multiplier: Of the noise that clients have added, or 0.
 
         Raises:
-            RefusedError: if this round was opened for others, or too often, or a later one was.
+            RefusedError: if this round was opened for others, or a later one was.
         """
         self.check(federation_id, number, survivors)
-        entries = self._read()
-        noises = self.find(federation_id).noises
-        if noise_multiplier:
-            noises = [*noises, (number, noise_multiplier)]
-        entries[federation_id] = OpenedRounds(number, survivors, noises)
-        values = {name: [entry.last, entry.survivors, list(entry.noises)] for name, entry in entries.items()}
-        write_atomically(self.file, json.dumps(values).encode(), mode=0o600)
+        self._write(federation_id, replace(self.find(federation_id), last=number, survivors=survivors))
 
     def find(self, federation_id: str) -> OpenedRounds:
-        """What was opened of a federation.
+        """What this client has done in a federation.
 
         Raises:
             RefusedError: if the file is damaged.
         """
         return self._read().get(federation_id, OpenedRounds())
+
+    def _write(self, federation_id: str, entry: OpenedRounds) -> None:
+        entries = self._read() | {federation_id: entry}
+        values = {name: [entry.last, entry.survivors, list(entry.noises)] for name, entry in entries.items()}
+        write_atomically(self.file, json.dumps(values).encode(), mode=0o600)
 
     def _read(self) -> dict[str, OpenedRounds]:
         if not self.file.exists():
@@ -126,7 +144,8 @@ class SumLedger:
 
 def _read_entry(last: Any, survivors: Any, noises: Any = ()) -> OpenedRounds:
     """An entry of the file; those of older versions have no noise."""
-    return OpenedRounds(int(last), str(survivors), [(int(number), float(noise)) for number, noise in noises])
+    read = [(int(number), float(multiplier), int(colluders)) for number, multiplier, colluders in noises]
+    return OpenedRounds(int(last), str(survivors), read)
 
 
 class ClientSums:
@@ -162,22 +181,25 @@ class ClientSums:
 
         Raises:
             ValueError: if the update could overflow the sum, or the task's noise can't be added or accounted for.
-            RefusedError: if a later round's sum was opened.
+            RefusedError: if a later round's sum was opened, or the update was masked with noise as often as it may.
         """
         federation, number = task.federation_id, task.round
         self._client = None
         self.ledger.check(federation, number)
         size = sum(tensor.numel() for tensor in self.shapes.values())
         terms = replace(make_terms(self.args, task, size), least=self.least)
+        if terms.noise is not None:
+            self.ledger.check_noise(federation, number)
         spent = self._describe_spent(task, terms)
 
         def admit(members: str) -> None:
             self.ledger.check(federation, number, members)
+            if terms.noise is not None:
+                self.ledger.note_noise(federation, number, terms.noise)
+                logger.info(spent)
 
         def approve(survivors: str) -> None:
-            self.ledger.enter(federation, number, survivors, 0.0 if terms.noise is None else terms.noise.multiplier)
-            if spent:
-                logger.info(spent)
+            self.ledger.enter(federation, number, survivors)
 
         self._client = SumClient(
             terms,
@@ -200,7 +222,7 @@ class ClientSums:
         return self._client.answer(step, request)
 
     def _describe_spent(self, task: ClientTask, terms: SumTerms) -> str:
-        """What the log says once the sum is opened: ε of all sums that have this client's noise. Nothing without noise.
+        """What the log says when the update leaves: ε of all sums that may have it, opened or not. Nothing without noise.
 
         Raises:
             ValueError: for a δ out of range, or without dp-accounting.
@@ -208,10 +230,13 @@ class ClientSums:
         noise, delta = terms.noise, task.options.share_delta
         if noise is None:
             return ""
-        multipliers = [multiplier for _, multiplier in self.ledger.find(task.federation_id).noises]
-        sums = Counter(NoiseShares(one, noise.colluders, noise.values) for one in (*multipliers, noise.multiplier))
+        noises = [(one, colluders) for _, one, colluders in self.ledger.find(task.federation_id).noises]
+        noises.append((noise.multiplier, noise.colluders))
+        # A sum of less noise for fewer colluders holds against no more of them.
+        colluders = min(colluders for _, colluders in noises)
+        sums = Counter(NoiseShares(one, colluders, noise.values) for one, _ in noises)
         return (
-            f"Round {task.round}: this client's update is in a sum with its share of the noise, noise multiplier "
-            f"{noise.multiplier:.4g}. If no more than {noise.colluders} of the others help the server, its {sums.total()} sums in this "
-            f"federation spend ε = {compute_share_epsilon(sums, delta):.3f} at δ = {delta:g}."
+            f"Round {task.round}: this client's update leaves masked, with its share of the noise, noise multiplier "
+            f"{noise.multiplier:.4g}. If no more than {colluders} of the others help the server, the {sums.total()} sums of this "
+            f"federation that may have it spend ε = {compute_share_epsilon(sums, delta):.3f} at δ = {delta:g}."
         )

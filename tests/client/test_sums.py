@@ -52,26 +52,28 @@ def test_damaged_ledger_opens_nothing(ledger):
             ledger.enter("f", 9, "these")
 
 
-def test_noise_is_counted_and_a_round_is_opened_three_times_at_most(ledger):
+def test_noise_is_counted_and_a_round_is_masked_three_times_at_most(ledger):
     """Each time with other noise: a server that says it has crashed, again and again, would average it away."""
+    noise, other = NoiseShares(1.5, 1, 8), NoiseShares(2.0, 3, 8)
     for _ in range(3):
-        ledger.enter("f", 3, "these", 1.5)
+        ledger.note_noise("f", 3, noise)
     again = SumLedger(ledger.file)
-    for call in (lambda: again.check("f", 3), lambda: again.enter("f", 3, "these", 1.5)):
+    for call in (lambda: again.check_noise("f", 3), lambda: again.note_noise("f", 3, noise)):
         with pytest.raises(
-            RefusedError, match="helped to open round 3 as often as it does, 3 times: each has other noise"
+            RefusedError, match="masked its update of round 3 as often as it does, 3 times: each has other noise"
         ):
             call()
-    again.enter("f", 4, "those", 2.0)
-    assert again.find("f") == OpenedRounds(4, "those", [(3, 1.5)] * 3 + [(4, 2.0)])
+    again.enter("f", 3, "these")  # the third may still be opened
+    again.note_noise("f", 4, other)
+    assert again.find("f") == OpenedRounds(3, "these", [(3, 1.5, 1)] * 3 + [(4, 2.0, 3)])
     assert again.find("g") == OpenedRounds()
 
 
 def test_ledger_of_an_older_version_has_no_noise(ledger):
     ledger.file.write_text(json.dumps({"f": [3, "these"]}))
     assert ledger.find("f") == OpenedRounds(3, "these", [])
-    ledger.enter("f", 4, "those", 1.0)
-    assert ledger.find("f").noises == [(4, 1.0)]
+    ledger.note_noise("f", 4, NoiseShares(1.0, 1, 8))
+    assert ledger.find("f") == OpenedRounds(3, "these", [(4, 1.0, 1)])
 
 
 def test_ledger_is_for_its_user_alone(ledger):
@@ -138,13 +140,13 @@ class TestNoiseInShares:
             "out", report_to=[], use_cpu=True, weighting="uniform", secure_aggregation=True, secure_threshold=0.5,
             clip_update_norm=1.0,
         )  # fmt: skip
-        adapter, names = {"q.lora_A.weight": torch.zeros(2, 4)}, name_clients(3)
-        sums = {name: ClientSums(args, adapter, tmp_path / name) for name in names}
-        for name in names:
+        adapter, everyone = {"q.lora_A.weight": torch.zeros(2, 4)}, name_clients(9)
+        sums = {name: ClientSums(args, adapter, tmp_path / name) for name in everyone}
+        for name in everyone:
             (tmp_path / name).mkdir()
 
-        def run_round(number, noise=4.0):
-            options = LocalOptions(share_noise=noise, share_colluders=1, share_delta=1e-2)
+        def run_round(number, noise=4.0, colluders=1, names=everyone[:3], unasked=""):
+            options = LocalOptions(share_noise=noise, share_colluders=colluders, share_delta=1e-2)
             tasks = {name: ClientTask("f", number, 9, name, 0, "ab" * 32, None, options) for name in names}
 
             def train(asked):
@@ -157,7 +159,12 @@ class TestNoiseInShares:
 
             def ask(step, requests):
                 for name, request in requests.items():
-                    yield name, sums[name].answer(name, step, request)
+                    if step == "opening" and name == unasked:
+                        continue
+                    try:
+                        yield name, sums[name].answer(name, step, request)
+                    except ValueError as error:
+                        yield name, str(error)
 
             terms = make_own_terms(args, tasks["site-00"], 8)
             return list(run_sum(terms, tasks, 3, train, ask))
@@ -173,21 +180,45 @@ class TestNoiseInShares:
         assert len(lines) == 9
         sums = {NoiseShares(4.0, 1, 8): 2, NoiseShares(3.0, 1, 8): 1}
         assert lines[-1].startswith(
-            "Round 2: this client's update is in a sum with its share of the noise, noise multiplier 3."
+            "Round 2: this client's update leaves masked, with its share of the noise, noise multiplier 3."
         )
         assert lines[-1].endswith(
-            f"its 3 sums in this federation spend ε = {compute_share_epsilon(sums, 1e-2):.3f} at δ = 0.01."
+            f"the 3 sums of this federation that may have it spend ε = {compute_share_epsilon(sums, 1e-2):.3f} at δ = 0.01."
         )
-        assert "If no more than 1 of the others help the server" in lines[0] and "its 1 sums" in lines[0]
+        assert "If no more than 1 of the others help the server" in lines[0] and "the 1 sums of" in lines[0]
 
     def test_server_that_goes_on_asking_gets_three_sums(self, open_round):
         assert [len(open_round(1)) for _ in range(3)] == [1, 1, 1]
         reasons = {answer.reason for answer in open_round(1)}
         assert reasons == {
-            "this client has helped to open round 1 as often as it does, 3 times: each has other noise, and the mean of more would "
-            "have too little"
+            "this client has masked its update of round 1 as often as it does, 3 times: each has other noise, and the mean of more "
+            "would have too little; start another federation"
         }
         assert len(open_round(2)) == 1
+
+    def test_sum_that_others_open_without_this_client_counts_for_it_too(self, open_round, tmp_path, caplog):
+        """A server that never asks a client to open could else have as many sums with its update as there are pairs of others."""
+        names = name_clients(9)
+        with caplog.at_level(logging.INFO):
+            for start in (1, 3, 5):
+                sum_ = open_round(1, names=["site-00", *names[start : start + 2]], unasked="site-00")[0]
+                assert "site-00" in sum_.clients
+        ledger = SumLedger(tmp_path / "site-00" / LEDGER_FILE).find("f")
+        assert ledger == OpenedRounds(0, "", [(1, 4.0, 1)] * 3)
+        spent = compute_share_epsilon({NoiseShares(4.0, 1, 8): 3}, 1e-2)
+        assert any(
+            f"the 3 sums of this federation that may have it spend ε = {spent:.3f}" in one for one in caplog.messages
+        )
+        last = open_round(1, names=["site-00", *names[7:]], unasked="site-00")
+        assert "site-00" in {answer.client_id for answer in last}
+        assert any("masked its update of round 1 as often as it does" in answer.reason for answer in last)
+
+    def test_log_promises_what_holds_for_the_sum_with_the_fewest_colluders(self, open_round, caplog):
+        with caplog.at_level(logging.INFO):
+            open_round(1, colluders=0)
+            open_round(2, colluders=1)
+        lines = [record.message for record in caplog.records if "share of the noise" in record.message]
+        assert "If no more than 0 of the others help the server, the 2 sums" in lines[-1]
 
     def test_noise_that_can_not_be_accounted_for_is_not_added(self, open_round, monkeypatch):
         monkeypatch.setitem(sys.modules, "dp_accounting", None)
