@@ -40,7 +40,7 @@ BENCHMARKS = (
         "have is known only after transformers is there; and options of the federation, after `advise`, `server` and `client`, are those of "
         "the trainer's own classes, so a mistyped one takes as long as their import. What merges or quantizes imports PEFT, and "
         "with it transformers and bitsandbytes, which PEFT imports at its top.",
-        ("--repeats", "6"),
+        ("--repeats", "3"),
         ("--repeats", "30"),
     ),
     Benchmark(
@@ -83,7 +83,7 @@ BENCHMARKS = (
         "The mean of updates",
         "Aim: 1.5 × reading the files, and memory of three adapters. Sums are in double precision, client by client in a fixed order. "
         "The aim is out of reach of torch's operations for bfloat16: a value is read in half the time, and is still widened to eight bytes "
-        "and added, which takes longer than to read it (the line below the table). To map the files, other sizes of chunks, or fewer calls of "
+        "and added, which takes longer than to read it (the benchmark prints both). To map the files, other sizes of chunks, or fewer calls of "
         "Python gained nothing; one pass would need a compiled kernel.",
         ("--clients", "12", "--layers", "8", "--repeats", "5"),
         ("--clients", "12", "100", "--repeats", "5"),

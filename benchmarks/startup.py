@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""What imports and commands cost before they do anything: seconds of the processor, memory, and which packages are loaded.
+"""What imports and commands cost before they do anything: seconds of the processor, and which packages are loaded.
 
     python -m benchmarks.startup --repeats 10
 
@@ -63,12 +63,12 @@ def make_places(root: Path) -> dict[str, str]:
     return {path.name: str(path) for path in root.iterdir()} | {"new": str(root / "new")}
 
 
-def measure(command: Sequence[str]) -> tuple[float, float, int]:
-    """Seconds of the processor and largest resident memory in MB of a process and its children, and its exit code."""
+def measure(command: Sequence[str]) -> tuple[float, int]:
+    """Seconds of the processor of a process and its children, and its exit code."""
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000, process.returncode
+    return usage.ru_utime + usage.ru_stime, process.returncode
 
 
 def compare_imports(repeats: int) -> None:
@@ -87,7 +87,7 @@ def compare_imports(repeats: int) -> None:
 
 def list_commands(root: Path, repeats: int) -> None:
     places = make_places(root)
-    found: dict[str, list[tuple[float, float, int]]] = {line: [] for line in COMMANDS}
+    found: dict[str, list[tuple[float, int]]] = {line: [] for line in COMMANDS}
     loaded: dict[str, str] = {}
     for _ in range(repeats):
         for line in COMMANDS:
@@ -96,10 +96,10 @@ def list_commands(root: Path, repeats: int) -> None:
             loaded[line] = (root / "loaded").read_text()
             if Path(places["new"]).exists():
                 subprocess.run(["rm", "-r", places["new"]], check=True)
-    print("\n| command | exit code | seconds of the processor | MB | loads |\n|---|---|---|---|---|")
+    print("\n| command | exit code | seconds of the processor | loads |\n|---|---|---|---|")
     for line, taken in found.items():
-        seconds, memory = (statistics.median(one[place] for one in taken) for place in (0, 1))
-        print(f"| `{line}` | {taken[0][2]} | {seconds:.2f} | {memory:.0f} | {loaded[line]} |", flush=True)
+        seconds = statistics.median(one[0] for one in taken)
+        print(f"| `{line}` | {taken[0][1]} | {seconds:.2f} | {loaded[line]} |", flush=True)
 
 
 def main() -> None:
