@@ -162,7 +162,13 @@ class QuantizedBaseCallback(TrainerCallback):
     @torch.no_grad()
     def on_train_begin(self, args, state, control, *, model: torch.nn.Module, train_dataloader: Any, **kwargs):
         if self.task_dir is not None:
-            self.accept(_read_task(self.task_dir / TASK_FILE))
+            task = _read_task(self.task_dir / TASK_FILE)
+            if task.options.share_noise:
+                raise ValueError(
+                    f"The task in `{self.task_dir}` leaves the noise to the clients of a secure sum, and this callback writes "
+                    "updates in the clear, without noise. Use `fedlpp-hf client` with secure_aggregation=True."
+                )
+            self.accept(task)
         if self.gate is not None:
             self.gate.policy.check_steps(state.max_steps)
         load_adapter_(self.parameters, self.current_task.proxy_tensors() or self.initial)

@@ -113,6 +113,12 @@ def train_task(trainer: Any, task: bytes) -> bytes:
 
 
 def _train(trainer: Any, task: Any, data: bytes) -> Any:
+    if task.options.share_noise and name_answer(trainer) == "update":
+        # The server refuses an update in the clear, too, but only once it has it.
+        raise SayableError(
+            "the task leaves the noise to the clients of a secure sum, and this client would send its update in the clear, "
+            "without noise; set secure_aggregation=True at the client, too"
+        )
     trainer.guard.admit(task)
     trainer.share("train", lambda: data)  # with the other ranks under `accelerate launch`
     return trainer.train_client(task)

@@ -1,6 +1,8 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """The guard: what it refuses to train, and an unmodified Trainer script that it turns into a client."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -9,7 +11,7 @@ from transformers.utils import logging
 
 from fedlpp_hf import FederatedServer, FederatedTrainer, QuantizedBaseCallback, load_base
 from fedlpp_hf.client.guard import TASK_FILE, UPDATE_FILE
-from fedlpp_hf.wire.messages import ClientUpdate
+from fedlpp_hf.wire.messages import ClientUpdate, LocalOptions
 from tests.helpers import make_rows, make_trainer, run_client_script, task_of
 
 
@@ -79,6 +81,14 @@ def test_pushing_a_clients_files(llama_base, lora, tmp_path):
         trainer.push_to_hub()
     with pytest.raises(ValueError, match="There is no task at"):
         trainer.train()
+
+
+def test_task_of_a_noisy_sum_is_not_answered_with_a_file_in_the_clear(llama_base, lora, tmp_path):
+    task = replace(task_of(make_trainer(str(llama_base), tmp_path, lora)), options=LocalOptions(share_noise=1.0))
+    (tmp_path / TASK_FILE).write_bytes(task.to_bytes())
+    with pytest.raises(ValueError, match="leaves the noise to the clients of a secure sum, and this callback writes"):
+        run_client_script(llama_base, lora, tmp_path, tmp_path, make_rows())
+    assert not (tmp_path / UPDATE_FILE).exists()
 
 
 def test_unmodified_trainer_with_the_callback_is_a_client(llama_base, lora, tmp_path):

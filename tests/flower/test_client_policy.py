@@ -80,6 +80,16 @@ def test_policy_of_a_client_in_sums(client, tmp_path):
     assert train_task(trainer, replace(task, options=LocalOptions(share_noise=2.0, share_delta=0.1)).to_bytes())
 
 
+def test_task_of_a_noisy_sum_is_not_answered_in_the_clear(client):
+    """With no word of it in the policy; the server would refuse the update, but have it."""
+    settings, trainer, task = client("max_rounds: 1\n")
+    with pytest.raises(
+        SayableError, match="would send its update in the clear, without noise; set secure_aggregation"
+    ):
+        train_task(trainer, replace(task, options=LocalOptions(share_noise=2.0, share_delta=0.1)).to_bytes())
+    assert not ClientLedger.open(settings.ledger_dir).rounds  # nothing was trained
+
+
 @pytest.mark.slow
 def test_record_level_privacy_is_the_clients(client):
     pytest.importorskip("opacus", reason="needs the extra `privacy`")

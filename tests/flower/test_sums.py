@@ -80,7 +80,11 @@ def test_noise_in_shares(tmp_path, write_config, rows, llama_base, monkeypatch, 
     assert [record["privacy"]["releases"] for record in records[1:]] == [1, 2]
     spent = records[2]["privacy"]["epsilon"]
     assert spent == RoundStore(tmp_path / "process").records()[2]["privacy"]["epsilon"]
-    lines = [line.message for line in caplog.records if "its 2 sums in this federation spend" in line.message]
+    lines = [
+        line.message
+        for line in caplog.records
+        if "the 2 sums of this federation that may have it spend" in line.message
+    ]
     assert len(lines) == 3 and all(f"ε = {spent:.3f} at δ = 0.01" in line for line in lines)
     assert network.updates == [None] * len(network.updates)
 
