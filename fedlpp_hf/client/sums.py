@@ -79,6 +79,18 @@ class SumLedger:
                 f"this client has helped to open round {number} for other survivors; the two sums would tell updates apart"
             )
 
+    def check_kind(self, federation_id: str, has_noise: bool) -> None:
+        """
+        Raises:
+            RefusedError: if earlier rounds had noise and this one has none, or the reverse: no ε would hold for all of them.
+        """
+        entry = self.find(federation_id)
+        if (entry.noises or entry.last) and has_noise != bool(entry.noises):
+            raise RefusedError(
+                f"earlier sums of this federation were {'with' if entry.noises else 'without'} noise of the clients, and this one is "
+                f"{'with' if has_noise else 'without'}; start another federation"
+            )
+
     def check_noise(self, federation_id: str, number: int) -> None:
         """
         Raises:
@@ -181,13 +193,15 @@ class ClientSums:
 
         Raises:
             ValueError: if the update could overflow the sum, or the task's noise can't be added or accounted for.
-            RefusedError: if a later round's sum was opened, or the update was masked with noise as often as it may.
+            RefusedError: if a later round's sum was opened, the update was masked with noise as often as it may, or only some of
+                the federation's rounds have noise.
         """
         federation, number = task.federation_id, task.round
         self._client = None
         self.ledger.check(federation, number)
         size = sum(tensor.numel() for tensor in self.shapes.values())
         terms = replace(make_terms(self.args, task, size), least=self.least)
+        self.ledger.check_kind(federation, terms.noise is not None)
         if terms.noise is not None:
             self.ledger.check_noise(federation, number)
         spent = self._describe_spent(task, terms)

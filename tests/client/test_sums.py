@@ -3,6 +3,7 @@
 
 import json
 import logging
+import re
 import stat
 import sys
 
@@ -212,6 +213,19 @@ class TestNoiseInShares:
         last = open_round(1, names=["site-00", *names[7:]], unasked="site-00")
         assert "site-00" in {answer.client_id for answer in last}
         assert any("masked its update of round 1 as often as it does" in answer.reason for answer in last)
+
+    @pytest.mark.parametrize(
+        ("first", "second", "reason"),
+        [
+            (4.0, 0.0, "were with noise of the clients, and this one is without"),
+            (0.0, 4.0, "were without noise .* is with;"),
+        ],
+    )
+    def test_server_can_not_turn_noise_off_or_on_between_rounds(self, open_round, first, second, reason):
+        """The ε that the log tells would be that of some sums alone."""
+        assert len(open_round(1, noise=first)) == 1
+        assert all(re.search(reason, answer.reason) for answer in open_round(2, noise=second))
+        assert len(open_round(2, noise=first)) == 1
 
     def test_log_promises_what_holds_for_the_sum_with_the_fewest_colluders(self, open_round, caplog):
         with caplog.at_level(logging.INFO):
