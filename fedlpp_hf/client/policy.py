@@ -133,6 +133,11 @@ class ClientPolicy:
         ):
             if least is not None and not least <= said < math.inf:
                 raise PolicyRefusal(f"The task announces {name}={said:g}; the policy demands at least {least:g}.")
+        if in_sum and self.min_noise_multiplier is not None and options.share_colluders < 1:
+            raise PolicyRefusal(
+                "The task counts on the noise of every client of the sum (share_colluders=0), so one that tells the server its share "
+                "takes the noise below the policy's min_noise_multiplier. The server needs colluding_clients of 1 or more."
+            )
 
     def check_steps(self, steps: int) -> None:
         """Refuse a local run of more or fewer steps than the policy allows.

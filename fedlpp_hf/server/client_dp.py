@@ -124,7 +124,12 @@ class ClientDP:
         return AggregationResult(release.mean, report={"privacy": report})
 
     def _describe(self, noise_std: float, divisor: int) -> dict[str, Any]:
-        """`privacy` of a round's record: the noise on each value of its sum, what the sum was divided by, and what is spent."""
+        """`privacy` of a round's record.
+
+        Args:
+            noise_std: Of the noise on each value of its sum, as far as it counts.
+            divisor: What the sum was divided by.
+        """
         return {
             "epsilon": self._spent(),
             "epsilon_of_another_round": self._spent(self._ledger.releases[-1] + 1),

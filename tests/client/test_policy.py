@@ -119,6 +119,12 @@ SHARED = replace(TASK, options=LocalOptions(share_noise=0.8, share_colluders=1, 
         ({"min_noise_multiplier": 0.5}, TASK, True, "announces share_noise=0; the policy demands at least 0.5"),
         ({"min_clients": 7}, SHARED, True, "announces num_clients=6; the policy demands at least 7"),
         (
+            {"min_noise_multiplier": 0.8},
+            replace(TASK, options=LocalOptions(share_noise=0.8, share_delta=1e-3)),
+            True,
+            r"share_colluders=0\), so one that tells the server its share",
+        ),
+        (
             {},
             SHARED,
             False,

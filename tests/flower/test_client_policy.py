@@ -77,7 +77,8 @@ def test_policy_of_a_client_in_sums(client, tmp_path):
     for options, said in ((LocalOptions(), "share_noise=0"), (LocalOptions(share_noise=1.0), "share_noise=1")):
         with pytest.raises(PolicyRefusal, match=f"announces {said}; the policy demands at least 2"):
             train_task(trainer, replace(task, options=options).to_bytes())
-    assert train_task(trainer, replace(task, options=LocalOptions(share_noise=2.0, share_delta=0.1)).to_bytes())
+    enough = LocalOptions(share_noise=2.0, share_colluders=1, share_delta=0.1)
+    assert train_task(trainer, replace(task, options=enough).to_bytes())
 
 
 def test_task_of_a_noisy_sum_is_not_answered_in_the_clear(client):
