@@ -8,11 +8,20 @@ import torch
 from peft import LoraConfig
 
 from fedlpp_hf import FederatedConfig, FederatedServer
+from fedlpp_hf.server.ledger import LEDGER_FILE
 from fedlpp_hf.wire.messages import ClientUpdate
 
 
 KEY_A, KEY_B = "base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"
 CLIENTS = {"a": 10, "b": 20, "c": 30}
+# Client-level differential privacy. Everyone in each round under replacing one: an analysis that takes a millisecond.
+PRIVATE = {
+    "noise_multiplier": 4.0,
+    "target_delta": 1e-2,
+    "clip_update_norm": 1.0,
+    "weighting": "uniform",
+    "aggregation": "freeze_a",
+}
 
 
 def make_server(output_dir, num_examples=CLIENTS, **options):
@@ -41,3 +50,7 @@ def answer_all(tasks):
 
 def read_record(server, number):
     return json.loads((server.store.round_dir(number) / "round.json").read_text())
+
+
+def read_ledger(server):
+    return json.loads((server.store.root / LEDGER_FILE).read_text())

@@ -18,19 +18,11 @@ from fedlpp_hf.privacy.accounting import compute_epsilon
 from fedlpp_hf.privacy.draws import draw_clients
 from fedlpp_hf.server.ledger import LEDGER_FILE
 
-from .small_server import KEY_A, KEY_B, answer, make_server, read_record
+from .small_server import KEY_A, KEY_B, PRIVATE, answer, make_server, read_ledger, read_record
 
 
 pytest.importorskip("dp_accounting", reason="needs the extra [privacy]")
 CLIENTS = {f"c{number}": 5 for number in range(8)}
-# Everyone in each round under replacing one: an analysis that takes a millisecond.
-PRIVATE = {
-    "noise_multiplier": 4.0,
-    "target_delta": 1e-2,
-    "clip_update_norm": 1.0,
-    "weighting": "uniform",
-    "aggregation": "freeze_a",
-}
 POISSON = {"client_sampling": "poisson", "clients_per_round": 4, "noise_multiplier": 1.0}
 
 
@@ -45,10 +37,6 @@ def answer_small(task, value=0.1, **changes):
 
 def answer_all(tasks):
     return [answer_small(task) for task in tasks]
-
-
-def read_ledger(server):
-    return json.loads((server.store.root / LEDGER_FILE).read_text())
 
 
 def spent(server, releases):

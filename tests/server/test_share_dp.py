@@ -1,7 +1,6 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Noise in shares in the round loop: sums of real clients, the budget, and an account that no crash makes smaller."""
 
-import json
 import math
 
 import numpy as np
@@ -12,30 +11,21 @@ from fedlpp_hf.privacy import noise_shares
 from fedlpp_hf.privacy.noise_shares import NoiseShares, compute_share_epsilon
 from fedlpp_hf.privacy.secure_sums.server import SumServer
 from fedlpp_hf.server.dropping import check_dropped
-from fedlpp_hf.server.ledger import LEDGER_FILE
 from fedlpp_hf.server.sampling import sample_clients
 from fedlpp_hf.trainer.secure_rounds import sum_in_process
 from fedlpp_hf.wire.messages import ClientFailure
 
-from .small_server import KEY_B, answer, make_server, read_record
+from .small_server import KEY_B, PRIVATE, answer, make_server, read_ledger, read_record
 
 
 pytest.importorskip("dp_accounting", reason="needs the extra [privacy]")
 pytest.importorskip("Crypto", reason="needs the extra [privacy]")
 CLIENTS = {f"c{number}": 5 for number in range(6)}
-PRIVATE = {
-    "noise_multiplier": 4.0,
-    "target_delta": 1e-2,
-    "clip_update_norm": 1.0,
-    "weighting": "uniform",
-    "aggregation": "freeze_a",
-    "secure_aggregation": True,
-    "secure_threshold": 0.5,
-}
+SHARED = {**PRIVATE, "secure_aggregation": True, "secure_threshold": 0.5}
 
 
 def make_private(output_dir, clients=CLIENTS, **options):
-    return make_server(output_dir, clients, **{**PRIVATE, **options})
+    return make_server(output_dir, clients, **{**SHARED, **options})
 
 
 def train(tasks):
@@ -44,10 +34,6 @@ def train(tasks):
 
 def run(server, train=train, resume=False):
     return server.run(sum_in_process(server.args, server.adapter, train, server.count_opening), resume)
-
-
-def read_ledger(server):
-    return json.loads((server.store.root / LEDGER_FILE).read_text())
 
 
 def spent(server, releases):
