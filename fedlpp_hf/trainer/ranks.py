@@ -5,6 +5,7 @@ What they tell each other travels as tensors: torch's own way for objects would 
 """
 
 import os
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,10 @@ from ..wire.messages import ClientTask
 _Parent: Any = Trainer if TYPE_CHECKING else object
 # Where launchers say how many processes they start.
 _WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+# Kept, so that gloo's thread never frees them: it needs the interpreter's lock for that, and waits for ever if the process group
+# is just being destroyed under the lock, as at the end of a script, where the last thing that ranks do is to hear "stop".
+_last_works: deque[Any] = deque(maxlen=2)
 
 
 class RanksMixin(_Parent):
@@ -65,10 +70,16 @@ def check_launch(args: TrainingArguments) -> None:
 def broadcast_bytes(data: bytes | None, device: torch.device) -> bytes:
     """Bytes from rank 0, which passes them, to all other ranks, which pass None."""
     size = torch.tensor([0 if data is None else len(data)], device=device)
-    torch.distributed.broadcast(size, 0)
+    _broadcast(size)
     if data is None:
         buffer = torch.empty(int(size), dtype=torch.uint8, device=device)
     else:
         buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
-    torch.distributed.broadcast(buffer, 0)
+    _broadcast(buffer)
     return buffer.cpu().numpy().tobytes()
+
+
+def _broadcast(tensor: torch.Tensor) -> None:
+    work = torch.distributed.broadcast(tensor, 0, async_op=True)
+    work.wait()
+    _last_works.append(work)

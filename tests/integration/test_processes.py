@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 from safetensors.torch import load_file
 
 from fedlpp_hf import RoundStore
@@ -37,6 +38,19 @@ def test_two_ranks_train_each_client_together(llama_base, tmp_path):
     assert [float(rank.pop("loss")) for rank in ranks] == [losses[2]] * 2
     assert_equal(*ranks)
     assert losses[2] < losses[0]
+
+
+@pytest.mark.slow
+def test_ranks_end(tmp_path):
+    """gloo's thread and whatever destroys the process group waited for each other, in one end of some hundred."""
+    script = [sys.executable, "-m", "tests.integration.ending_ranks"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ranks = [subprocess.Popen([*script, str(rank), str(tmp_path), "100"], cwd=ROOT, env=environment) for rank in range(2)]
+    try:
+        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 def test_interrupted_by_signal_and_resumed(llama_base, tmp_path):
