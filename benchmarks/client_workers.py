@@ -5,7 +5,8 @@
 
 The first round of each, in which processes start and memory is touched, is left out. The adapters at the end are compared:
 with equal threads they are bit-identical, and with the usual ones (all cores in one process, one core for each worker)
-whether they are is printed.
+whether they are is printed. One process of one thread is measured, too: what more threads gain in one process, workers can't gain
+again.
 """
 
 import argparse
@@ -26,8 +27,9 @@ from fedlpp_hf import FederatedConfig, FederatedTrainer, export_base
 CLIENTS, BATCH, LENGTH = 8, 8, 64
 
 
-def run_federation(base: Path, output_dir: Path, workers: int, rounds: int, steps: int) -> tuple[float, dict]:
+def run_federation(base: Path, output_dir: Path, workers: int, options: argparse.Namespace) -> tuple[float, dict]:
     """Median seconds of a round after the first, and the adapter at the end."""
+    rounds, steps = options.rounds, options.steps
     torch.manual_seed(0)
     count = CLIENTS * BATCH * steps
     rows = {
@@ -62,15 +64,21 @@ def main() -> None:
         folder = Path(name)
         model_class = AutoModelForSequenceClassification
         export_base(encoder, folder / "base", model_class=model_class)
-        alone, adapter = run_federation(folder / "base", folder / "1", 1, options.rounds, options.steps)
-        print(f"{CLIENTS} clients of {options.steps} steps one after the other: {alone:.2f} s a round")
+        alone, adapter = run_federation(folder / "base", folder / "1", 1, options)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        single, _ = run_federation(folder / "base", folder / "single", 1, options)
+        torch.set_num_threads(threads)
+        print(
+            f"{CLIENTS} clients of {options.steps} steps one after the other: {alone:.2f} s a round with {threads} threads"
+        )
+        print(f"with 1 thread: {single:.2f} s; so {threads} threads are {single / alone:.2f} times as fast")
         for workers in options.workers:
-            together, other = run_federation(
-                folder / "base", folder / str(workers), workers, options.rounds, options.steps
-            )
+            together, other = run_federation(folder / "base", folder / str(workers), workers, options)
             equal = all(torch.equal(adapter[key], other[key]) for key in adapter)
             print(
-                f"{workers} workers: {together:.2f} s a round, {alone / together:.2f} times as fast; the adapters are "
+                f"{workers} workers: {together:.2f} s a round, {alone / together:.2f} times as fast ({single / together:.2f} times one "
+                f"thread's); the adapters are "
                 f"{'bit-identical' if equal else 'not bit-identical'} (threads differ)"
             )
 

@@ -71,6 +71,15 @@ BENCHMARKS = (
         ("--rounds", "6"),
     ),
     Benchmark(
+        "owner_ahead",
+        "The owner beside the clients",
+        "What the control variate costs a round when the owner's runs come after the clients', and when they run at the same time, "
+        "as they do over a network, and in a simulation that leaves cores free. The evaluation of the server's model needs the "
+        "round's updates, and is waited for; the report says how long.",
+        ("--rounds", "3"),
+        ("--rounds", "9"),
+    ),
+    Benchmark(
         "many_clients",
         "Very many clients",
         "Updates are checked as they come and kept in files; the mean reads them again. What grows with the number of "

@@ -51,6 +51,10 @@ class OwnerProcess:
                 )
         self.has_rows = blueprint.owner_dataset is not None
         self.selects = blueprint.selection_dataset is not None
+        self.works_ahead = True  # False where clients on this machine leave no core free: both would take longer
+        self._begun: tuple[int, list[int]] | None = (
+            None  # round and seeds of an estimate whose answer nobody has asked for yet
+        )
         self._service = Service("owner", _make_handler, blueprint)
 
     def export_base(self, output_dir: str | os.PathLike, mark: tuple[str, str] | None = None) -> dict[str, Any]:
@@ -106,6 +110,13 @@ class OwnerProcess:
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         return RowMeasures(arrays["loss"], arrays.get("accuracy"), answer["num_outputs"])
 
+    def begin_variate(self, start: Mapping[str, torch.Tensor], round_number: int, seeds: Sequence[int]) -> None:
+        """Begin [`estimate_variate`] of the same arguments, where `works_ahead`, and do not wait for it."""
+        if self.works_ahead:
+            self._forget_begun()
+            self._service.send("estimate_variate", start, round_number=round_number, seeds=list(seeds))
+            self._begun = (round_number, list(seeds))
+
     def estimate_variate(
         self, start: Mapping[str, torch.Tensor], round_number: int, seeds: Sequence[int]
     ) -> tuple[dict[str, torch.Tensor], float]:
@@ -116,6 +127,10 @@ class OwnerProcess:
         compensates the quantizer, and common random numbers leave little else in it. Each of `seeds` makes such a pair
         with other batches; [`average_variates`] of them, and the share that is not chance, are returned.
         """
+        if self._begun == (round_number, list(seeds)):
+            self._begun = None
+            answer, payload = self._service.receive()
+            return restore_tensors(payload), answer["share"]
         answer, variate = self._ask("estimate_variate", start, round_number=round_number, seeds=list(seeds))
         return variate, answer["share"]
 
@@ -145,8 +160,15 @@ class OwnerProcess:
     def _ask(
         self, command: str, tensors: Mapping[str, torch.Tensor] | None = None, **arguments: Any
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        self._forget_begun()
         answer, payload = self._service.ask(command, tensors, **arguments)
         return answer, restore_tensors(payload)
+
+    def _forget_begun(self) -> None:
+        """Take the answer that was begun and that nobody wants any more, because its round failed, before another question."""
+        if self._begun is not None:
+            self._begun = None
+            self._service.receive()
 
 
 def _pack_adapter(

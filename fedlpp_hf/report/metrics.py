@@ -18,7 +18,7 @@ def flatten_record(record: Record) -> dict[str, float]:
     if record["round"]:
         logs |= {"clients/accepted": len(record["clients"]), "clients/rejected": len(record["rejected"])}
         logs |= {"bytes/down": record["bytes_down"], "bytes/up": record["bytes_up"]}
-        logs |= {"time/seconds": record["seconds"]}
+        logs |= {"time/seconds": record["seconds"], "time/owner": record.get("owner_seconds")}
     if record["clients"]:
         logs["clients/loss"] = mean_client_loss(record)
     return {name: value for name, value in logs.items() if is_number(value)}

@@ -164,9 +164,11 @@ def describe_costs(records: Sequence[Record]) -> str:
     down, up = (sum(record[way] for record in records) for way in ("bytes_down", "bytes_up"))
     clients = sum(len(record["clients"]) for record in records)
     rejected = sum(len(record["rejected"]) for record in records)
+    owner = sum(record.get("owner_seconds", 0.0) for record in records if record["round"])
+    waited = f", of which {owner:.0f} s waited for the owner's work" if owner else ""
     return (
         f"{len(records) - 1} rounds, {clients} client runs ({rejected} rejected), {format_bytes(down)} to clients, "
-        f"{format_bytes(up)} from clients, {sum(record['seconds'] for record in records):.0f} s."
+        f"{format_bytes(up)} from clients, {sum(record['seconds'] for record in records):.0f} s{waited}."
     )
 
 

@@ -3,7 +3,7 @@
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -23,12 +23,12 @@ from ..wire.messages import ClientFailure, ClientTask, ClientUpdate, LocalOption
 from .admission import AcceptedUpdate
 from .best import check_chosen, find_published_round, forget_rounds
 from .combine import combine_updates
-from .owner import Owner
+from .owner import Owner, Tensors
 from .resume import check_resumable
 from .sampling import make_seed, sample_clients
 from .share_dp import make_dp
 from .state import ServerState
-from .step import MeanUpdate, check_owner, is_variate_used, take_step
+from .step import MeanUpdate, check_owner, list_owner_seeds, take_step
 from .store import RoundStore
 from .sums import make_admission
 
@@ -157,7 +157,7 @@ class FederatedServer:
             frozen = {key: held[key] for key in held.keys() - trainable_keys("freeze_a", held)}
             self.state = ServerState(dict(self.adapter) | frozen)
         nothing: dict[str, Any] = {"clients": {}, "rejected": {}, "asked": []}
-        nothing |= {"bytes_down": 0, "bytes_up": 0, "seconds": 0.0}
+        nothing |= {"bytes_down": 0, "bytes_up": 0}
         if self.owner is not None and self.owner.selects:
             nothing["selection_loss"] = self.owner.measure_selection(self.adapter, {}, [0.0])[0]
         return 0, self._commit(0, nothing)
@@ -190,6 +190,10 @@ class FederatedServer:
         proxy = self.make_proxy(self.adapter) if self.args.broadcasts else None  # one for all, whatever their number
         drawn, dropped = self.sample_clients(number), self.dropped
         tasks = {client: self.make_task(number, client, proxy) for client in drawn if client not in dropped}
+        start = self.untrained.adapter if proxy is None else restore_tensors(proxy)
+        seeds = list_owner_seeds(self.args, number, self.store.records())
+        if self.owner is not None and seeds:
+            self.owner.begin_variate(start, number, seeds)
         updates, rejected = self.admission.collect(tasks, train_clients(list(tasks.values())) if tasks else ())
         if len(updates) < self.args.min_clients and (self.dp is None or self.args.secure_aggregation):
             reasons = "; ".join(f"{client}: {reason}" for client, reason in rejected.items())
@@ -197,7 +201,7 @@ class FederatedServer:
                 f"Round {number} has {len(updates)} acceptable updates; min_clients={self.args.min_clients}. {reasons}. "
                 f"Rounds up to {number - 1} are committed: correct the cause and resume."
             )
-        report = self._step(number, updates, None if proxy is None else restore_tensors(proxy))
+        report = self._step(number, updates, start, seeds)
         record = {
             "clients": {
                 client: update.metrics | {"num_examples": update.num_examples} for client, update in updates.items()
@@ -207,12 +211,11 @@ class FederatedServer:
             "traffic": (traffic := self.admission.traffic),
             "bytes_down": sum(cost["bytes_down"] for cost in traffic.values()),
             "bytes_up": sum(update.num_bytes for update in updates.values()),
-            "seconds": time.perf_counter() - began,
             **self.admission.report,
             **({"dropped": sorted(dropped)} if dropped else {}),
             **report,
         }
-        stop = self._commit(number, record)
+        stop = self._commit(number, record, began)
         self.admission.forget()
         forget_rounds(self.args, self.store)
         return stop
@@ -248,35 +251,35 @@ class FederatedServer:
         )
 
     def _step(
-        self, number: int, updates: Mapping[str, AcceptedUpdate], proxy: Mapping[str, torch.Tensor] | None
+        self, number: int, updates: Mapping[str, AcceptedUpdate], start: Tensors, seeds: Sequence[int]
     ) -> dict[str, Any]:
-        """Aggregate a round's updates, taken at `proxy`, and move the server's adapter; returns what to record.
+        """Aggregate a round's updates, taken at `start`, and move the server's adapter; returns what to record.
 
-        Without a proxy they are whole ways from the untrained adapter, and so the server's step starts there, too.
+        Where nothing is broadcast they are whole ways from the untrained adapter, and so the server's step starts there, too.
         """
-        args, before = self.args, self.state if proxy is not None else self.untrained
-        start = before.adapter if proxy is None else proxy
-        records = self.store.records()
+        args, before = self.args, self.state if self.args.broadcasts else self.untrained
         if self.dp is None:
-            result = combine_updates(args, updates, before, start, self.peft_config, records)
+            result = combine_updates(args, updates, before, start, self.peft_config, self.store.records())
         else:
             result = self.dp.release(number, updates)
-        runs = range(args.control_variate_runs if is_variate_used(records) else 0)
-        seeds = [make_seed(args.seed, number, f"owner {run}" if run else "owner") for run in runs]
         update = MeanUpdate(number, result.delta, result.residual, start, seeds)
         self.state, report = take_step(args, self.owner, self.optimizer, before, update)
         return dict(result.report) | report
 
-    def _commit(self, number: int, record: dict[str, Any]) -> bool:
+    def _commit(self, number: int, record: dict[str, Any], began: float | None = None) -> bool:
+        """Measure and commit a round that began at `began`; returns whether it shall be the last."""
         metrics: dict[str, dict[str, Any]] = {}
         if self.evaluate_proxy is not None and (number == 0 or self.args.broadcasts):
             metrics["proxy"] = self.evaluate_proxy(restore_tensors(self.make_proxy(self.adapter)))
         if self.owner is not None:
+            asked = time.perf_counter()
             found = self.owner.evaluate(self.adapter, self.state.residual, self.state.base_weight)
+            record["owner_seconds"] = record.get("owner_seconds", 0.0) + time.perf_counter() - asked
             # In the order of the trainer's evaluation, which says what the headline is; a message has its keys sorted.
             self._names += [name for name in metrics.get("proxy", ()) if name not in self._names]
             metrics["server"] = {name: found[name] for name in [*self._names, *found] if name in found}
-        record = {"round": number, **record, "metrics": metrics}
+        seconds = 0.0 if began is None else time.perf_counter() - began
+        record = {"round": number, **record, "seconds": seconds, "metrics": metrics}
         if not number:
             check_chosen(self.args, record)
         self.store.commit(number, self.adapter, self.peft_config, self.state.to_tensors(), record)

@@ -28,6 +28,10 @@ class Owner(Protocol):
         """The loss of W − λE + θ on the owner's selection rows, for each λ; infinite where it is no number."""
         ...
 
+    def begin_variate(self, start: Tensors, round_number: int, seeds: Sequence[int]) -> None:
+        """Told before the clients train that [`estimate_variate`] will be asked for the same; may begin with it."""
+        ...
+
     def estimate_variate(
         self, start: Tensors, round_number: int, seeds: Sequence[int]
     ) -> tuple[dict[str, torch.Tensor], float]:

@@ -1,6 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """From a round's mean update to the server's next state: the control variate, the optimizer, and what the owner chooses."""
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -12,6 +13,7 @@ from ..aggregation.optimizers import ServerOptimizer
 from ..config.federated import FederatedConfig
 from ..tensors.adapters import global_norm
 from .owner import Owner
+from .sampling import make_seed
 from .state import ServerState
 
 
@@ -85,7 +87,9 @@ def take_step(
     variate: Mapping[str, torch.Tensor] = {}
     shares = [0.0]
     if args.control_variate and owner is not None and update.seeds:
+        asked = time.perf_counter()
         variate, report["variate_share"] = owner.estimate_variate(update.start, update.round, update.seeds)
+        report["owner_seconds"] = time.perf_counter() - asked
         report |= {"update_norm": global_norm(update.delta), "variate_norm": global_norm(variate)}
         shares = [args.control_variate * share for share in (_SHARES if owner.selects else (1.0,))]
     candidates = []
@@ -97,15 +101,23 @@ def take_step(
         if args.base_weights != [0.0]:
             report["base_weight"] = args.base_weights[0]
         return candidates[0], report
+    asked = time.perf_counter()
     losses = [
         (loss, place, number)
         for place, candidate in enumerate(candidates)
         for number, loss in enumerate(owner.measure_selection(candidate.adapter, update.residual, args.base_weights))
     ]
+    report["owner_seconds"] = report.get("owner_seconds", 0.0) + time.perf_counter() - asked
     loss, place, number = min(losses)
     chosen = replace(candidates[place], base_weight=args.base_weights[number])
     report |= {"selection_loss": loss, "base_weight": chosen.base_weight}
     return chosen, report | ({"variate_weight": shares[place]} if variate else {})
+
+
+def list_owner_seeds(args: FederatedConfig, number: int, records: Iterable[Mapping[str, Any]]) -> list[int]:
+    """Seeds of the owner's pairs of runs in the round `number`; none where it shall not estimate the variate."""
+    runs = args.control_variate_runs if args.control_variate and is_variate_used(records) else 0
+    return [make_seed(args.seed, number, f"owner {run}" if run else "owner") for run in range(runs)]
 
 
 def is_variate_used(records: Iterable[Mapping[str, Any]]) -> bool:

@@ -177,6 +177,7 @@ class FederatedMixin(RowsMixin, LocalRunMixin, RanksMixin, WorkersMixin, Publish
         if self.record_budget is not None:
             self.check_record_training()  # once, and not in each client's run
         resume = read_resume(resume_from_checkpoint, RoundStore(self.args.output_dir))
+        self.share_cores()
         # What lives long is frozen, else the `gc.collect()` in accelerate's `free_memory` walks all of it in every run.
         gc.collect()
         gc.freeze()

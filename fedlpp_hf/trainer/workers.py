@@ -2,9 +2,11 @@
 """What a trainer gives the workers that train its clients beside it."""
 
 import dataclasses
+import os
 from typing import TYPE_CHECKING, Any
 
-from transformers import Trainer
+import torch
+from transformers import Trainer, TrainingArguments
 
 from ..client.guard import QuantizedBaseCallback
 from ..client.memory import sweep_memories
@@ -26,6 +28,7 @@ class WorkersMixin(_Parent):
 
     blueprint: TrainerBlueprint
     guard: QuantizedBaseCallback
+    owner: Any
     raw_datasets: dict[str, Any]
     callback_handler: EventHandler
     users_callbacks: list[Any]
@@ -62,6 +65,11 @@ class WorkersMixin(_Parent):
             theirs = dataclasses.replace(theirs, full_model="")
         return ClientWorkers(theirs, args.client_workers, None, self._begin_client)
 
+    def share_cores(self) -> None:
+        """Let the owner work beside the clients only if they leave it cores."""
+        if self.owner is not None:
+            self.owner.works_ahead = leaves_cores(self.args, self.args.client_workers, torch.get_num_threads())
+
     def end_workers(self, workers: ClientWorkers) -> None:
         """Close the processes, and sweep what one that died has left of its clients' memories."""
         workers.close()
@@ -78,3 +86,20 @@ class WorkersMixin(_Parent):
         passed = [entry for entry in here if any(entry is one or type(entry) is one for one in self.users_callbacks)]
         added = [entry for entry in here if entry not in self.own_callbacks]
         return [entry for entry in [*passed, *added] if not means_rounds(entry)]
+
+
+def leaves_cores(args: TrainingArguments, workers: int, threads: int) -> bool:
+    """Whether the clients leave the owner's process as many cores as it has threads.
+
+    On a GPU they do not: without more said, both use the first one.
+
+    Args:
+        args: Of the trainer.
+        workers: Processes that train clients.
+        threads: Of this process, which trains them if there is one worker.
+    """
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    owner = int(given) if given.isdecimal() else here
+    taken = max(here // workers, 1) * workers if workers > 1 else threads * args.world_size
+    return args.device.type == "cpu" and taken + owner <= here

@@ -45,7 +45,9 @@ def test_ranks_end(tmp_path):
     """gloo's thread and whatever destroys the process group waited for each other, in one end of some hundred."""
     script = [sys.executable, "-m", "tests.integration.ending_ranks"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ranks = [subprocess.Popen([*script, str(rank), str(tmp_path), "100"], cwd=ROOT, env=environment) for rank in range(2)]
+    ranks = [
+        subprocess.Popen([*script, str(rank), str(tmp_path), "100"], cwd=ROOT, env=environment) for rank in range(2)
+    ]
     try:
         assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
     finally:

@@ -23,7 +23,7 @@ from fedlpp_hf.tensors import scratch
 from fedlpp_hf.tensors.adapters import read_adapter
 from fedlpp_hf.trainer.publishing import MERGED_DIR
 from tests.faults import KILLED
-from tests.helpers import ROOT, make_args, make_labelled_rows, make_pair, make_rows, read_files
+from tests.helpers import ROOT, assert_equal, make_args, make_labelled_rows, make_pair, make_rows, read_files
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +140,27 @@ def test_control_variate_takes_the_quantizers_part_out_of_the_update(full_llama,
     assert records[-1]["metrics"]["server"]["eval_loss"] == pytest.approx(reference, rel=1e-5)
     assert naive.server.store.records()[-1]["metrics"]["server"]["eval_loss"] != pytest.approx(reference, rel=1e-3)
     assert records[1]["variate_norm"] > 0.0 and records[1]["update_norm"] > 0.0
+
+
+@pytest.mark.slow
+def test_an_estimate_that_was_begun_ahead_has_the_same_bits(full_llama, lora, tmp_path):
+    trainer = federate_alone(full_llama, lora, tmp_path, control_variate=1.0, num_rounds=1, max_steps=1)
+    owner, (start, _) = trainer.owner, trainer.server.store.load(0)
+    owner.works_ahead = True
+    expected, share = owner.estimate_variate(start, 1, [3])
+    owner.begin_variate(start, 1, [3])
+    assert owner._begun is not None
+    variate, same = owner.estimate_variate(start, 1, [3])
+    assert_equal(variate, expected)
+    assert share == same and owner._begun is None
+    # A round that failed leaves an answer behind; the next question, whatever it is, gets its own.
+    owner.begin_variate(start, 1, [4])
+    assert "eval_loss" in owner.evaluate(start)
+    owner.begin_variate(start, 1, [4])
+    assert_equal(owner.estimate_variate(start, 1, [3])[0], expected)
+    owner.works_ahead = False
+    owner.begin_variate(start, 1, [3])
+    assert owner._begun is None
 
 
 @pytest.mark.slow

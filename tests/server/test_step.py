@@ -25,6 +25,9 @@ class Owner:
         distance = float((adapter[KEY_B].mean() - self.target) ** 2)
         return [distance + (weight - self.weight) ** 2 for weight in base_weights]
 
+    def begin_variate(self, start, number, seeds):
+        pass
+
     def estimate_variate(self, start, number, seeds):
         return {key: torch.ones_like(value) for key, value in start.items()}, 0.5
 
@@ -127,3 +130,33 @@ def test_one_round_without_it_is_not_enough():
 
     assert used() and used(None) and used(None, 0.0) and used(None, 0.0, 1.0, 0.0) and used(0.5, 0.5)
     assert not used(None, 0.0, 0.0) and not used(1.0, 0.0, 0.0, None, None)
+
+
+@pytest.mark.parametrize("broadcast", ["every_round", "never"])
+def test_the_owner_is_told_before_the_clients_train(tmp_path, broadcast):
+    """It can then work beside them: what it will be asked does not depend on their updates."""
+    events = []
+
+    class Watched(Owner):
+        def begin_variate(self, start, number, seeds):
+            events.append(("begin", start, number, list(seeds)))
+
+        def estimate_variate(self, start, number, seeds):
+            events.append(("estimate", start, number, list(seeds)))
+            return super().estimate_variate(start, number, seeds)
+
+    server = make_server(tmp_path, num_rounds=2, control_variate_runs=2, broadcast=broadcast)
+    server.owner, server.args.control_variate = Watched(selects=False), 1.0
+
+    def train(tasks):
+        events.append(("train", None, tasks[0].round, None))
+        return answer_all(tasks)
+
+    records = server.run(train)
+    assert [(event[0], event[2]) for event in events] == [
+        (name, number) for number in (1, 2) for name in ("begin", "train", "estimate")
+    ]
+    for begun, estimated in ((events[0], events[2]), (events[3], events[5])):
+        assert begun[3] == estimated[3] and len(set(begun[3])) == 2
+        assert all(torch.equal(begun[1][key], value) for key, value in estimated[1].items())
+    assert all(0 < record["owner_seconds"] <= record["seconds"] for record in records[1:])
