@@ -17,8 +17,8 @@ def test_trackers_get_numbers_by_name():
     expected = {"proxy/eval_loss": 1.25, "server/eval_loss": 1.0, "clients/loss": 1.75}
     expected |= {"clients/accepted": 2, "clients/rejected": 0}
     assert logs == expected | {"bytes/down": 1500, "bytes/up": 2500, "time/seconds": 1.5}
-    chosen = flatten_record(make_record(1, None, None, selection_loss=2.0, base_weight=0.5))
-    assert (chosen["owner/selection_loss"], chosen["owner/base_weight"]) == (2.0, 0.5)
+    chosen = flatten_record(make_record(1, None, None, selection_loss=2.0, base_weight=0.5, owner_seconds=0.5))
+    assert (chosen["owner/selection_loss"], chosen["owner/base_weight"], chosen["time/owner"]) == (2.0, 0.5, 0.5)
     assert flatten_record(make_record(0, None, {"eval_loss": 1.0})) == {"server/eval_loss": 1.0}
 
 

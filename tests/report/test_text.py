@@ -63,6 +63,8 @@ def test_report_shows_both_views_and_who_holds_them(args):
     ]
     assert "2 rounds, 4 client runs (0 rejected), 4.5 kB to clients, 7.5 kB from clients, 4 s." in text
     assert "Warning" not in text
+    waited = [record | {"owner_seconds": 1.5} for record in make_records()]
+    assert " 4 s, of which 3 s waited for the owner's work." in render_report(waited, args)  # not for round 0
 
 
 def test_attackers_bring_a_row_and_a_column_of_stolen_value(args):
