@@ -5,7 +5,7 @@
 
 On a GPU the model is a Llama of 200 M random weights, on a CPU one of 6 M; `--model` names a causal language model instead. Checked:
 export, the base in the device's memory, proxies, a resumed federation, the merge. Timed: export, a client's run beside a plain
-PyTorch loop of the same steps (QLoRA with its best usual setting: bfloat16 autocast where the device multiplies it), proxies, the merge on
+PyTorch loop of the same steps (QLoRA in float32, and with bfloat16 autocast where the device multiplies it), proxies, the merge on
 the device beside the merge on the CPU. Each figure is a median; memory is the most that the device's allocator held. Takes three
 minutes on two CPU cores.
 """
@@ -13,7 +13,6 @@ minutes on two CPU cores.
 import argparse
 import gc
 import json
-import math
 import platform
 import statistics
 import tempfile
@@ -55,13 +54,14 @@ class Bench:
         self.vocabulary = AutoConfig.from_pretrained(self.full).vocab_size
         self.checks: Checks = {}
         self.times: Times = {}
-        self.ratio = math.nan  # of a client's run to the plain loop
+        self.ratios: dict[str, list[float]] = {}  # of a client's run to the plain loop, by dtype
 
     def run(self) -> None:
         self.export()
         self.load()
         self.resume()
-        self.train()
+        for bf16 in (False, True) if self.has_bfloat16() else (False,):
+            self.train(bf16)
         self.proxies()
         self.merge()
 
@@ -108,7 +108,7 @@ class Bench:
             for name, layer in layers.items()
         )
 
-    def make_trainer(self, output_dir: Path, rounds: int, clients: int) -> FederatedTrainer:
+    def make_trainer(self, output_dir: Path, rounds: int, clients: int, bf16: bool | None = None) -> FederatedTrainer:
         generator = torch.Generator().manual_seed(0)
         count = clients * BATCH * STEPS
         ids = torch.randint(10, self.vocabulary, (count, LENGTH), generator=generator).tolist()
@@ -118,7 +118,7 @@ class Bench:
         args = FederatedConfig(
             str(output_dir), num_rounds=rounds, partition="client", per_device_train_batch_size=BATCH, max_steps=STEPS,
             learning_rate=1e-3, lr_scheduler_type="constant", adapter_bits=4, disable_tqdm=True, report_to=[], seed=0,
-            use_cpu=not self.on_gpu, bf16=self.has_bfloat16(),
+            use_cpu=not self.on_gpu, bf16=self.has_bfloat16() if bf16 is None else bf16,
         )  # fmt: skip
         return FederatedTrainer(load_base(self.base, AutoModelForCausalLM), args, train_dataset=rows, peft_config=LORA)
 
@@ -140,8 +140,9 @@ class Bench:
             torch.equal(value, ends[1][key]) for key, value in ends[0].items()
         )
 
-    def train(self) -> None:
-        trainer = self.make_trainer(self.scratch / "round", 1, 1)
+    def train(self, bf16: bool) -> None:
+        dtype = "bfloat16" if bf16 else "float32"
+        trainer = self.make_trainer(self.scratch / f"round-{dtype}", 1, 1, bf16)
         parameters = list(trainer.guard.parameters.values())
         start = copy_adapter(trainer.guard.parameters)
         task = ClientTask("benchmark", 1, 1, "0", 7, trainer.guard.fingerprint, start)
@@ -155,7 +156,7 @@ class Bench:
             optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=True)
             trainer.model.train()
             for batch in batches[:STEPS]:
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.has_bfloat16()):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                     loss = trainer.model(**batch).loss
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -165,8 +166,8 @@ class Bench:
         gc.collect()
         gc.freeze()  # as `train()` does for the whole federation
         calls: dict[str, Callable[[], Any]] = {
-            "a client's run": lambda: trainer.train_client(task),
-            "plain loop": loop,
+            f"a client's run, {dtype}": lambda: trainer.train_client(task),
+            f"plain loop, {dtype}": loop,
         }
         seconds: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(1 + self.repeats):
@@ -177,9 +178,9 @@ class Bench:
                 if self.on_gpu:
                     self.times[f"memory of {name}, MB"] = torch.cuda.max_memory_allocated() / 2**20
         self.times |= {name: statistics.median(values[1:]) for name, values in seconds.items()}
-        self.ratio = statistics.median(
+        self.ratios[dtype] = [
             one / other for one, other in zip(*(values[1:] for values in seconds.values()), strict=True)
-        )
+        ]
         gc.unfreeze()
 
     def proxies(self) -> None:
@@ -252,7 +253,9 @@ def main() -> None:
             for name, value in times.items()
         )
     )
-    print(f"| a client's run / plain loop | {bench.ratio:.3f} |")
+    for dtype, ratios in bench.ratios.items():
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+        print(f"| a client's run / plain loop, {dtype} (quartiles) | {middle:.3f} ({low:.3f} to {high:.3f}) |")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         found = {
@@ -260,7 +263,7 @@ def main() -> None:
             "platform": platform.platform(),
             "checks": bench.checks,
             "times": times,
-            "ratio": bench.ratio,
+            "ratios": bench.ratios,
         }
         options.json.write_text(json.dumps(found, indent=2) + "\n")
     if not all(bench.checks.values()):

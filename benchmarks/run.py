@@ -53,6 +53,13 @@ BENCHMARKS = (
         ("--repeats", "45"),
     ),
     Benchmark(
+        "gpu",
+        "A client's run on a language model",
+        "SmolLM2-135M (`make quickstart-lm` puts it there), rank 8 in all Linears, ten steps of 8 rows of 80 tokens, beside a QLoRA loop of "
+        "one's own; aim: 1.02. And what must be equal to the bit. The same command measures a GPU.",
+        ("--model", "out/smollm2", "--repeats", "5"),
+    ),
+    Benchmark(
         "round_parts",
         "Where a round's milliseconds go",
         "The same round and loop without the model's own work, sampled. In each step a Trainer walks all modules of the model, to set "
