@@ -18,7 +18,7 @@ from ..tensors.adapters import scrub_config
 from ..wire.encoding import restore_tensors
 from .blueprint import TrainerBlueprint
 from .measurement import RowMeasures
-from .service import Service
+from .service import Answer, Service
 
 
 class OwnerProcess:
@@ -52,9 +52,9 @@ class OwnerProcess:
         self.has_rows = blueprint.owner_dataset is not None
         self.selects = blueprint.selection_dataset is not None
         self.works_ahead = True  # False where clients on this machine leave no core free: both would take longer
-        self._begun: tuple[int, list[int]] | None = (
-            None  # round and seeds of an estimate whose answer nobody has asked for yet
-        )
+        # Round and seeds of an estimate that nobody has asked for yet, and its answer, once other questions had to wait for it.
+        self._begun: tuple[int, list[int]] | None = None
+        self._early: Answer | None = None
         self._service = Service("owner", _make_handler, blueprint)
 
     def export_base(self, output_dir: str | os.PathLike, mark: tuple[str, str] | None = None) -> dict[str, Any]:
@@ -113,9 +113,9 @@ class OwnerProcess:
     def begin_variate(self, start: Mapping[str, torch.Tensor], round_number: int, seeds: Sequence[int]) -> None:
         """Begin [`estimate_variate`] of the same arguments, where `works_ahead`, and do not wait for it."""
         if self.works_ahead:
-            self._forget_begun()
+            self._receive_begun()  # of a round that failed
             self._service.send("estimate_variate", start, round_number=round_number, seeds=list(seeds))
-            self._begun = (round_number, list(seeds))
+            self._begun, self._early = (round_number, list(seeds)), None
 
     def estimate_variate(
         self, start: Mapping[str, torch.Tensor], round_number: int, seeds: Sequence[int]
@@ -128,8 +128,8 @@ class OwnerProcess:
         with other batches; [`average_variates`] of them, and the share that is not chance, are returned.
         """
         if self._begun == (round_number, list(seeds)):
-            self._begun = None
-            answer, payload = self._service.receive()
+            answer, payload = self._receive_begun()
+            self._begun = self._early = None
             return restore_tensors(payload), answer["share"]
         answer, variate = self._ask("estimate_variate", start, round_number=round_number, seeds=list(seeds))
         return variate, answer["share"]
@@ -160,15 +160,17 @@ class OwnerProcess:
     def _ask(
         self, command: str, tensors: Mapping[str, torch.Tensor] | None = None, **arguments: Any
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        self._forget_begun()
+        self._receive_begun()
         answer, payload = self._service.ask(command, tensors, **arguments)
         return answer, restore_tensors(payload)
 
-    def _forget_begun(self) -> None:
-        """Take the answer that was begun and that nobody wants any more, because its round failed, before another question."""
-        if self._begun is not None:
-            self._begun = None
-            self._service.receive()
+    def _receive_begun(self) -> Answer:
+        """The answer to what was begun, if anything was: the process answers in turn."""
+        begun, self._begun = self._begun, None  # nothing is left to wait for where this raises
+        if begun is not None and self._early is None:
+            self._early = self._service.receive()
+        self._begun = begun
+        return self._early or ({}, {})
 
 
 def _pack_adapter(

@@ -153,10 +153,17 @@ def test_an_estimate_that_was_begun_ahead_has_the_same_bits(full_llama, lora, tm
     variate, same = owner.estimate_variate(start, 1, [3])
     assert_equal(variate, expected)
     assert share == same and owner._begun is None
-    # A round that failed leaves an answer behind; the next question, whatever it is, gets its own.
-    owner.begin_variate(start, 1, [4])
+    # Another question in between waits for it, and gets its own answer.
+    owner.begin_variate(start, 1, [3])
     assert "eval_loss" in owner.evaluate(start)
+    owner._service.send = None  # it was computed once
+    assert_equal(owner.estimate_variate(start, 1, [3])[0], expected)
+    del owner._service.send
+    # A round that failed leaves an answer behind that nobody wants.
     owner.begin_variate(start, 1, [4])
+    assert_equal(owner.estimate_variate(start, 1, [3])[0], expected)
+    owner.begin_variate(start, 2, [4])
+    owner.begin_variate(start, 1, [3])
     assert_equal(owner.estimate_variate(start, 1, [3])[0], expected)
     owner.works_ahead = False
     owner.begin_variate(start, 1, [3])
