@@ -3,8 +3,8 @@
 
 Flower treats every failed TLS handshake as a wrong certificate and gives up, even if the network was only down for a
 minute. Its main thread then ends, but its local server keeps the process alive without receiving any messages. That server
-listens on loopback and asks nobody who they are. And what it runs is what the SuperLink sends. It waits for seconds
-(`waiting.py`), and starts an interpreter for each message (`superexec.py`).
+listens on loopback and asks nobody who they are. And what it runs is what the SuperLink sends. It asks for messages every three
+seconds (`long_polling.py`), starts an interpreter for each (`superexec.py`), and looks for the answer every half second.
 
     python -m fedlpp_hf.flower.supernode [--trust-local-users] [arguments of flower-supernode]
 """
@@ -15,11 +15,13 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 from flwr.app import Message
+from flwr.common.constant import Status
 from flwr.supercore.address import resolve_bind_address
 from flwr.supercore.constant import SUPERNODE_UVICORN_DEFAULT_PORT, UVICORN_DEFAULT_HOST
 from flwr.supercore.retry import make_simple_http_retry_invoker
@@ -29,12 +31,15 @@ from flwr.supernode.cli import flower_supernode
 
 from .environment import check_flower, ignore_proxies
 from .installed_app import ForeignAppError, check_app, check_run
+from .long_polling import ask_again
 from .neighbours import TRUST_FLAG, OwnUserOnly, choose_trust
 from .patience import make_patient_
-from .waiting import Inquirer, wait_for_answer
 
 
 logger = logging.getLogger(__name__)
+
+_ANSWER_PAUSE = 0.05
+_ANSWER_SECONDS = 10.0  # then Flower's half a second is short
 
 
 def make_patient_invoker() -> Any:
@@ -56,14 +61,13 @@ def take_messages(announce: Callable[[], object]) -> None:
     pull, error = getattr(node, "_pull_and_store_message", None), getattr(node, "FAB_VERIFICATION_ERROR", None)
     if pull is None or error is None:
         raise RuntimeError("This version of Flower takes in apps in another way, so they can't be checked.")
-    inquirer = Inquirer()
 
     def pull_checked(**given: Any) -> int | None:
         received: list[Any] = []
         digests: dict[int, str] = {}
 
         def receive() -> Any:
-            received.append(inquirer.ask(given["receive"]))
+            received.append(ask_again(given["receive"]))
             return received[-1]
 
         def get_run(number: int) -> Any:
@@ -90,6 +94,19 @@ def take_messages(announce: Callable[[], object]) -> None:
         return run_id
 
     node._pull_and_store_message = pull_checked  # type: ignore[assignment]
+
+
+def wait_for_answer(state: Any, patience: float = _ANSWER_SECONDS) -> None:
+    """Wait until no ClientApp is at work any more, which has then left its whole answer; at most for `patience` seconds.
+
+    Args:
+        state: the SuperNode's.
+        patience: after which Flower's own loop looks for the answer.
+    """
+    deadline = time.monotonic() + patience
+    at_work = [Status.PENDING, Status.STARTING, Status.RUNNING]
+    while time.monotonic() < deadline and state.get_tasks(statuses=at_work, limit=1):
+        time.sleep(_ANSWER_PAUSE)
 
 
 def guard_local_server(trust: bool) -> None:

@@ -3,6 +3,7 @@
 
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -11,6 +12,8 @@ import pytest
 pytest.importorskip("flwr", reason="flwr is not installed: needs the extra `flower`")
 
 import httpx
+from flwr.common.constant import SubStatus
+from flwr.supercore.constant import TaskType
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supernode import fleet_http_connection
 from flwr.supernode.nodestate import NodeStateFactory
@@ -60,9 +63,18 @@ class TestSupernode:
         given = {"get_run": None, "get_fab": None, "state": state, "object_store": None}
         assert node._pull_and_store_message(receive=lambda: "a message", **given) == 7
         assert announced == ["a task"]
-        # So slow that the pause between two questions is left to Flower.
-        assert node._pull_and_store_message(receive=lambda: time.sleep(0.31), **given) is None
+        assert node._pull_and_store_message(receive=lambda: None, **given) is None
         assert announced == ["a task"]
+
+    def test_waits_for_its_client_app(self):
+        state = NodeStateFactory(objectstore_factory=ObjectStoreFactory()).state()
+        task = state.create_task(TaskType.CLIENT_APP, run_id=1, fab_hash="ab")
+        began = time.monotonic()
+        supernode.wait_for_answer(state, patience=0.2)  # the rest is left to Flower
+        assert 0.2 <= time.monotonic() - began < 5
+        threading.Timer(0.2, state.finish_task, (task, SubStatus.FAILED, "")).start()
+        supernode.wait_for_answer(state, patience=60)
+        assert 0.4 < time.monotonic() - began < 10
 
     @pytest.mark.parametrize(
         "options", [["--isolation", "process"], ["--isolation", "subprocess"], ["--ssl-certfile", "server.crt"]]
