@@ -1,8 +1,8 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """A client's SuperExec, which forks the ClientApp of each message off a process that has imported Flower already.
 
-Flower's own asks for tasks all the time, and starts a new interpreter for each of them, which imports Flower for more than a second
-of the processor. This one asks when the SuperNode says so, by a byte on its standard input, and ends with the SuperNode.
+Flower's own asks for tasks all the time, and starts an interpreter for each, which takes more than a second of the processor to import
+Flower. This one asks when the SuperNode says so, by a byte on its standard input, and ends with the SuperNode.
 
     python -m fedlpp_hf.flower.superexec HOST:PORT
 """
@@ -28,7 +28,7 @@ _RETRY_SECONDS = 0.2
 
 def main() -> None:
     """Run ClientApps until the SuperNode ends."""
-    # It ends with the SuperNode, and not before: who ends both would cut off its farewell to the server.
+    # It ends after the SuperNode, also where both are told to: a SuperNode without it ends at once, and does not tell the server.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     address = sys.argv[1]

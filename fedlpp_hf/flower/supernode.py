@@ -48,11 +48,11 @@ def make_patient_invoker() -> Any:
 
 
 def take_messages(announce: Callable[[], object]) -> None:
-    """Make this process answer every message of a run with another app than the installed one by an error, and not run it;
-    and look for messages and answers sooner than Flower does.
+    """Answer every message of a run with another app than the installed one by an error, and do not run it. Take in messages,
+    and their answers, sooner than Flower does.
 
     Args:
-        announce: called when there is a task.
+        announce: called when there is a task for a ClientApp.
 
     Raises:
         RuntimeError: if this Flower has no place for the check.
@@ -124,7 +124,7 @@ def guard_local_server(trust: bool) -> None:
 def start_superexec() -> Callable[[], object]:
     """Start our SuperExec instead of Flower's, and end this process with it. Returns what announces a task to it.
 
-    Where the arguments are for another way to run ClientApps, or forks are unsafe, as on macOS, Flower's own is left to it.
+    Flower starts its own where the arguments ask for another way to run ClientApps, and on macOS, where forks are unsafe.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--host", default=UVICORN_DEFAULT_HOST)
