@@ -86,23 +86,25 @@ PROCESSES = {
 }
 
 
-def read_processors(directory: Path) -> dict[int, tuple[str, float]]:
-    """Kind and seconds of the processor, with ended children's, of each of Flower's processes whose files are in `directory`."""
-    found, parents = {}, {}
+def read_processors(directory: Path) -> dict[str, float]:
+    """Seconds of the processor that each kind of Flower's processes with files in `directory` has used, ended ones included."""
+    kinds: dict[int, str | None] = {}
+    parents, seconds = {}, {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if f"FLWR_HOME={directory}" not in (process / "environ").read_text(errors="replace"):
-                continue
-            command = (process / "cmdline").read_text(errors="replace")
-            fields = (process / "stat").read_text().rsplit(")", 1)[1].split()
+            pid, fields = int(process.name), (process / "stat").read_text().rsplit(")", 1)[1].split()
+            parents[pid], seconds[pid] = int(fields[1]), sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+            if f"FLWR_HOME={directory}" in (process / "environ").read_text(errors="replace"):
+                command = (process / "cmdline").read_text(errors="replace")
+                kinds[pid] = next((kind for kind, word in PROCESSES.items() if word in command), None)
         except OSError:
             continue  # it has ended
-        kind = next((kind for kind, word in PROCESSES.items() if word in command), None)
-        if kind is not None:
-            seconds = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
-            found[int(process.name)], parents[int(process.name)] = (kind, seconds), int(fields[1])
-    # What was forked is counted with its parent once it has ended.
-    return {pid: of for pid, of in found.items() if found.get(parents[pid], ("",))[0] != of[0]}
+    found = dict.fromkeys(PROCESSES, 0.0)
+    for pid, used in seconds.items():
+        # What has just ended has no environment any more, and is not yet counted with its parent.
+        if (kind := kinds.get(pid) or kinds.get(parents[pid])) is not None:
+            found[kind] += used
+    return found
 
 
 def run_over_flower(
@@ -137,11 +139,9 @@ def run_over_flower(
     if server.returncode:
         raise SystemExit((directory / "log").read_text()[-3000:])
     last = max(count for count, _ in looks)
-    first = next(found for count, found in looks if count >= 3)  # the initial state, and two rounds
+    first = next(found for count, found in looks if count >= 2)  # the initial state, and the first round
     final = next(found for count, found in looks if count == last)
-    seconds = dict.fromkeys(PROCESSES, 0.0)
-    for pid, (kind, total) in final.items():
-        seconds[kind] += (total - first.get(pid, (kind, 0.0))[1]) / max(1, last - 3)
+    seconds = {kind: (final[kind] - first[kind]) / max(1, last - 2) for kind in PROCESSES}
     return peak, seconds
 
 
