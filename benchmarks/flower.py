@@ -1,11 +1,12 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Measure what Flower adds to a round, compared to the same round in one process, with warm trainers or without.
 
-    python -m benchmarks.flower [--clients 2] [--rounds 4] [--cold]
+    python -m benchmarks.flower [--clients 2] [--rounds 10] [--cold]
 
 Server and clients run on this machine as users start them, over TLS with node keys. The model is a Llama of 2 layers, so
 training takes almost no time and transport nearly all. The first round, in which trainers start, is left out. All
-clients share this machine's cores, unlike in a real federation, and any other load on it counts.
+clients share this machine's cores, unlike in a real federation, and any other load on it counts. It counts less for the
+seconds of the processor, which are those of Linux (`/proc`).
 """
 
 import argparse
@@ -74,8 +75,42 @@ def prepare(directory: Path, clients: list[str], rounds: int) -> Path:
     return directory / "federation.yaml"
 
 
-def run_over_flower(directory: Path, config: Path, clients: list[str], port: int, cold: bool) -> int:
-    """Run the federation; returns the peak memory of the ServerApp in bytes."""
+PROCESSES = {
+    "SuperLink": "fedlpp_hf.flower.superlink",
+    "SuperNodes": "fedlpp_hf.flower.supernode",
+    "ClientApps": "fedlpp_hf.flower.superexec",
+    "trainers": "fedlpp_hf.flower.trainer_process",
+    "ServerApp": "flwr-serverapp",
+    "owner's process": "fedlpp_hf.processes.child",
+    "SuperLink's SuperExec": "flower-superexec",
+}
+
+
+def read_processors(directory: Path) -> dict[str, float]:
+    """Seconds of the processor that each kind of Flower's processes with files in `directory` has used, ended ones included."""
+    kinds: dict[int, str | None] = {}
+    parents, seconds = {}, {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            pid, fields = int(process.name), (process / "stat").read_text().rsplit(")", 1)[1].split()
+            parents[pid], seconds[pid] = int(fields[1]), sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+            if f"FLWR_HOME={directory}" in (process / "environ").read_text(errors="replace"):
+                command = (process / "cmdline").read_text(errors="replace")
+                kinds[pid] = next((kind for kind, word in PROCESSES.items() if word in command), None)
+        except OSError:
+            continue  # it has ended
+    found = dict.fromkeys(PROCESSES, 0.0)
+    for pid, used in seconds.items():
+        # What has just ended has no environment any more, and is not yet counted with its parent.
+        if (kind := kinds.get(pid) or kinds.get(parents[pid])) is not None:
+            found[kind] += used
+    return found
+
+
+def run_over_flower(
+    directory: Path, config: Path, clients: list[str], port: int, cold: bool
+) -> tuple[int, dict[str, float]]:
+    """Run the federation; returns the peak memory of the ServerApp in bytes, and seconds of the processor a round by process."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "fedlpp_hf.cli.main"]
 
@@ -91,17 +126,23 @@ def run_over_flower(directory: Path, config: Path, clients: list[str], port: int
         options = ["--data", f"{client}.jsonl", "--state_dir", client, "--cache_dir", f"{client}/bases"]
         options += ["--server", f"127.0.0.1:{port}", "--certificate", "server/ca.crt", *(["--cold"] if cold else [])]
         others.append(start("client", *options))
-    peak = 0
+    peak, looks = 0, []
+    rounds = directory / "flower" / "_federation" / "rounds"
     while server.poll() is None:
         peak = max(peak, read_peak_memory(directory / "server" / "server.pid"))
-        time.sleep(0.5)
+        looks.append((len(list(rounds.glob("*/round.json"))), read_processors(directory)))
+        time.sleep(0.2)
     for process in others:
         process.terminate()
     for process in others:
         process.wait()
     if server.returncode:
         raise SystemExit((directory / "log").read_text()[-3000:])
-    return peak
+    last = max(count for count, _ in looks)
+    first = next(found for count, found in looks if count >= 2)  # the initial state, and the first round
+    final = next(found for count, found in looks if count == last)
+    seconds = {kind: (final[kind] - first[kind]) / max(1, last - 2) for kind in PROCESSES}
+    return peak, seconds
 
 
 def read_peak_memory(pid_file: Path) -> int:
@@ -122,7 +163,7 @@ def median_round(output_dir: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--port", type=int, default=8123)
     parser.add_argument("--cold", action="store_true", help="clients without a long-lived trainer")
     args = parser.parse_args()
@@ -136,11 +177,13 @@ def main() -> None:
         trainer, _ = load_trainer(config, flags, model=None, train_dataset=datasets)
         trainer.train()
         trainer.owner.close()
-        peak = run_over_flower(directory, config, clients, args.port, args.cold)
+        peak, seconds = run_over_flower(directory, config, clients, args.port, args.cold)
         process, flower = median_round(directory / "process"), median_round(directory / "flower")
     print(f"{args.clients} clients, {'cold' if args.cold else 'warm'}, load {os.getloadavg()[0]:.1f}")
     print(f"in process  {process:7.2f} s a round")
     print(f"over Flower {flower:7.2f} s a round: {flower - process:.2f} s are transport, {1 - process / flower:.0%}")
+    parts = ", ".join(f"{kind} {value:.2f}" for kind, value in seconds.items() if value >= 0.005)
+    print(f"processor   {sum(seconds.values()):7.2f} s a round: {parts}")
     print(f"ServerApp   {peak / 2**20:7.0f} MiB at most")
 
 

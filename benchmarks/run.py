@@ -123,7 +123,20 @@ BENCHMARKS = (
     Benchmark(
         "flower",
         "Over Flower",
-        "On this machine's loopback, over TLS with node keys; aim: training and at most 8 s a round.",
+        "On this machine's loopback, over TLS with node keys; aim: training and at most 3.5 s a round. Intervals and processes of Flower "
+        "that made it 6.7 to 11 s on one busy core, and 7 s of the processor, are no longer in it: "
+        "[deployment.md](deployment.md#what-a-round-costs-over-training). What is left are some 55 requests, of 5 to 10 ms of the "
+        "processor each in Flower's servers and clients. By the times of all requests in one run with a median of 1.05 s a round "
+        "(2026-11-29, one core of two, load 4):\n\n"
+        "| in a round (medians) | seconds | what takes them |\n"
+        "|---|---|---|\n"
+        "| a node hears of its task and fetches it | 0.19 | Flower's requests |\n"
+        "| a ClientApp is forked and fetches the task from its SuperNode | 0.13 | Flower's requests |\n"
+        "| the app is loaded, the trainer asked, two steps trained | 0.08 | ours |\n"
+        "| the ClientApp hands over its answer and ends, and the SuperNode sees it | 0.07 | Flower's requests; a pause of up to 0.05 s |\n"
+        "| the node sends its answer | 0.15 | Flower's requests |\n"
+        "| the server fetches both answers, averages, commits and sends the next tasks | 0.30 | Flower's requests; a pause of up to "
+        "0.1 s; 0.04 s of ours |",
     ),
     Benchmark(
         "peers",
@@ -146,7 +159,7 @@ CHOICES = (
     "| bytes down | fewer `adapter_bits`; `broadcast: never` sends no adapter | Bytes on the wire |",
     "| bytes of the base, sent once | fewer `base_bits`, `fedlpp-hf quantize --double_quant` | Bytes on the wire |",
     "| disk while merging a model from the Hub | `fedlpp-hf merge --delete_source_shards` | The merge |",
-    "| time per round over a network | nothing: Flower's polling is fixed; take fewer, longer rounds | Over Flower |",
+    "| time per round over a network | nothing: about a second is Flower's; take fewer, longer rounds | Over Flower |",
 )
 
 

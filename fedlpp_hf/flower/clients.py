@@ -149,7 +149,9 @@ class FlowerClients:
                 asked = [client for client in clients if client in unanswered]
                 self._requests.send(kind, self._make_requests(asked, write), self.round_timeout)
                 while self._requests.unanswered:
-                    for client, answer in self._requests.receive():
+                    present = self._requests.find_nodes()
+                    answers = self._requests.receive(present)
+                    for client, answer in answers:
                         try:
                             found = read(client, answer)
                             if self._guests.is_withdrawn(client):
@@ -160,7 +162,7 @@ class FlowerClients:
                         else:
                             unanswered.discard(client)
                             yield client, found
-                    self._guests.attend()
+                    self._guests.attend(None if answers else present)  # who takes an answer may take long over it
                     if self._requests.unanswered:
                         self._requests.pause()
                 if not unanswered:

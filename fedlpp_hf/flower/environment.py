@@ -70,7 +70,6 @@ def make_environment(state_dir: Path) -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_HOME": str(state_dir / "flwr"),
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",  # default: one second, added to every message
         **_ASK_NO_PROXY,
         SERVER_FILE: str(state_dir / "server.json"),
         # Flower finds its own commands by name.

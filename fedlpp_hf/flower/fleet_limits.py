@@ -58,23 +58,14 @@ class FleetLimits:
             await _refuse(send, 401, "the key is not in the directory of --client_keys", scope)
             return
         request = scope["path"].removeprefix(FLEET_PREFIX)
-        body = await _read_body(receive, self._find_limit(request))
+        body = await read_body(receive, self._find_limit(request))
         if body is None:
             await _refuse(send, 413, "the request is too long", scope)
             return
         if request == "push-messages" and (reason := check_pushed(body)):
             await _refuse(send, 400, reason, scope)
             return
-        given = False
-
-        async def replay() -> dict[str, Any]:
-            nonlocal given
-            if given:
-                return await receive()
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        await self.app(scope, replay, send)
+        await self.app(scope, replay_body(body, receive), send)
 
     def _find_limit(self, request: str) -> int:
         if request != "push-object" or self.server_file is None:
@@ -117,8 +108,8 @@ def _read_key(scope: dict[str, Any]) -> bytes:
     return b""
 
 
-async def _read_body(receive: Any, limit: int) -> bytes | None:
-    """The request's body, or None if it is longer than `limit`: then the rest is not read."""
+async def read_body(receive: Any, limit: int) -> bytes | None:
+    """A request's body, or None if it is longer than `limit`, and then the rest is not read, or its sender is gone."""
     parts, size = [], 0
     while True:
         message = await receive()
@@ -131,6 +122,20 @@ async def _read_body(receive: Any, limit: int) -> bytes | None:
         parts.append(part)
         if not message.get("more_body"):
             return b"".join(parts)
+
+
+def replay_body(body: bytes, receive: Any) -> Any:
+    """What takes the place of `receive`, from which [`read_body`] has read all."""
+    given = False
+
+    async def replay() -> dict[str, Any]:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
 
 
 async def _refuse(send: Any, status: int, reason: str, scope: dict[str, Any]) -> None:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 RECORD = "fedlpp_hf"  # the name of the record in a message
 DESCRIBE, BASE, TRAIN, SUM = "query.describe", "query.base", "train", "query.sum"  # kinds of messages
-POLL_SECONDS = 0.2  # Flower's own `send_and_receive` polls every 3 s
+POLL_SECONDS = 0.1  # between two looks for answers, at first; Flower's own `send_and_receive` looks every 3 s
+_SLOW_POLL_SECONDS = 0.5  # at last: each look costs the SuperLink some 10 ms of the processor for each client
 _SOON_SECONDS = 10.0  # a node sends a heartbeat every 30 s, which counts for 60 s
 _PATIENCE_SECONDS = 1.0  # for an answer that is still on its way, before others are asked for theirs
 
@@ -69,6 +70,7 @@ class GridRequests:
         self._failed: list[tuple[Any, Answer]] = []
         self._stuck: list[_Sweep] = []
         self._pause = POLL_SECONDS
+        self._since = time.monotonic()  # when something was sent last, or came
 
     @property
     def unanswered(self) -> bool:
@@ -92,7 +94,8 @@ class GridRequests:
             requests: read one by one; an iterator keeps only one content in memory.
             timeout: seconds that each node has to answer.
         """
-        deadline = time.monotonic() + timeout
+        self._since = time.monotonic()
+        deadline = self._since + timeout
         for request in requests:
             content = RecordDict({RECORD: ConfigRecord(dict(request.content))})
             sent = list(self.grid.push_messages([Message(content, request.node, kind, ttl=timeout)]))
@@ -118,6 +121,7 @@ class GridRequests:
         ]
         for identity, answer in self._sweep(online):
             if (request := self._waiting.pop(identity, None)) is not None:  # else it came twice, or too late
+                self._since = time.monotonic()
                 answers.append((request.key, answer))
         now = time.monotonic()
         for identity, request in list(self._waiting.items()):
@@ -137,8 +141,9 @@ class GridRequests:
         return answers
 
     def pause(self) -> None:
-        """Wait before the next [`receive`]; longer where there are many nodes to ask."""
-        time.sleep(self._pause)
+        """Wait before the next [`receive`]; longer where there are many nodes to ask, or none has answered for long."""
+        waited = time.monotonic() - self._since
+        time.sleep(max(self._pause, min(waited / 20, _SLOW_POLL_SECONDS)))
 
     def forget(self) -> None:
         """Expect no answer any more."""

@@ -77,9 +77,13 @@ class Guests:
         """Set how many clients there are to be, and, once that is settled, who they are, with their numbers of rows."""
         self._most, self._known = count, known
 
-    def attend(self) -> None:
-        """Take in who has come, left and answered; returns at once, unless a marked copy has to be made."""
-        present = self._requests.find_nodes()
+    def attend(self, present: Mapping[int, Node] | None = None) -> None:
+        """Take in who has come, left and answered; returns at once, unless a marked copy has to be made.
+
+        Args:
+            present: the nodes, where they were looked for just now.
+        """
+        present = self._requests.find_nodes() if present is None else present
         # After a reconnect a node may have another version or base.
         for number in [number for number, node in self._settled.items() if present.get(number) != node]:
             del self._settled[number]

@@ -23,6 +23,7 @@ from starlette.middleware import Middleware
 from .addresses import is_wildcard
 from .environment import SERVER_FILE, check_flower, ignore_proxies
 from .fleet_limits import FLEET_PREFIX, FleetLimits
+from .long_polling import LongPolling
 from .neighbours import TRUST_FLAG, choose_trust, is_own, refuse
 
 
@@ -54,7 +55,7 @@ class FleetOnly:
 
 
 def main() -> None:
-    """Run `flower-superlink` with the gate and the limits as its outermost layers."""
+    """Run `flower-superlink` with the gate, the limits and what holds questions as its outermost layers."""
     check_flower()
     trust = TRUST_FLAG in sys.argv
     sys.argv = [word for word in sys.argv if word != TRUST_FLAG]
@@ -67,6 +68,7 @@ def main() -> None:
     extensions.get_middleware = lambda: (
         Middleware(FleetOnly, one_interface=not is_wildcard(host), trust=trust),
         Middleware(FleetLimits, server_file=server_file),
+        Middleware(LongPolling),
     )
     flower_superlink()
 

@@ -8,6 +8,7 @@ the key in a file that only this user can read.
 
 import argparse
 import contextlib
+import gc
 import logging
 import os
 import queue
@@ -90,6 +91,9 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO)
     settings = ClientSettings.read(args.settings)
     trainer = make_client_trainer(settings, args.base)
+    # What lives long is frozen, else the `gc.collect()` in accelerate's `free_memory` walks all of it in every task.
+    gc.collect()
+    gc.freeze()
     if trainer.is_world_process_zero():
         with log_to_file(trainer.args.log_json, trainer.args) if trainer.args.log_json else contextlib.nullcontext():
             TrainerService(settings, trainer).serve()

@@ -38,7 +38,7 @@ def test_equals_in_process(tmp_path, write_config, rows, llama_base):
         machines.stop()
 
     commands = [" ".join(command) for command, _ in running.values()]
-    for name in ("superlink", "supernode", "trainer_process"):
+    for name in ("superlink", "supernode", "superexec", "trainer_process"):
         assert any(f"fedlpp_hf.flower.{name}" in command for command in commands), name
     assert any("flwr-serverapp" in command for command in commands)
     assert {environment["FLWR_TELEMETRY_ENABLED"] for _, environment in running.values()} == {"0"}

@@ -8,6 +8,7 @@ import json
 import os
 import pwd
 import socket
+import struct
 import sys
 import time
 from functools import partial
@@ -71,7 +72,19 @@ def connect(family, address):
             yield client
 
 
+@pytest.fixture(params=["netlink", "tables"])
+def source(request, monkeypatch):
+    """Either of the two ways to ask the kernel, alone."""
+    if request.param == "netlink":
+        monkeypatch.setattr(neighbours, "_TABLES", ())
+        if not identifies_users():
+            pytest.skip("this kernel does not answer on netlink")
+    else:
+        monkeypatch.setattr(neighbours, "_ask_kernel", lambda client, server: None)
+
+
 @linux
+@pytest.mark.usefixtures("source")
 @pytest.mark.parametrize(("family", "address"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
 def test_kernel_says_who_connects(family, address):
     try:
@@ -88,7 +101,47 @@ def test_kernel_says_who_connects(family, address):
 
 
 @linux
+@pytest.mark.usefixtures("source")
+def test_listener_and_what_its_process_has_closed_are_nobodys():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        assert find_peer_user(address, ("127.0.0.1", 1)) is None  # the kernel falls back to the listener
+        client = socket.create_connection(address)
+        ends = client.getsockname(), address
+        connection, _ = listener.accept()
+        with connection:
+            client.close()  # it waits for the other side's end
+            assert find_peer_user(*ends) is None
+        assert find_peer_user(*ends) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "user"),
+    [
+        ({}, 1000),
+        ({"state": 10}, None),  # a listener
+        ({"inode": 0}, None),  # closed by its process: the kernel says user 0, who may be the owner
+        ({"port": 8001}, None),  # another socket
+        ({"family": socket.AF_INET6}, None),
+        ({"kind": 2}, None),  # an error
+    ],
+)
+def test_answer_is_of_the_very_socket(change, user):
+    found = {"state": 1, "inode": 7, "port": 8000, "family": socket.AF_INET, "kind": 20} | change
+    home = socket.inet_aton("127.0.0.1")
+    answer = struct.pack("=IHHII", 88, found["kind"], 0, 1, 1) + struct.pack(
+        "=BBBB", found["family"], found["state"], 0, 0
+    )
+    answer += struct.pack("!HH16s16s", 0x1234, found["port"], home, home) + struct.pack("=Iii", 0, 3, 0)
+    answer += struct.pack("=IIIII", 0, 0, 0, 1000, found["inode"])
+    ends = struct.pack("!HH16s16s", 0x1234, 8000, home, home)
+    assert neighbours._read_answer(answer, socket.AF_INET, ends) == user
+    assert all(neighbours._read_answer(answer[:length], socket.AF_INET, ends) is None for length in range(88))
+
+
+@linux
 @as_root
+@pytest.mark.usefixtures("source")
 def test_kernel_says_that_another_user_connects():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
@@ -142,6 +195,7 @@ def test_gates_ask_the_kernel(monkeypatch, make, trust, user, status):
 
 def test_machine_that_tells_no_users_apart(monkeypatch):
     monkeypatch.setattr(neighbours, "_TABLES", ("/nowhere",))
+    monkeypatch.setattr(neighbours, "_ask_kernel", lambda client, server: None)
     assert not identifies_users()
     user = pwd.struct_passwd(("eve", "x", 1234, 1234, "", "/home/eve", "/bin/bash"))
     daemon = pwd.struct_passwd(("www", "x", 1235, 1235, "", "/", "/usr/sbin/nologin"))
