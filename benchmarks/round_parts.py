@@ -31,9 +31,9 @@ from fedlpp_hf.wire.messages import ClientTask
 PARTS = {
     "seeds": ["set_seed"],
     "the guard: task, proxy, Δ, base unmoved": [
-        "callbacks.accept",
-        "callbacks.on_train_begin",
-        "callbacks.on_train_end",
+        "guard.accept",
+        "guard.on_train_begin",
+        "guard.on_train_end",
     ],
     "setting the mode": ["module.train"],
     "a dataloader": ["get_train_dataloader", "dataloader.__init__"],
