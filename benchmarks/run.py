@@ -73,7 +73,8 @@ BENCHMARKS = (
         "client_workers",
         "Clients side by side",
         "`client_workers=N` shares a round's clients among processes, the largest first. The result is the same for any number of "
-        "them; only threads may change the order of sums.",
+        "them; only threads may change the order of sums. Aim: 1.8 × one process on two cores. That is what they gain over one thread; "
+        "over one process that uses both cores they can't gain more than it leaves idle.",
         ("--rounds", "3"),
         ("--rounds", "6"),
     ),
@@ -159,7 +160,7 @@ CHOICES = (
     "| bytes down | fewer `adapter_bits`; `broadcast: never` sends no adapter | Bytes on the wire |",
     "| bytes of the base, sent once | fewer `base_bits`, `fedlpp-hf quantize --double_quant` | Bytes on the wire |",
     "| disk while merging a model from the Hub | `fedlpp-hf merge --delete_source_shards` | The merge |",
-    "| time per round over a network | nothing: about a second is Flower's; take fewer, longer rounds | Over Flower |",
+    "| time per round over a network | nothing: half a second to a second is Flower's; take fewer, longer rounds | Over Flower |",
 )
 
 
