@@ -35,7 +35,7 @@ from tests.helpers import build_model, make_pair, make_rows, read_files
 from tests.trials import Case
 
 
-_VARIES = ("seconds", "traffic", "federation_id", "sha256", "packages")  # from one run to the next
+_VARIES = ("seconds", "owner_seconds", "traffic", "federation_id", "sha256", "packages")  # from one run to the next
 _KEY_A, _KEY_B = "base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"
 _ROUNDS = 3
 _SECRETS = {"full_model": "owner/model", "settings": {"bits": 4}}
