@@ -3,7 +3,7 @@
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..wire.messages import ClientFailure, ClientTask, ClientUpdate, LocalOption
 from .admission import AcceptedUpdate
 from .best import check_chosen, find_published_round, forget_rounds
 from .combine import combine_updates
-from .owner import Owner, Tensors
+from .owner import Owner, Tensors, counted_wait
 from .resume import check_resumable
 from .sampling import make_seed, sample_clients
 from .share_dp import make_dp
@@ -191,7 +191,8 @@ class FederatedServer:
         drawn, dropped = self.sample_clients(number), self.dropped
         tasks = {client: self.make_task(number, client, proxy) for client in drawn if client not in dropped}
         start = self.untrained.adapter if proxy is None else restore_tensors(proxy)
-        seeds = list_owner_seeds(self.args, number, self.store.records())
+        # Not held while the clients train: of many clients and rounds they are large.
+        seeds = list_owner_seeds(self.args, number, self.store.records() if self.args.control_variate else ())
         if self.owner is not None and seeds:
             self.owner.begin_variate(start, number, seeds)
         updates, rejected = self.admission.collect(tasks, train_clients(list(tasks.values())) if tasks else ())
@@ -251,7 +252,7 @@ class FederatedServer:
         )
 
     def _step(
-        self, number: int, updates: Mapping[str, AcceptedUpdate], start: Tensors, seeds: Sequence[int]
+        self, number: int, updates: Mapping[str, AcceptedUpdate], start: Tensors, seeds: list[int]
     ) -> dict[str, Any]:
         """Aggregate a round's updates, taken at `start`, and move the server's adapter; returns what to record.
 
@@ -272,9 +273,8 @@ class FederatedServer:
         if self.evaluate_proxy is not None and (number == 0 or self.args.broadcasts):
             metrics["proxy"] = self.evaluate_proxy(restore_tensors(self.make_proxy(self.adapter)))
         if self.owner is not None:
-            asked = time.perf_counter()
-            found = self.owner.evaluate(self.adapter, self.state.residual, self.state.base_weight)
-            record["owner_seconds"] = record.get("owner_seconds", 0.0) + time.perf_counter() - asked
+            with counted_wait(record):
+                found = self.owner.evaluate(self.adapter, self.state.residual, self.state.base_weight)
             # In the order of the trainer's evaluation, which says what the headline is; a message has its keys sorted.
             self._names += [name for name in metrics.get("proxy", ()) if name not in self._names]
             metrics["server"] = {name: found[name] for name in [*self._names, *found] if name in found}

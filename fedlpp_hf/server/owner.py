@@ -1,8 +1,10 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """What the server asks of the owner: adapters and metrics, never a model."""
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 
@@ -37,3 +39,11 @@ class Owner(Protocol):
     ) -> tuple[dict[str, torch.Tensor], float]:
         """What the quantizer adds to an update taken at `start`, and the share of the estimate that is not chance."""
         ...
+
+
+@contextmanager
+def counted_wait(record: dict[str, Any]) -> Iterator[None]:
+    """Add what an answer of the owner is waited for to `owner_seconds` of a round's record."""
+    asked = time.perf_counter()
+    yield
+    record["owner_seconds"] = record.get("owner_seconds", 0.0) + time.perf_counter() - asked

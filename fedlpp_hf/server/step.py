@@ -1,7 +1,6 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """From a round's mean update to the server's next state: the control variate, the optimizer, and what the owner chooses."""
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -12,7 +11,7 @@ import torch
 from ..aggregation.optimizers import ServerOptimizer
 from ..config.federated import FederatedConfig
 from ..tensors.adapters import global_norm
-from .owner import Owner
+from .owner import Owner, counted_wait
 from .sampling import make_seed
 from .state import ServerState
 
@@ -87,9 +86,8 @@ def take_step(
     variate: Mapping[str, torch.Tensor] = {}
     shares = [0.0]
     if args.control_variate and owner is not None and update.seeds:
-        asked = time.perf_counter()
-        variate, report["variate_share"] = owner.estimate_variate(update.start, update.round, update.seeds)
-        report["owner_seconds"] = time.perf_counter() - asked
+        with counted_wait(report):
+            variate, report["variate_share"] = owner.estimate_variate(update.start, update.round, update.seeds)
         report |= {"update_norm": global_norm(update.delta), "variate_norm": global_norm(variate)}
         shares = [args.control_variate * share for share in (_SHARES if owner.selects else (1.0,))]
     candidates = []
@@ -101,13 +99,14 @@ def take_step(
         if args.base_weights != [0.0]:
             report["base_weight"] = args.base_weights[0]
         return candidates[0], report
-    asked = time.perf_counter()
-    losses = [
-        (loss, place, number)
-        for place, candidate in enumerate(candidates)
-        for number, loss in enumerate(owner.measure_selection(candidate.adapter, update.residual, args.base_weights))
-    ]
-    report["owner_seconds"] = report.get("owner_seconds", 0.0) + time.perf_counter() - asked
+    with counted_wait(report):
+        losses = [
+            (loss, place, number)
+            for place, candidate in enumerate(candidates)
+            for number, loss in enumerate(
+                owner.measure_selection(candidate.adapter, update.residual, args.base_weights)
+            )
+        ]
     loss, place, number = min(losses)
     chosen = replace(candidates[place], base_weight=args.base_weights[number])
     report |= {"selection_loss": loss, "base_weight": chosen.base_weight}
