@@ -44,7 +44,7 @@ from fedlpp_hf.tensors.codebooks import FULL_PRECISION
 STEPS, ROUNDS = 40, 4  # of each client, 8 rows each: 4 × 10, or one run of 40 where nothing is broadcast
 EVERY: dict[str, Any] = {"num_rounds": ROUNDS, "max_steps": STEPS // ROUNDS, "adapter_bits": 4}
 NEVER: dict[str, Any] = {"num_rounds": 1, "max_steps": STEPS, "broadcast": "never"}
-# Up to three times the steps, and the owner stops where its selection rows say so.
+# Up to three times the steps. The owner takes the round that its selection rows say, the untouched model included.
 ROUND_BY_ROUND: dict[str, Any] = {"num_rounds": 3 * ROUNDS, "max_steps": STEPS // ROUNDS, "broadcast": "never"}
 CHOSEN = {"base_weights": [0.0, 0.25, 0.5, 0.75]}
 VARIATE = {"control_variate": 1.0}
@@ -62,6 +62,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "nothing, 4 bits, four variates, 120 steps": {**NEVER, **FOUR, "base_bits": 4, "max_steps": 3 * STEPS},
     "nothing, 3 bits, four variates": {**NEVER, **FOUR, "base_bits": 3},
     "nothing, 2 bits, four variates": {**NEVER, **FOUR, "base_bits": 2},
+    "nothing in 4 rounds, 4 bits, chosen": {**EVERY, **FOUR, **CHOSEN, "broadcast": "never", "base_bits": 4},
     "nothing in 12 rounds, 4 bits, chosen": {**ROUND_BY_ROUND, **FOUR, **CHOSEN, "base_bits": 4},
     "nothing in 12 rounds, 3 bits, chosen": {**ROUND_BY_ROUND, **FOUR, **CHOSEN, "base_bits": 3},
     "nothing in 12 rounds, full precision": {

@@ -21,6 +21,7 @@ from .modules import (
     build_meta_model,
     check_missing,
     check_skip_list,
+    count_weights,
     default_skip_modules,
     find_bulk,
     find_quantized,
@@ -108,7 +109,10 @@ def export_base(
     if skip_modules is None:
         check_skip_list(model, quantized, skip)
     bulk = find_bulk(model, quantized, skip)
-    settings = BaseSettings(bits, block_size, double_quant, embedding_bits, quantized, bulk, mark, calibration)
+    weights = count_weights(model, quantized)
+    settings = BaseSettings(
+        bits, block_size, double_quant, embedding_bits, quantized, bulk, mark, calibration, weights
+    )
 
     with new_base_directory(Path(output_dir), overwrite) as directory:
         entries = []

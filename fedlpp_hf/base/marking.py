@@ -10,11 +10,11 @@ import torch
 
 from ..privacy.marks import Trace, Tracer
 from ..tensors.codebooks import codebook, nf4_subset
-from ..tensors.quantization import find_between_levels, round_to_levels
+from ..tensors.quantization import round_to_levels
 from .full_model import FullModel
 from .mark_keys import MarkKey
-from .modules import build_meta_model, default_skip_modules, find_quantized, make_quantization_config
-from .quantize import MARK_TOLERANCE
+from .mark_places import find_mark_places
+from .modules import build_meta_model, count_weights, default_skip_modules, find_quantized, make_quantization_config
 from .suspect import SuspectReader
 from .tensor_plan import plan_tensors
 
@@ -45,16 +45,16 @@ def trace_base(
     bits, block_size = key.settings["bits"], key.settings["block_size"]
     levels = codebook(4)[list(nf4_subset(bits))]
     compared = 0
-    for name, weight in _read_marked(source, key.settings):
+    for name, weight, model_weights in _read_marked(source, key.settings):
         if not reader.has(name, weight.shape):
             continue
         compared += 1
-        places, lower = find_between_levels(weight, levels, block_size, MARK_TOLERANCE)
         _, scales = round_to_levels(weight, levels, block_size, name=name)
+        places, lower, marked = find_mark_places(weight, levels, scales, block_size, model_weights)
+        places, lower = places[marked], lower[marked].long()
         scales = scales[places // block_size]
-        low, high = levels[lower.long()] * scales, levels[lower.long() + 1] * scales
         values = reader.read(name, weight.shape).reshape(-1)[places]
-        tracer.add(name, _place_between(values, low, high))
+        tracer.add(name, _place_between(values, levels[lower] * scales, levels[lower + 1] * scales), marked.numpy())
     if not compared:
         raise ValueError(
             f"`{suspect}` has none of the full model's marked weights, by name and shape; it is of another architecture."
@@ -69,17 +69,18 @@ def _place_between(values: torch.Tensor, low: torch.Tensor, high: torch.Tensor) 
     return placed.nan_to_num(0.0).double().numpy()
 
 
-def _read_marked(source: FullModel, settings: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The full model's weights that copies have in 4-bit codes, as these store them: `(out, in)`."""
+def _read_marked(source: FullModel, settings: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor, int]]:
+    """The full model's weights that copies have in 4-bit codes, as these store them, `(out, in)`, and how many there are."""
     config = source.read_config()
     model = build_meta_model(config, _find_class(settings["model_class"]))
     skip = settings["skip_modules"] or default_skip_modules(model)
     config.quantization_config = make_quantization_config(4, False, skip, source.dtype)
     quantized = find_quantized(model, config)
+    model_weights = count_weights(model, quantized)
     for name, tensor in plan_tensors(model, source.shapes).read(source, model):
         module, _, leaf = name.rpartition(".")
         if leaf == "weight" and module in quantized:
-            yield name, tensor.T.contiguous() if quantized[module] else tensor
+            yield name, tensor.T.contiguous() if quantized[module] else tensor, model_weights
 
 
 def _find_class(name: str | None) -> Any:

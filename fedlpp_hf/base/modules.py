@@ -96,6 +96,11 @@ def find_quantized(model: PreTrainedModel, config: Any) -> dict[str, bool]:
     }
 
 
+def count_weights(model: PreTrainedModel, quantized: dict[str, bool]) -> int:
+    """How many weights the quantized modules have together."""
+    return sum(model.get_submodule(name).weight.numel() for name in quantized)
+
+
 def find_bulk(model: PreTrainedModel, quantized: dict[str, bool], skip: list[str]) -> set[str]:
     """Find the parameters like those of the quantized modules that transformers keeps as floats.
 

@@ -19,14 +19,14 @@ from bitsandbytes.functional import (
 from ..privacy.marks import Mark, draw_choices
 from ..tensors.codebooks import FULL_PRECISION, codebook, nf4_subset, packed_size
 from ..tensors.packing import look_up
-from ..tensors.quantization import find_between_levels, restore_from_levels, round_to_levels
+from ..tensors.quantization import restore_from_levels, round_to_levels
 from .calibration import Calibration
 from .compensation import round_with_compensation
+from .mark_places import find_mark_places
 
 
 _NESTED_BLOCK_SIZE = 256
 _PAD_CODE = 7  # NF4's zero, which bitsandbytes pads with
-MARK_TOLERANCE = 0.005  # of the distance of two levels: one per cent of the weights are marked
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,8 @@ class BaseSettings:
 
     `quantized`: the modules that become bitsandbytes weights, and whether each was a `Conv1D`. `bulk`: parameters that
     stay floats but get `bits`, not `embedding_bits`, because they are most of the model. `mark`: whose copy this is.
-    `calibration`: what the modules are given as inputs. The rest are arguments of [`export_base`].
+    `calibration`: what the modules are given as inputs. `model_weights`: how many weights the modules have together, which
+    a mark needs. The rest are arguments of [`export_base`].
     """
 
     bits: int
@@ -46,6 +47,7 @@ class BaseSettings:
     bulk: set[str]
     mark: Mark | None = None
     calibration: Calibration | None = None
+    model_weights: int = 0
 
 
 def quantize_base_tensor(
@@ -139,8 +141,9 @@ def quantize_nf4(name: str, weight: torch.Tensor, settings: BaseSettings) -> dic
     else:
         indices, absmax = round_with_compensation(weight, moments, levels, block_size, name)
     if settings.mark is not None:
-        places, lower = find_between_levels(weight, levels, block_size, MARK_TOLERANCE)
-        indices[places] = lower + torch.from_numpy(draw_choices(settings.mark, name, len(places)))
+        places, lower, marked = find_mark_places(weight, levels, absmax, block_size, settings.model_weights)
+        chosen = lower + torch.from_numpy(draw_choices(settings.mark, name, len(places)))
+        indices[places[marked]] = chosen[marked]
     if weight.numel() % block_size:
         absmax[-1].clamp_(min=1e-38)  # bitsandbytes clamps the scale of a short last block only
     state = QuantState(absmax, weight.shape, code, block_size, "nf4", weight.dtype)

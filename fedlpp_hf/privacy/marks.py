@@ -76,19 +76,21 @@ class Tracer:
         self.variance = 0.0
         self.positions = 0
 
-    def add(self, name: str, values: np.ndarray) -> None:
+    def add(self, name: str, values: np.ndarray, marked: np.ndarray | None = None) -> None:
         """Take the marked positions of one tensor.
 
         Args:
             name: Of the tensor.
-            values: `(count,)`, where the suspect stands: 1 at the upper level, −1 at the lower, 0 halfway.
+            values: `(n,)`, where the suspect stands: 1 at the upper level, −1 at the lower, 0 halfway.
+            marked: Which of the positions that something is drawn for are marked, bool, n of them; all by default.
         """
         if not len(values):
             return
-        biases = draw_biases(self.secret, name, len(values))
+        marked = np.ones(len(values), bool) if marked is None else marked
+        biases = draw_biases(self.secret, name, len(marked))[marked]
         up, down = np.sqrt((1 - biases) / biases), -np.sqrt(biases / (1 - biases))
         for place, mark in enumerate(self.marks):
-            weights = np.where(draw_choices(mark, name, len(values)), up, down)
+            weights = np.where(draw_choices(mark, name, len(marked))[marked], up, down)
             self.sums[place] += float(values @ weights)
             self.own[place] += float(np.abs(weights).sum())
         # Given the suspect, an innocent client's choices are independent, with mean 0 and variance 1 in these weights.
