@@ -105,7 +105,7 @@ class MemoryPeak:
 def take_free_memory(size: int) -> None:
     """Take memory and give it back, so that every method finds it the same.
 
-    A virtual machine may hand its host what has been free for some seconds. To have it again costs up to 1.6 s per GB, for a method
+    A virtual machine may hand its host what has been free for some seconds. To have it again may cost a second per GB, for a method
     with long imports before it, and nothing for one that follows the removal of the last result at once.
     """
     status = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
