@@ -6,11 +6,12 @@
 Writes a Llama of random weights in shards and merges with every method in turn, each in a fresh process, with the source
 in the page cache and the destination not synced, unless `--sync`. Prints medians as ratios to the floor, and the peak of anonymous and
 resident memory, of the whole process and above what the imports take. On a machine that has other work, look at
-processor time: there, seconds say little.
+processor time: there, seconds say little. After the ratios in seconds are their quartiles.
 """
 
 import argparse
 import json
+import mmap
 import os
 import shutil
 import statistics
@@ -101,6 +102,17 @@ class MemoryPeak:
         return tuple(int(status[key].split()[0]) / 1e3 for key in ("RssAnon", "VmRSS"))  # type: ignore[return-value]
 
 
+def take_free_memory(size: int) -> None:
+    """Take memory and give it back, so that every method finds it the same.
+
+    A virtual machine may hand its host what has been free for some seconds. To have it again may cost a second per GB, for a method
+    with long imports before it, and nothing for one that follows the removal of the last result at once.
+    """
+    status = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    length = min(2 * size, int(status["MemFree"].split()[0]) * 1024 // 2)
+    mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
+
+
 def run_method(method: str, full: Path, adapter: Path, out: Path, threads: int, sync: bool) -> dict[str, float]:
     """One merge in this process, timed without the imports."""
     import torch
@@ -154,6 +166,7 @@ def run_method(method: str, full: Path, adapter: Path, out: Path, threads: int, 
                     if sync:
                         os.fsync(destination.fileno())
 
+    take_free_memory(sum(path.stat().st_size for path in full.iterdir()))
     with MemoryPeak() as memory:
         began, busy = time.perf_counter(), time.process_time()
         merge()
@@ -188,8 +201,11 @@ def measure(methods: list[str], full: Path, adapter: Path, scratch: Path, args: 
     for method, found in runs.items():
         cells = [f"{statistics.median(run['seconds'] for run in found):.2f}"]
         for key in ("seconds", "cpu"):
-            pairs = zip(found, runs["floor"], strict=True)
-            cells.append(f"{statistics.median(run[key] / floor[key] for run, floor in pairs):.2f}")
+            ratios = [run[key] / floor[key] for run, floor in zip(found, runs["floor"], strict=True)]
+            cells.append(f"{statistics.median(ratios):.2f}")
+            if key == "seconds" and len(ratios) > 1:
+                low, _, high = statistics.quantiles(ratios, method="inclusive")
+                cells[-1] += f" ({low:.2f} to {high:.2f})"
         cells += [f"{max(run[key] for run in found):.0f}" for key in ("anonymous", "grown", "resident")]
         print(f"| {method} | " + " | ".join(cells) + " |")
     print(flush=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 
 _FICLONE = 0x40049409
+_SYNC_FILE_RANGE_WRITE = 2
 # The errors of file systems that can't copy or clone inside the kernel.
 _UNSUPPORTED = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.ENOTTY, errno.EPERM}
 _COPY_BLOCK = 1 << 20
@@ -42,6 +43,12 @@ def reserve_file(descriptor: int, size: int) -> None:
         if number in _NO_ROOM:
             raise OSError(number, os.strerror(number))
     os.ftruncate(descriptor, size)
+
+
+def start_writeback(descriptor: int, start: int, length: int) -> None:
+    """Have the system begin to bring a range to the disk, where it can be told to; an `fsync` later waits, and finds errors."""
+    if hasattr(_libc, "sync_file_range"):
+        _libc.sync_file_range(descriptor, ctypes.c_long(start), ctypes.c_long(length), _SYNC_FILE_RANGE_WRITE)
 
 
 def can_share_blocks(source: Path, directory: Path) -> bool:

@@ -10,7 +10,7 @@ import torch
 
 from ..base.shards import read_shard
 from ..tensors.files import read_range
-from .copying import clone_file, copy_range, find_difference, reserve_file, write_range
+from .copying import clone_file, copy_range, find_difference, reserve_file, start_writeback, write_range
 from .jobs import Copy, ShardJobs
 
 
@@ -30,19 +30,25 @@ class Sink(Protocol):
     def take_rows(self, rows: torch.Tensor, to: int, name: str) -> None:
         """Take rows of the tensor `name`, which belong at byte `to`."""
 
+    def finish(self, to: int, length: int) -> None:
+        """Take note that all bytes of a range were taken."""
+
 
 class FileWriter:
-    """Writes a new file."""
+    """Writes a new file, which is on disk at the end if `sync` is set."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, sync: bool = False):
         self.path = path
+        self._sync = sync
 
     def __enter__(self) -> "FileWriter":
         self._file = open(self.path, "xb", buffering=0)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        with self._file:
+            if self._sync and error[0] is None:
+                os.fsync(self._file.fileno())
 
     def start(self, source: int, jobs: ShardJobs) -> list[Copy]:
         """Write the header, or share all blocks of the source where the file system can."""
@@ -59,6 +65,11 @@ class FileWriter:
     def take_rows(self, rows: torch.Tensor, to: int, name: str) -> None:
         """Write the rows."""
         write_range(self._file.fileno(), _view_bytes(rows), to)
+
+    def finish(self, to: int, length: int) -> None:
+        """Let the disk work on a range while the next ones are computed: then there is little to wait for at the end."""
+        if self._sync:
+            start_writeback(self._file.fileno(), to, length)
 
 
 class FileComparer:
@@ -102,6 +113,9 @@ class FileComparer:
         read_range(self._file.fileno(), memoryview(written), to)
         if written != data:
             raise RuntimeError(f"`{name}` in `{self.path.name}` is not what the merge computes; it is damaged.")
+
+    def finish(self, to: int, length: int) -> None:
+        """Nothing is left to do."""
 
 
 def _view_bytes(rows: torch.Tensor) -> memoryview:

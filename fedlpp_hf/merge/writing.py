@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from ..base.full_model import FullModel
-from ..tensors.atomic import sync_path
 from ..tensors.threads import map_in_order, tensor_threads
 from .copying import can_share_blocks
 from .destination import check_room
@@ -54,10 +53,8 @@ def write_shards(
             path, jobs = coming.result(), shards[file]
             if following is not None:
                 coming = downloads.submit(source.fetch, following)
-            for parameter, found in merge_shard(path, jobs, producer, FileWriter(work / file), pool).items():
+            for parameter, found in merge_shard(path, jobs, producer, FileWriter(work / file, sync), pool).items():
                 norms.setdefault(parameter, Norms()).add_(found)
-            if sync:
-                sync_path(work / file)
             if verify:
                 merge_shard(path, jobs, producer, FileComparer(work / file), pool)
             source.release(file)
@@ -90,9 +87,10 @@ def merge_shard(
             found = Norms()
             if isinstance(job, Copy):
                 sink.take_copy(descriptor, job)
-                return found
-            for first, rows in producer.produce(job, descriptor, found):
-                sink.take_rows(rows, job.to + first * job.row_bytes, job.tensor.name)
+            else:
+                for first, rows in producer.produce(job, descriptor, found):
+                    sink.take_rows(rows, job.to + first * job.row_bytes, job.tensor.name)
+            sink.finish(job.to, job.length)
             return found
 
         todo: list[Copy | Rewrite] = [*sink.start(descriptor, jobs), *jobs.rewrites]

@@ -4,6 +4,7 @@
 import contextlib
 import ctypes
 import errno
+import itertools
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from fedlpp_hf.base.shards import read_shard
 from fedlpp_hf.merge import copying, jobs, rows, sinks, writing
 from fedlpp_hf.merge.merge import merge_adapter
 from fedlpp_hf.tensors.adapters import ADAPTER_WEIGHTS
@@ -201,6 +203,51 @@ def test_room_is_reserved_where_it_can_be(tmp_path, monkeypatch, number):
             return
         copying.reserve_file(file.fileno(), 10**6)
         assert os.fstat(file.fileno()).st_size == 10**6
+
+
+@pytest.mark.parametrize("has_call", [True, False])
+def test_the_disk_works_while_rows_are_computed(tmp_path, monkeypatch, has_call):
+    """Every byte but the header's is on its way before the wait, if there is one; a system without the call only waits."""
+    full, adapter, _ = make_pair(tmp_path, target_modules="all-linear")
+    if not has_call:
+        monkeypatch.setattr(copying, "_libc", object())
+    begun, waited, start, fsync = {}, [], copying.start_writeback, os.fsync
+
+    def note(descriptor, at, length):
+        begun.setdefault(os.fstat(descriptor).st_ino, []).append((at, at + length))
+        start(descriptor, at, length)
+
+    def wait(descriptor):
+        waited.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(sinks, "start_writeback", note)
+    monkeypatch.setattr(os, "fsync", wait)
+    merge_adapter(full, adapter, tmp_path / "later", sync=False)
+    assert not begun and not waited
+    merge_adapter(full, adapter, tmp_path / "now")
+    assert read_files(tmp_path / "now") == read_files(tmp_path / "later")
+    for path in (tmp_path / "now").glob("*.safetensors"):
+        ranges = sorted(begun[path.stat().st_ino])
+        assert ranges[0][0] == len(read_shard(path).header) and ranges[-1][1] == path.stat().st_size
+        assert all(one[1] == following[0] for one, following in itertools.pairwise(ranges))
+        assert path.stat().st_ino in waited
+
+
+def test_disk_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    """The error of a write that was begun early comes with the wait, at the same descriptor."""
+    full, adapter, _ = make_pair(tmp_path)
+    fsync = os.fsync
+
+    def fail(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".safetensors"):
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        merge_adapter(full, adapter, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"full", "adapter"}
 
 
 def test_a_killed_merge_leaves_nothing_or_everything(tmp_path):
