@@ -20,6 +20,8 @@ from .shards import read_shards
 from .tensor_plan import plan_tensors
 
 
+# What transformers raises on a value of a configuration that it did not expect.
+_UNEXPECTED = (LookupError, TypeError, AttributeError, ArithmeticError, AssertionError)
 _SPARE_VALUES = 1 << 24  # that a tensor may have beyond the base's, as a new head does
 
 
@@ -54,6 +56,25 @@ def load_base(
         ValueError: if the directory is not a base, differs from its manifest, or does not fit `model_class`.
     """
     manifest = check_base(base_dir) if verify else read_manifest(base_dir)
+    options = (model_class, compute_dtype, device_map, new_modules, seed)
+    try:
+        return _load(base_dir, manifest, *options, **kwargs)
+    except _UNEXPECTED as error:
+        raise ValueError(
+            f"The base in `{base_dir}` can't be loaded ({type(error).__name__}: {error}). Is its configuration another model's?"
+        ) from error
+
+
+def _load(
+    base_dir: str | os.PathLike,
+    manifest: dict[str, Any],
+    model_class: Any,
+    compute_dtype: torch.dtype | None,
+    device_map: Any,
+    new_modules: Sequence[str],
+    seed: int,
+    **kwargs: Any,
+) -> PreTrainedModel:
     check_configurations(Path(base_dir), manifest)
     _check_shards(Path(base_dir), manifest)
     dtype = kwargs.pop("dtype", None)
