@@ -22,6 +22,7 @@ from .tensor_plan import plan_tensors
 
 # What transformers raises on a value of a configuration that it did not expect.
 _UNEXPECTED = (LookupError, TypeError, AttributeError, ArithmeticError, AssertionError)
+_MOST_BUFFERS = 1 << 28  # GPT-J's masks are half of it
 _SPARE_VALUES = 1 << 24  # that a tensor may have beyond the base's, as a new head does
 
 
@@ -140,6 +141,12 @@ def _check_sizes(meta: PreTrainedModel, manifest: dict[str, Any]) -> None:
                 f"By the base's configuration `{name}` has the shape {list(parameter.shape)}, by its manifest {shape}. Copy "
                 "the base again."
             )
+    buffers = sum(buffer.numel() for buffer in meta.buffers())  # masks and frequencies, which are in no manifest
+    if buffers > _MOST_BUFFERS:
+        raise ValueError(
+            f"By the base's configuration the model has buffers of {buffers} values; expected at most {_MOST_BUFFERS}. Copy the "
+            "base again."
+        )
 
 
 def _find_new_modules(meta: PreTrainedModel, manifest: dict[str, Any], endings: Sequence[str]) -> list[str]:

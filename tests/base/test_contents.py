@@ -205,6 +205,11 @@ def scale_by_nothing(base, manifest):
     change_config(base, rope_parameters={"rope_type": "yarn", "rope_theta": 1.0, "factor": 0.0})
 
 
+def turn_everything(base, manifest):
+    rope = {"rope_type": "linear", "factor": 1.0, "rope_theta": 10000.0, "partial_rotary_factor": 1e9}
+    change_config(base, rope_parameters=rope)
+
+
 def fill_configuration(base, manifest):
     with (base / "config.json").open("r+b") as file:
         file.truncate(49 << 20)  # as a hole: it takes no room
@@ -239,6 +244,7 @@ CHANGES = {
     name_no_activation: "can't be loaded \\(KeyError",
     pad_with_no_token: "can't be loaded \\(AssertionError",
     scale_by_nothing: "can't be (used|loaded) \\(.*ZeroDivisionError",
+    turn_everything: "has buffers of [0-9]+ values; expected at most",
     fill_configuration: "gives `config.json` 51380224 bytes; expected at most",
     name_an_outside_file: "weights.safetensors`, which is no file of a base",
 }
