@@ -72,8 +72,8 @@ def _judge_fields(config: Any) -> Iterator[tuple[str, Any, str, bool]]:
     right = steps == str(start) or (steps.isdecimal() and len(steps) <= _STEPS_DIGITS)
     yield "init_lora_weights", start, f"steps of {_STEPS_DIGITS} digits", right
     loftq = getattr(config, "loftq_config", None) or {}
-    steps = loftq.get("loftq_iter", 1) if isinstance(loftq, dict) else None
-    right = type(steps) is int and 0 <= steps < 10**_STEPS_DIGITS
+    turns: Any = loftq.get("loftq_iter", 1) if isinstance(loftq, dict) else None
+    right = type(turns) is int and 0 <= turns < 10**_STEPS_DIGITS
     yield "loftq_config", loftq, f"a loftq_iter of {_STEPS_DIGITS} digits", right
     yield "lora_alpha", config.lora_alpha, alpha, _is_alpha(config.lora_alpha)
     for name, check, expected in (("rank_pattern", _is_rank, rank), ("alpha_pattern", _is_alpha, alpha)):
