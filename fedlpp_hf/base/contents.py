@@ -29,6 +29,9 @@ _REACHING_OUT = ("auto_map", "custom_generate", "trust_remote_code", "custom_pip
 _ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation")
 _COUNTS = re.compile(r"layers?$|depths?$|experts?$|(^|_)layers?_|_blocks$")  # of modules to build
 _MORE_THAN_TENSORS = 2000
+_MOST_LABELS = 1_000_000  # each becomes an entry of a dictionary
+_MOST_JSON_BYTES = 48 << 20  # which may take twenty times as much memory; the manifest of 100,000 tensors has 45 MB
+_CHOICES = re.compile(r"[*+{?|]")  # without these a pattern has one way to match
 _TENSOR_TYPES: dict[str, type | tuple[type, ...]] = {
     "name": str, "kind": str, "shape": list, "source_dtype": str, "dtype": str, "bits": (int, str), "block_size": int,
     "information_bytes": int, "information_bits": (int, float), "bytes": int, "digest": str,
@@ -62,9 +65,11 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        ValueError: if it is no JSON, or nested without end.
+        ValueError: if it is no JSON, nested without end, or too large to be read.
     """
     try:
+        if (size := path.stat().st_size) > _MOST_JSON_BYTES:
+            raise ValueError(f"it has {size} bytes; expected at most {_MOST_JSON_BYTES}")
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"`{path}` can't be read ({type(error).__name__}: {error}).") from error
@@ -113,6 +118,10 @@ def check_types(manifest: Mapping[str, Any]) -> None:
     for name, file in manifest["files"].items():
         check_file_name(name)
         _check_fields(file, {"bytes": int, "sha256": str}, f"the file {name!r}")
+        if name.endswith("config.json") and file["bytes"] > _MOST_JSON_BYTES:
+            raise ValueError(
+                f"The manifest gives `{name}` {file['bytes']} bytes; expected at most {_MOST_JSON_BYTES}."
+            )
         if len(file) != 2:
             raise ValueError(
                 f"The manifest says more of the file {name!r} than its size and sha256: {list(file)[:5]!r:.80}."
@@ -141,15 +150,22 @@ def check_configurations(base_dir: Path, manifest: Mapping[str, Any]) -> None:
             most = len(manifest["tensors"]) + _MORE_THAN_TENSORS
             if _COUNTS.search(key) and isinstance(value, int) and value > most:
                 raise ValueError(f"`{path}` has {key}={value}, and the base has {len(manifest['tensors'])} tensors.")
+            if key == "num_labels" and isinstance(value, int) and value > _MOST_LABELS:
+                raise ValueError(f"`{path}` has num_labels={value}; expected at most {_MOST_LABELS}.")
             if name == "generation_config.json" and isinstance(value, dict) and not _are_numbers(key, value):
                 raise ValueError(f"`{path}` has {key}={value!r:.80}; expected numbers and names.")
     config = read_json(base_dir / _CONFIG)
-    method = (config.get("quantization_config") or {}).get("quant_method") if isinstance(config, dict) else None
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method != "bitsandbytes":
         raise ValueError(
             f"`{base_dir / _CONFIG}` has quant_method={method!r:.60}; a base is quantized with bitsandbytes. Ask the owner for "
             "another copy."
         )
+    for key, value in _walk(quantization, "quantization_config"):
+        # Transformers matches it with all modules, and may never end.
+        if isinstance(value, str) and _CHOICES.search(value):
+            raise ValueError(f"`{base_dir / _CONFIG}` has {key}={value!r:.80}, a regular expression; expected names.")
 
 
 def _are_numbers(key: str, value: Mapping[str, Any]) -> bool:

@@ -20,6 +20,9 @@ from .shards import read_shards
 from .tensor_plan import plan_tensors
 
 
+# What transformers raises on a value of a configuration that it did not expect.
+_UNEXPECTED = (LookupError, TypeError, AttributeError, ArithmeticError, AssertionError)
+_MOST_BUFFERS = 1 << 28  # GPT-J's masks are half of it
 _SPARE_VALUES = 1 << 24  # that a tensor may have beyond the base's, as a new head does
 
 
@@ -54,6 +57,25 @@ def load_base(
         ValueError: if the directory is not a base, differs from its manifest, or does not fit `model_class`.
     """
     manifest = check_base(base_dir) if verify else read_manifest(base_dir)
+    options = (model_class, compute_dtype, device_map, new_modules, seed)
+    try:
+        return _load(base_dir, manifest, *options, **kwargs)
+    except _UNEXPECTED as error:
+        raise ValueError(
+            f"The base in `{base_dir}` can't be loaded ({type(error).__name__}: {error}). Is its configuration another model's?"
+        ) from error
+
+
+def _load(
+    base_dir: str | os.PathLike,
+    manifest: dict[str, Any],
+    model_class: Any,
+    compute_dtype: torch.dtype | None,
+    device_map: Any,
+    new_modules: Sequence[str],
+    seed: int,
+    **kwargs: Any,
+) -> PreTrainedModel:
     check_configurations(Path(base_dir), manifest)
     _check_shards(Path(base_dir), manifest)
     dtype = kwargs.pop("dtype", None)
@@ -119,6 +141,12 @@ def _check_sizes(meta: PreTrainedModel, manifest: dict[str, Any]) -> None:
                 f"By the base's configuration `{name}` has the shape {list(parameter.shape)}, by its manifest {shape}. Copy "
                 "the base again."
             )
+    buffers = sum(buffer.numel() for buffer in meta.buffers())  # masks and frequencies, which are in no manifest
+    if buffers > _MOST_BUFFERS:
+        raise ValueError(
+            f"By the base's configuration the model has buffers of {buffers} values; expected at most {_MOST_BUFFERS}. Copy the "
+            "base again."
+        )
 
 
 def _find_new_modules(meta: PreTrainedModel, manifest: dict[str, Any], endings: Sequence[str]) -> list[str]:

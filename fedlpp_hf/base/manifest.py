@@ -33,7 +33,7 @@ def read_manifest(base_dir: str | os.PathLike) -> dict[str, Any]:
             "nothing else. The owner makes one with `export_base(full_model, output_dir)`."
         )
     try:
-        manifest = read_json(path)
+        manifest = read_json(check_link(path.parent, path))
         version, fingerprint = manifest["format_version"], manifest["fingerprint"]
         computed = _compute_fingerprint(manifest), _compute_copy(manifest)
         intact = version != FORMAT_VERSION or (fingerprint, manifest["copy"]) == computed

@@ -28,6 +28,12 @@ from .quantize import pack_nibbles, unpack_nibbles
 from .shards import parse_shard, read_shard
 
 
+# What reading made-up values raises; ArithmeticError: blocks of no values, or an infinite size.
+_DAMAGE = (
+    SafetensorError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError, json.JSONDecodeError,
+)  # fmt: skip
+
+
 def pack_base(base_dir: str | os.PathLike, file: str | os.PathLike) -> int:
     """Pack a base into one safetensors file. Returns its size in bytes.
 
@@ -90,7 +96,7 @@ def unpack_base(file: str | os.PathLike, base_dir: str | os.PathLike, *, overwri
                         stream.write(data)
             write_json(directory / BASE_MANIFEST, manifest)
             return check_base(directory)
-    except (SafetensorError, LookupError, AttributeError, TypeError, RecursionError, json.JSONDecodeError) as error:
+    except _DAMAGE as error:
         raise ValueError(f"`{file}` is not a packed base, or it is damaged ({error!r}). Send it again.") from error
 
 

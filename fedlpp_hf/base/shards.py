@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..tensors.headers import TensorRange, parse_header, read_header
+from ..tensors.headers import MAX_HEADER_BYTES, TensorRange, parse_header, read_header
 from .contents import check_link
 
 
@@ -57,6 +57,10 @@ def collect_shards(
         raise ValueError(
             f"`{place}` has neither `{WEIGHTS}` nor `{WEIGHTS_INDEX}`. {hint}Load the model with transformers and "
             "`save_pretrained` it: that writes safetensors."
+        )
+    if sizes[WEIGHTS_INDEX] > MAX_HEADER_BYTES:
+        raise ValueError(
+            f"`{WEIGHTS_INDEX}` of `{place}` has {sizes[WEIGHTS_INDEX]} bytes; expected at most {MAX_HEADER_BYTES}."
         )
     weight_map = read_index(check_link(directory, directory / WEIGHTS_INDEX).read_bytes())
     shards = {}

@@ -6,7 +6,7 @@ Messages carry bytes in a ConfigRecord, because an ArrayRecord rejects bfloat16.
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ DESCRIBE, BASE, TRAIN, SUM = "query.describe", "query.base", "train", "query.sum
 POLL_SECONDS = 0.1  # between two looks for answers, at first; Flower's own `send_and_receive` looks every 3 s
 _SLOW_POLL_SECONDS = 0.5  # at last: each look costs the SuperLink some 10 ms of the processor for each client
 _SOON_SECONDS = 10.0  # a node sends a heartbeat every 30 s, which counts for 60 s
+_MOST_UPLOADS = 8  # of a node that keep a thread waiting: one that was announced and never sent does so for an hour
 _PATIENCE_SECONDS = 1.0  # for an answer that is still on its way, before others are asked for theirs
 
 # The content of a node's answer, or why there is none.
@@ -69,6 +70,7 @@ class GridRequests:
         self._waiting: dict[str, _Waiting] = {}  # by the message's id
         self._failed: list[tuple[Any, Answer]] = []
         self._stuck: list[_Sweep] = []
+        self._nodes: dict[str, int] = {}  # by the message's id, of those that are expected or keep a thread waiting
         self._pause = POLL_SECONDS
         self._since = time.monotonic()  # when something was sent last, or came
 
@@ -100,6 +102,7 @@ class GridRequests:
             content = RecordDict({RECORD: ConfigRecord(dict(request.content))})
             sent = list(self.grid.push_messages([Message(content, request.node, kind, ttl=timeout)]))
             if sent and sent[0]:
+                self._nodes[sent[0]] = request.node
                 self._waiting[sent[0]] = _Waiting(request.key, request.node, timeout, deadline)
             else:
                 self._failed.append((request.key, "it could not be reached"))
@@ -113,11 +116,13 @@ class GridRequests:
         present = self.find_nodes() if present is None else present
         answers, self._failed = self._failed, []
         uploading = {sweep.current for sweep in self._stuck}
+        self._nodes = {i: node for i, node in self._nodes.items() if i in self._waiting or i in uploading}
+        slow = Counter(self._nodes[identity] for identity in uploading if identity in self._nodes)
         # If it is asked for the answer of an offline node, Flower invents an error and drops the answer for good.
         online = [
             identity
             for identity, request in self._waiting.items()
-            if request.node in present and identity not in uploading
+            if request.node in present and identity not in uploading and slow[request.node] < _MOST_UPLOADS
         ]
         for identity, answer in self._sweep(online):
             if (request := self._waiting.pop(identity, None)) is not None:  # else it came twice, or too late
@@ -145,10 +150,10 @@ class GridRequests:
         waited = time.monotonic() - self._since
         time.sleep(max(self._pause, min(waited / 20, _SLOW_POLL_SECONDS)))
 
-    def forget(self) -> None:
-        """Expect no answer any more."""
-        self._waiting.clear()
-        self._failed.clear()
+    def forget(self, key: Any = None) -> None:
+        """Expect no answer any more: to the requests with `key`, or to any."""
+        self._waiting = {i: request for i, request in self._waiting.items() if key is not None and request.key != key}
+        self._failed = [(failed, reason) for failed, reason in self._failed if key is not None and failed != key]
 
     def _sweep(self, identities: Sequence[str]) -> list[tuple[str, Answer]]:
         """Ask for answers one by one, each by itself: what is wrong with one concerns no other.

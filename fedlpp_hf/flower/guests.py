@@ -145,6 +145,8 @@ class Guests:
         began = time.monotonic()
         base = self.bases.find("" if ids is None else name_holder(ids))
         self.export_seconds += time.monotonic() - began
+        if number in self._guests:  # else a node that reconnects all the time is owed more and more answers
+            self._requests.forget((number, self._guests[number].since))
         self._guests[number] = _Guest(node.since, ids, base)
         self._send(DESCRIBE, number, {}, self.network.join_timeout)  # it may have to load a model first
 

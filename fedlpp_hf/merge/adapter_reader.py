@@ -14,7 +14,9 @@ from peft.utils.transformers_weight_conversion import convert_peft_adapter_state
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from ..tensors.lora import check_config_size
 from ..tensors.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..wire.text import make_printable
 
 
 class AdapterReader:
@@ -30,12 +32,13 @@ class AdapterReader:
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             if not (directory / name).is_file():
                 raise ValueError(f"`{directory}` has no `{name}`; expected a PEFT adapter saved as safetensors.")
+        check_config_size(directory)
         self.directory, file = directory, directory / ADAPTER_WEIGHTS
         try:
             self.config = PeftConfig.from_pretrained(str(directory))
         except Exception as error:  # PEFT's classes judge their fields each in their own way
             raise ValueError(
-                f"`{directory / ADAPTER_CONFIG}` can't be read ({type(error).__name__}: {error})."
+                f"`{directory / ADAPTER_CONFIG}` can't be read ({type(error).__name__}: {make_printable(str(error))})."
             ) from error
         if self.config.is_prompt_learning:
             raise ValueError(

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 _LARGEST_RANK = 1 << 16
 _LARGEST_ALPHA = 1e9
 _MOST_LAYERS = 10_000
+_STEPS_DIGITS = 3  # of an initialization's steps; each is a decomposition of all weights
+_MORE_NAMES = 1000  # than the model has modules
+_LONGEST_PATTERNS = 1 << 18  # characters, in all; to compile them takes some seconds
 _SECONDS = 5.0
 # Without these a pattern has one way to match, and takes no longer than its text; with many of them it may never end.
 _CHOICES = re.compile(r"[*+{?|]")
@@ -47,6 +50,14 @@ def check_foreign_config(config: "PeftConfig", modules: Sequence[str]) -> None:
         for name, value, expected, right in _judge_fields(config):
             if not right:
                 raise ValueError(f"adapter_config.json has {name}={value!r:.80}; expected {expected}.")
+    for name in ("r", "init_r"):  # what PEFT builds of other kinds has this size, too
+        value = getattr(config, name, None)
+        if type(value) is int and value > _LARGEST_RANK:
+            raise ValueError(f"adapter_config.json has {name}={value!r:.80}; expected at most {_LARGEST_RANK}.")
+    for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "target_parameters"):
+        value = getattr(config, name, None)  # PEFT compares each with each module
+        if isinstance(value, list | tuple | set) and len(value) > len(modules) + _MORE_NAMES:
+            raise ValueError(f"adapter_config.json has {len(value)} {name}; the model has {len(modules)} modules.")
     check_patterns(_list_patterns(config), modules)
 
 
@@ -56,6 +67,14 @@ def _judge_fields(config: Any) -> Iterator[tuple[str, Any, str, bool]]:
     yield "r", config.r, rank, _is_rank(config.r)
     start = getattr(config, "init_lora_weights", True)
     yield "init_lora_weights", start, "a name, true or false", start is None or isinstance(start, bool | str)
+    # PEFT makes these weights again when it loads the adapter.
+    steps = str(start).removeprefix("pissa_niter_")
+    right = steps == str(start) or (steps.isdecimal() and len(steps) <= _STEPS_DIGITS)
+    yield "init_lora_weights", start, f"steps of {_STEPS_DIGITS} digits", right
+    loftq = getattr(config, "loftq_config", None) or {}
+    turns: Any = loftq.get("loftq_iter", 1) if isinstance(loftq, dict) else None
+    right = type(turns) is int and 0 <= turns < 10**_STEPS_DIGITS
+    yield "loftq_config", loftq, f"a loftq_iter of {_STEPS_DIGITS} digits", right
     yield "lora_alpha", config.lora_alpha, alpha, _is_alpha(config.lora_alpha)
     for name, check, expected in (("rank_pattern", _is_rank, rank), ("alpha_pattern", _is_alpha, alpha)):
         pattern = getattr(config, name)
@@ -96,6 +115,11 @@ def check_patterns(patterns: Iterable[tuple[str, str]], modules: Sequence[str]) 
     found = [(name, pattern) for name, pattern in patterns if _CHOICES.search(pattern)]
     if not found:
         return
+    if (length := sum(len(pattern) for _, pattern in found)) > _LONGEST_PATTERNS:
+        raise ValueError(
+            f"adapter_config.json has regular expressions of {length} characters; expected at most {_LONGEST_PATTERNS}. Name the "
+            "modules in a list."
+        )
     for name, pattern in found:
         try:
             re.compile(pattern)

@@ -20,6 +20,7 @@ from ..tensors.atomic import write_atomically
 CALL_TIMEOUT = 30.0  # for requests that are answered at once; a busy machine is slow
 _KEY_BYTES = _NONCE_BYTES = 32
 _MAX_FRAME_BYTES = 1 << 34
+_MAX_HEADER_BYTES = 1 << 28  # JSON, which takes many times its size
 _MAX_PATH_BYTES = 100  # macOS takes 103, Linux 107
 
 Frame = tuple[dict[str, Any], bytes]
@@ -145,9 +146,15 @@ def _shorten(path: Path) -> Iterator[str]:
 
 def _receive(connection: socket.socket) -> Frame:
     sizes = struct.unpack("<QQ", _receive_exactly(connection, 16))
-    if max(sizes) > _MAX_FRAME_BYTES:
+    if sizes[0] > _MAX_HEADER_BYTES or sizes[1] > _MAX_FRAME_BYTES:
         raise EOFError("The header announces more bytes than any message has.")
-    return json.loads(_receive_exactly(connection, sizes[0])), _receive_exactly(connection, sizes[1])
+    try:
+        header = json.loads(_receive_exactly(connection, sizes[0]))
+    except (ValueError, RecursionError) as error:
+        raise EOFError(f"The header is no JSON ({error}).") from None
+    if not isinstance(header, dict):
+        raise EOFError(f"The header is a {type(header).__name__}; expected a mapping.")
+    return header, _receive_exactly(connection, sizes[1])
 
 
 def _receive_exactly(connection: socket.socket, count: int) -> bytes:

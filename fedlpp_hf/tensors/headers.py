@@ -35,7 +35,8 @@ STORED = {
     "U8": StoredType("uint8", 1),
     "BOOL": StoredType("bool", 1),
 }
-MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+# Safetensors allow 100 MB, which take Python's JSON gigabytes and half a minute. 100,000 tensors take a third of this.
+MAX_HEADER_BYTES = 32_000_000
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 PREFIX = "base_model.model."
+_MOST_CONFIG_BYTES = 16 << 20  # 100,000 names of modules take half of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (directory / name).is_file():
             raise ValueError(f"`{directory}` has no `{name}`; expected a PEFT adapter saved as safetensors.")
+    check_config_size(directory)
     try:
         config = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
@@ -49,6 +51,19 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
         return config
     except (ValueError, RecursionError) as error:
         raise ValueError(f"The adapter in `{directory}` can't be read ({error}); is it truncated?") from error
+
+
+def check_config_size(directory: Path) -> None:
+    """Refuse a configuration that would take all memory to read.
+
+    Raises:
+        ValueError: with its size.
+    """
+    if (size := (directory / ADAPTER_CONFIG).stat().st_size) > _MOST_CONFIG_BYTES:
+        raise ValueError(
+            f"`{directory / ADAPTER_CONFIG}` has {size} bytes; expected at most {_MOST_CONFIG_BYTES}, which name more modules "
+            "than a model has."
+        )
 
 
 def read_shapes(directory: str | os.PathLike) -> dict[str, TensorRange]:

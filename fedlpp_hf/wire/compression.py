@@ -104,6 +104,11 @@ def _scatter(key: str, values: torch.Tensor, payload: Payload, shape: torch.Size
     gaps = payload.get(key + GAPS)
     if not isinstance(gaps, torch.Tensor) or gaps.dtype != torch.uint8 or gaps.dim() != 1:
         raise ValueError(f"The update's `{key}` is sparse but its positions are missing or malformed.")
+    # Each byte moves on by one position at least. Decoding takes some twenty times the bytes: forged ones fail before.
+    if gaps.numel() > shape.numel():
+        raise ValueError(
+            f"The update's `{key}` has {gaps.numel()} bytes of positions; expected at most {shape.numel()}, one for each value."
+        )
     places = decode_gaps(gaps)
     if values.shape != places.shape or (len(places) and int(places[-1]) >= shape.numel()):
         raise ValueError(

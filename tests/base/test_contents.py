@@ -171,6 +171,50 @@ def name_an_outside_file(base, manifest):
     save_file({"x": torch.zeros(1)}, base / "weights.safetensors")
 
 
+def claim_labels(base, manifest):
+    change_config(base, num_labels=10**9)
+
+
+def quantize_all_but(value):
+    def change(base, manifest):
+        quantization = json.loads((base / "config.json").read_text())["quantization_config"]
+        change_config(base, quantization_config=quantization | {"llm_int8_skip_modules": value})
+
+    return change
+
+
+skip_without_end = quantize_all_but(["(a|a|b)*(.|.)*(.|.)*c$"])
+skip_without_end.__name__ = "skip_without_end"
+skip_a_number = quantize_all_but(5)
+skip_a_number.__name__ = "skip_a_number"
+
+
+def list_for_a_quantization(base, manifest):
+    change_config(base, quantization_config=[1])
+
+
+def name_no_activation(base, manifest):
+    change_config(base, hidden_act="none of transformers'")
+
+
+def pad_with_no_token(base, manifest):
+    change_config(base, pad_token_id=10**12)
+
+
+def scale_by_nothing(base, manifest):
+    change_config(base, rope_parameters={"rope_type": "yarn", "rope_theta": 1.0, "factor": 0.0})
+
+
+def turn_everything(base, manifest):
+    rope = {"rope_type": "linear", "factor": 1.0, "rope_theta": 10000.0, "partial_rotary_factor": 1e9}
+    change_config(base, rope_parameters=rope)
+
+
+def fill_configuration(base, manifest):
+    with (base / "config.json").open("r+b") as file:
+        file.truncate(49 << 20)  # as a hole: it takes no room
+
+
 CHANGES = {
     put_pickle: "pytorch_model.bin`, which is no file of a base",
     put_pickle_beside: "pytorch_model.bin`, which is no file of a base",
@@ -193,6 +237,15 @@ CHANGES = {
     call_no_class: "'pipeline', which is no model of transformers",
     write_numbers_for_tensors: "`tensors` of the manifest is 5",
     list_nothing: "`full_precision_linears` of the manifest is None",
+    claim_labels: "num_labels=1000000000; expected at most",
+    skip_without_end: "llm_int8_skip_modules=.* a regular expression; expected names",
+    skip_a_number: "can't be loaded",
+    list_for_a_quantization: "quant_method=None",
+    name_no_activation: "can't be loaded \\(KeyError",
+    pad_with_no_token: "can't be loaded \\(AssertionError",
+    scale_by_nothing: "can't be (used|loaded) \\(.*ZeroDivisionError",
+    turn_everything: "has buffers of [0-9]+ values; expected at most",
+    fill_configuration: "gives `config.json` 51380224 bytes; expected at most",
     name_an_outside_file: "weights.safetensors`, which is no file of a base",
 }
 
@@ -236,6 +289,40 @@ def test_a_packed_base_names_no_file_outside(base, tmp_path):
     assert data.count(b"generation_config.json") > 1
     (tmp_path / "packed").write_bytes(data.replace(b"generation_config.json", b"../../../fedlpp-escape"))
     with pytest.raises(ValueError, match="no file of a base|damaged"):
+        unpack_base(tmp_path / "packed", tmp_path / "unpacked")
+    assert not (tmp_path / "unpacked").exists()
+
+
+def test_files_that_would_take_all_memory_are_not_read(base, tmp_path):
+    directory = shutil.copytree(base("llama"), tmp_path / "base")
+    with (directory / BASE_MANIFEST).open("r+b") as file:
+        file.truncate(40 << 30)  # as a hole, which an archive stores in a few bytes
+    with pytest.raises(ValueError, match="has 42949672960 bytes; expected at most"):
+        read_manifest(directory)
+
+
+def test_an_index_that_would_take_all_memory_is_not_read(cloned, tmp_path):
+    (cloned / "model.safetensors").unlink()
+    with (cloned / "model.safetensors.index.json").open("wb") as file:
+        file.truncate(40 << 30)
+    with pytest.raises(ValueError, match="index.json` of .* has 42949672960 bytes; expected at most"):
+        FullModel(cloned)
+
+
+def test_a_manifest_that_leads_out_is_refused(base, tmp_path):
+    directory = shutil.copytree(base("llama"), tmp_path / "base")
+    (directory / BASE_MANIFEST).rename(tmp_path / "elsewhere.json")
+    (directory / BASE_MANIFEST).symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(ValueError, match="is a link out of its directory"):
+        read_manifest(directory)
+
+
+def test_a_packed_base_with_blocks_of_nothing_is_refused(base, tmp_path):
+    pack_base(base("llama"), tmp_path / "packed")
+    data = (tmp_path / "packed").read_bytes()
+    assert b'\\"block_size\\": 64' in data
+    (tmp_path / "packed").write_bytes(data.replace(b'\\"block_size\\": 64', b'\\"block_size\\": 00'[:-2] + b" 0"))
+    with pytest.raises(ValueError, match="is not a packed base, or it is damaged .*ZeroDivisionError"):
         unpack_base(tmp_path / "packed", tmp_path / "unpacked")
     assert not (tmp_path / "unpacked").exists()
 

@@ -19,7 +19,7 @@ pytest.importorskip("flwr", reason="flwr is not installed: pip install fedlpp_hf
 
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlpp_hf.flower import guests
+from fedlpp_hf.flower import grid_requests, guests
 from fedlpp_hf.flower.base_transfer import PackedBase
 from fedlpp_hf.flower.clients import FlowerClients
 from fedlpp_hf.flower.grid_requests import BASE, DESCRIBE, RECORD, TRAIN
@@ -208,6 +208,29 @@ def test_node_that_reconnects_all_the_time_is_not_asked_all_the_time(join, monke
     grid.since[2] = "later"  # one that was not rejected is asked at once
     clients._guests.attend()
     assert grid.asked.count((DESCRIBE, 2)) == 2
+
+
+@pytest.mark.parametrize("uploads", [False, True], ids=["silent", "announced and never uploaded"])
+def test_node_that_reconnects_all_the_time_costs_a_bounded_amount(uploads, join, monkeypatch):
+    """Without having been rejected: it does not answer at all, or keeps a thread waiting with each connection."""
+    monkeypatch.setattr(grid_requests, "_PATIENCE_SECONDS", 0.0)
+    never = threading.Event()
+    grid = Crowd({1: lambda kind, content: never if uploads else None, 2: honest("a")})
+    clients = join(grid)
+    try:
+        clients.gather(1)
+        before, requests = threading.active_count(), clients._guests._requests
+        for number in range(30):
+            grid.since[1] = str(number)
+            clients._guests.attend()
+        assert len(requests._waiting) == 1  # an earlier connection's answer would be ignored
+        assert len(requests._stuck) <= 8 and threading.active_count() <= before + 8
+        grid.since[2] = "later"  # the others are heard
+        clients._guests.attend()
+        clients._guests.attend()
+        assert len(list(clients.train(make_tasks("a")))) == 1
+    finally:
+        never.set()
 
 
 def test_answer_that_flower_cannot_read_costs_its_client_alone(join):

@@ -2,6 +2,7 @@
 """Adapter configurations that nobody trained: numbers without bounds, and regular expressions without an end."""
 
 import json
+import shutil
 
 import pytest
 
@@ -34,10 +35,22 @@ def pair(tmp_path_factory):
         ({"layer_replication": "all"}, "layer_replication='all'; expected ranges"),
         ({"target_modules": "(((*"}, "no regular expression"),
         ({"init_lora_weights": 1e308}, "init_lora_weights=1e[+]308; expected a name, true or false"),
+        ({"init_lora_weights": "pissa_niter_1000000000"}, "init_lora_weights=.*; expected steps of 3 digits"),
+        (
+            {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 10**9}},
+            "loftq_iter of 3 digits",
+        ),
+        ({"peft_type": "ADALORA", "init_r": 10**9, "total_step": 1}, "init_r=1000000000; expected at most 65536"),
+        ({"task_type": "\x1b[2J"}, "can't be read .*Invalid task type: ' \\[2J'"),
         ({"trainable_token_indices": ["x"]}, "trains the tokens .*expected whole numbers"),
         ({"monteclora_config": "x"}, "PEFT can't (build|load|merge)"),
         ({"alora_invocation_tokens": [1]}, "PEFT can't merge the adapter"),
         ({"modules_to_save": 7}, "modules_to_save=7; expected names"),
+        ({"target_modules": ["q_proj", *map(str, range(5000))]}, "5001 target_modules; the model has"),
+        (
+            {"target_modules": "|".join(map(str, range(50_000)))},
+            "regular expressions of .* characters; expected at most",
+        ),
         ({"megatron_config": {"a": 1}}, "PEFT can't build the adapter"),
         ({"layers_to_transform": 2**62}, "PEFT can't build the adapter"),
     ],
@@ -89,3 +102,12 @@ def copy_adapter(adapter, directory, change):
         (directory / "adapter" / file.name).write_bytes(file.read_bytes())
     config = json.loads((adapter / "adapter_config.json").read_text())
     (directory / "adapter" / "adapter_config.json").write_text(json.dumps(config | change))
+
+
+def test_a_configuration_that_would_take_all_memory_is_not_read(pair, tmp_path):
+    full, adapter = pair
+    copy = shutil.copytree(adapter, tmp_path / "adapter")
+    with (copy / "adapter_config.json").open("r+b") as file:
+        file.truncate(40 << 30)  # as a hole, which an archive stores in a few bytes
+    with pytest.raises(ValueError, match="has 42949672960 bytes; expected at most"):
+        merge_adapter(full, copy, tmp_path / "merged")

@@ -96,3 +96,21 @@ def test_announced_sizes_are_bounded(tmp_path):
         theirs.sendall(struct.pack("<QQ", 2**40, 0))
         with pytest.raises(EOFError, match="announces more bytes"):
             local_socket._receive(ours)
+
+
+@pytest.mark.parametrize("header", [b"[" * 100_000, b"{", b"[1]", b"\xff", b"9" * 5000], ids=lambda header: header[:5])
+def test_headers_that_are_no_mapping_end_the_connection(header):
+    """Whoever calls, and whoever answers a call, hears of it in one way."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(struct.pack("<QQ", len(header), 0) + header)
+        with pytest.raises(EOFError, match="The header is"):
+            local_socket._receive(ours)
+
+
+def test_headers_are_bounded():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(struct.pack("<QQ", 2**29, 0))
+        with pytest.raises(EOFError, match="announces more bytes"):
+            local_socket._receive(ours)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlpp_hf.tensors.quantization import QuantizedTensor
+from fedlpp_hf.wire import compression
 from fedlpp_hf.wire.compression import compress_update, decode_gaps, decompress_update, encode_gaps
 from fedlpp_hf.wire.messages import ClientUpdate
 
@@ -106,7 +107,8 @@ def test_damaged_sparse_updates_are_refused():
     gaps = good["w@gaps"]
     for damage, reason in (
         ({"w@gaps": torch.cat([gaps, gaps])}, "values for"),
-        ({"w@gaps": torch.full((200,), 255, dtype=torch.uint8)}, "values for"),
+        ({"w@gaps": torch.full((100,), 255, dtype=torch.uint8)}, "values for"),
+        ({"w@gaps": torch.full((200,), 255, dtype=torch.uint8)}, "200 bytes of positions; expected at most 100"),
         ({"w@gaps": torch.cat([torch.full((1,), 254, dtype=torch.uint8), gaps[1:]])}, "below 100"),
         ({"w@gaps": gaps.float()}, "malformed"),
         ({"w@values": good["w@values"] * float("nan")}, "NaN"),
@@ -121,6 +123,20 @@ def test_damaged_sparse_updates_are_refused():
         decompress_update({"w@gaps": gaps}, update)
     with pytest.raises(ValueError, match="missing: w"):
         decompress_update({}, update)
+
+
+def test_forged_positions_are_not_decoded(monkeypatch):
+    """An update may be as large as the adapter in float64, and all of it positions: decoding takes twenty times that."""
+    monkeypatch.setattr(compression, "decode_gaps", lambda encoded: pytest.fail("decoded"))
+    payload = {"w@gaps": torch.zeros(101, dtype=torch.uint8), "w@values": torch.zeros(1)}
+    with pytest.raises(ValueError, match="101 bytes of positions"):
+        decompress_update(payload, {"w": torch.zeros(10, 10)})
+
+
+def test_all_values_kept_take_a_byte_each():
+    update = {"w": torch.randn(10, 10)}
+    sent, _ = compress_update(update, density=1 - 1e-9)
+    assert sent["w@gaps"].numel() == 100 and torch.equal(decompress_update(sent, update)["w"], update["w"])
 
 
 @settings(max_examples=150, deadline=None)
