@@ -28,6 +28,23 @@ def test_attacker_that_diverges_is_named_and_not_counted(llama_base, lora, tmp_p
     assert list(found) == ["fine"] and diverged == ["bad"]
 
 
+def test_equal_adapters_are_evaluated_once(llama_base, lora, tmp_path, monkeypatch):
+    """Coalitions may have the same best attacker."""
+    trainer = make_trainer(load_base(llama_base), tmp_path, lora, eval_dataset=make_rows(6))
+    start = dict(trainer.guard.initial)
+    other = {key: value + 1 for key, value in start.items()}
+    expected = [trainer.evaluate_proxy(adapter) for adapter in (start, other)]
+    evaluated = []
+    evaluate_proxy = trainer.evaluate_proxy
+    monkeypatch.setattr(
+        trainer, "evaluate_proxy", lambda adapter: evaluated.append(adapter) or evaluate_proxy(adapter)
+    )
+    scale = _Scale(trainer, make_rows(6))
+    again = {key: value.clone() for key, value in start.items()}
+    assert [scale.evaluate(adapter) for adapter in (start, other, again)] == [*expected, expected[0]]
+    assert len(evaluated) == 2
+
+
 def audited(full_llama, tmp_path, lora, **options):
     """A federation with an audit at its end; the report, and the trainer."""
     options = {"audit": True, "audit_steps": 2, "audit_rows": 16, "merge": False, **options}
