@@ -88,6 +88,17 @@ BENCHMARKS = (
         ("--rounds", "9"),
     ),
     Benchmark(
+        "audit_parts",
+        "The audit beside the run",
+        "The quickstart (`make quickstart` makes what it needs) on one thread, in seconds of the processor; the run is all of `train()` but "
+        "the audit. Aim: 0.5 × the run, which is out of reach with these figures: the attackers' training alone takes more. Two coalitions "
+        "train at two rates for 24 steps, 96 in all beside the 120 of all clients, and no two of these steps are the same: their rows or their "
+        "adapters differ, but for the first step at both rates, one in 48. Stops at half are taken from the whole run; equal adapters are "
+        "trained, measured and evaluated once; rows are measured in batches by length. The metrics of the best attackers are the "
+        "trainer's own, in its order: a language model's loss, and a metric of one's own, may depend on what a batch holds. Not built: attackers "
+        "side by side in processes, which on two cores could gain what clients do there (Clients side by side), less the processes' start.",
+    ),
+    Benchmark(
         "many_clients",
         "Very many clients",
         "Updates are checked as they come and kept in files; the mean reads them again. What grows with the number of "

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import ConcatDataset
 from transformers import TrainerCallback
 
+from ..processes.measurement import replaced_options
 from ..server.loop import FederatedServer
 from ..tensors.adapters import copy_adapter
 from ..wire.encoding import restore_tensors
@@ -126,19 +127,6 @@ class _Snapshots(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step in self.steps:
             self.taken[state.global_step] = copy_adapter(self.parameters)
-
-
-@contextmanager
-def replaced_options(args: Any, options: Mapping[str, Any]) -> Iterator[None]:
-    """`args` with other values for a while."""
-    before = {name: getattr(args, name) for name in options}
-    try:
-        for name, value in options.items():
-            setattr(args, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(args, name, value)
 
 
 @contextmanager

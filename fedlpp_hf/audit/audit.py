@@ -106,6 +106,7 @@ class _Scale:
     def __init__(self, trainer: Any, rows: Any):
         self.trainer, self.rows = trainer, rows
         self._known: dict[bytes, RowMeasures] = {}
+        self._metrics: dict[bytes, dict[str, float]] = {}
 
     def measure(self, adapter: Adapter) -> RowMeasures | None:
         """The adapter's rows, or None if it, or its loss on one of them, is not finite."""
@@ -117,6 +118,13 @@ class _Scale:
             self._known[key] = measure_rows(self.trainer, self.rows)
         found = self._known[key]
         return found if np.isfinite(found.loss).all() else None
+
+    def evaluate(self, adapter: Adapter) -> dict[str, float]:
+        """The adapter's metrics on the whole evaluation dataset."""
+        key = digest_adapter(adapter)
+        if key not in self._metrics:
+            self._metrics[key] = self.trainer.evaluate_proxy(adapter)
+        return dict(self._metrics[key])
 
     def find_loss(self, adapter: Adapter) -> float:
         """The adapter's mean loss, infinite if `measure` finds none."""
@@ -163,7 +171,7 @@ def _audit_coalition(
         local_only={name: _average(found) for name, found in references.items()},
         stolen=stolen,
         healed=estimate_exposure(references, before, trainer.args.seed),
-        metrics=trainer.evaluate_proxy((local_only | attacks)[best]),
+        metrics=scale.evaluate((local_only | attacks)[best]),
         diverged=diverged,
         intervals=_keep_known(
             attacker=estimate_interval(measured or references, server, trainer.args.seed),

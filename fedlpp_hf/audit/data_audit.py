@@ -10,12 +10,12 @@ import torch
 
 from ..privacy.accounting import ClientSampling, compute_epsilon
 from ..privacy.client_level import ClientMechanism
-from ..processes.measurement import choose_rows
+from ..processes.measurement import choose_rows, replaced_options
 from ..server.client_dp import ClientDP
 from ..tensors.adapters import global_norm
 from ..tensors.codebooks import FULL_PRECISION
 from ..wire.compression import decompress_update
-from .attacks import Adapter, replaced_options
+from .attacks import Adapter
 from .canaries import CanarySettings, Contribution, audit_canaries
 from .data_report import CanaryAudit, DataAudit, InversionFigures, MembershipFigures
 from .inversion import invert_update

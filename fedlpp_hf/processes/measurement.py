@@ -2,13 +2,22 @@
 """Row by row: the loss of a trainer's model on evaluation rows, and whether a classifier is right."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
+
+
+# Else a row is dropped, or is in another's place, or a loader that persists has the rows of an evaluation before.
+_ALL_IN_ORDER = {
+    "dataloader_drop_last": False,
+    "dataloader_persistent_workers": False,
+    "train_sampling_strategy": "random",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +63,39 @@ def choose_rows(dataset: Any, count: int, seed: int) -> Any:
             f"The audit compares models row by row; eval_dataset is a {type(dataset).__name__}, expected one Dataset."
         )
     chosen = np.random.default_rng(seed).permutation(len(dataset))[:count]
-    indices = sorted(int(index) for index in chosen)
+    return _take_rows(dataset, sorted(int(index) for index in chosen))
+
+
+def _take_rows(dataset: Any, indices: list[int]) -> Any:
     return dataset.select(indices) if hasattr(dataset, "select") else torch.utils.data.Subset(dataset, indices)
+
+
+def _order_by_length(rows: Any) -> list[int]:
+    """The places of `rows`, the shortest first, so that a batch has little padding; as they are if no table tells lengths."""
+    if "input_ids" not in (getattr(rows, "column_names", None) or ()):
+        return list(range(len(rows)))
+    return np.argsort([len(tokens) for tokens in rows["input_ids"]], kind="stable").tolist()
+
+
+@contextmanager
+def replaced_options(args: Any, options: Mapping[str, Any]) -> Iterator[None]:
+    """`args` with other values for a while."""
+    before = {name: getattr(args, name) for name in options}
+    try:
+        for name, value in options.items():
+            setattr(args, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(args, name, value)
 
 
 @torch.no_grad()
 def measure_rows(trainer: Any, rows: Any) -> RowMeasures:
     """The trainer's own loss on each of `rows`, so that an overridden `compute_loss` counts.
 
-    The losses of a batch are read off its logits where their mean proves to be the batch's loss, else the rows go
-    through the model one by one.
+    Rows are batched by length, and found in their own order. The losses of a batch are read off its logits where their mean
+    proves to be the batch's loss, else the rows go through the model one by one.
 
     Raises:
         ValueError: if the rows have no labels.
@@ -73,7 +105,10 @@ def measure_rows(trainer: Any, rows: Any) -> RowMeasures:
     losses: list[torch.Tensor] = []
     correct: list[torch.Tensor] = []
     outputs = 0
-    for inputs in trainer.get_eval_dataloader(rows):
+    order = _order_by_length(rows)
+    with replaced_options(trainer.args, _ALL_IN_ORDER):
+        batches = trainer.get_eval_dataloader(_take_rows(rows, order))
+    for inputs in batches:
         loss, logits, labels = trainer.prediction_step(model, inputs, prediction_loss_only=False)
         if loss is None or labels is None:
             raise ValueError(
@@ -91,8 +126,11 @@ def measure_rows(trainer: Any, rows: Any) -> RowMeasures:
         losses.append(parts.float().cpu())
         if logits.dim() == 2 and labels.dim() == 1 and not labels.is_floating_point():
             correct.append((logits.argmax(-1) == labels).float().cpu())
-    accuracy = torch.cat(correct).numpy() if correct else None
-    return RowMeasures(torch.cat(losses).numpy(), accuracy, outputs)
+    loss = torch.cat(losses).numpy()
+    # Where a collator makes one row of several, the losses are of batches.
+    places = np.argsort(order) if len(loss) == len(order) else slice(None)
+    accuracy = torch.cat(correct).numpy()[places] if correct else None
+    return RowMeasures(loss[places], accuracy, outputs)
 
 
 def _split_loss(loss: torch.Tensor, logits: torch.Tensor, labels: Any) -> torch.Tensor | None:

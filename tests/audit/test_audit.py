@@ -16,6 +16,7 @@ from fedlpp_hf.audit.audit import _Scale
 from fedlpp_hf.audit.requirements import check_auditable
 from fedlpp_hf.base.manifest import read_manifest
 from fedlpp_hf.cli.main import main
+from fedlpp_hf.processes import measurement
 from fedlpp_hf.processes.measurement import choose_rows, measure_rows
 from tests.helpers import SHARED, make_args, make_labelled_rows, make_rows, make_trainer
 
@@ -28,12 +29,49 @@ def test_attacker_that_diverges_is_named_and_not_counted(llama_base, lora, tmp_p
     assert list(found) == ["fine"] and diverged == ["bad"]
 
 
+def test_equal_adapters_are_evaluated_once(llama_base, lora, tmp_path, monkeypatch):
+    """Coalitions may have the same best attacker."""
+    trainer = make_trainer(load_base(llama_base), tmp_path, lora, eval_dataset=make_rows(6))
+    start = dict(trainer.guard.initial)
+    other = {key: value + 1 for key, value in start.items()}
+    expected = [trainer.evaluate_proxy(adapter) for adapter in (start, other)]
+    evaluated = []
+    evaluate_proxy = trainer.evaluate_proxy
+    monkeypatch.setattr(
+        trainer, "evaluate_proxy", lambda adapter: evaluated.append(adapter) or evaluate_proxy(adapter)
+    )
+    scale = _Scale(trainer, make_rows(6))
+    again = {key: value.clone() for key, value in start.items()}
+    assert [scale.evaluate(adapter) for adapter in (start, other, again)] == [*expected, expected[0]]
+    assert len(evaluated) == 2
+
+
 def audited(full_llama, tmp_path, lora, **options):
     """A federation with an audit at its end; the report, and the trainer."""
     options = {"audit": True, "audit_steps": 2, "audit_rows": 16, "merge": False, **options}
     trainer = make_trainer(str(full_llama), tmp_path, lora, eval_dataset=make_rows(24, seed=1), **options)
     trainer.train()
     return AuditReport.read(tmp_path), trainer
+
+
+def list_figures(value, path=""):
+    """The numbers and texts of a report, by their place in it."""
+    if not isinstance(value, dict | list):
+        return {path: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {place: found for key, entry in items for place, found in list_figures(entry, f"{path}/{key}").items()}
+
+
+@pytest.mark.slow
+def test_batches_of_the_measurement_change_no_figure(full_llama, lora, tmp_path, monkeypatch):
+    report, trainer = audited(full_llama, tmp_path, lora, audit_data=True, per_device_eval_batch_size=4)
+    monkeypatch.setattr(measurement, "_order_by_length", lambda rows: list(reversed(range(len(rows)))))
+    again = audit_federation(trainer)
+    figures, others = (list_figures(dataclasses.asdict(found)) for found in (report, again))
+    assert len(figures) > 100 and figures.keys() == others.keys()
+    for place, figure in figures.items():
+        if place != "/seconds":
+            assert others[place] == (pytest.approx(figure, rel=1e-5) if isinstance(figure, float) else figure), place
 
 
 @pytest.mark.slow
