@@ -31,7 +31,9 @@ _COUNTS = re.compile(r"layers?$|depths?$|experts?$|(^|_)layers?_|_blocks$")  # o
 _MORE_THAN_TENSORS = 2000
 _MOST_LABELS = 1_000_000  # each becomes an entry of a dictionary
 _MOST_JSON_BYTES = 48 << 20  # which may take twenty times as much memory; the manifest of 100,000 tensors has 45 MB
-_CHOICES = re.compile(r"[*+{?|]")  # without these a pattern has one way to match
+# Transformers takes the modules to leave out for regular expressions. Without these a pattern has one way to match, else it may
+# never end.
+PATTERN_SIGNS = re.compile(r"[*+{?|]")
 _TENSOR_TYPES: dict[str, type | tuple[type, ...]] = {
     "name": str, "kind": str, "shape": list, "source_dtype": str, "dtype": str, "bits": (int, str), "block_size": int,
     "information_bytes": int, "information_bits": (int, float), "bytes": int, "digest": str,
@@ -163,8 +165,7 @@ def check_configurations(base_dir: Path, manifest: Mapping[str, Any]) -> None:
             "another copy."
         )
     for key, value in _walk(quantization, "quantization_config"):
-        # Transformers matches it with all modules, and may never end.
-        if isinstance(value, str) and _CHOICES.search(value):
+        if isinstance(value, str) and PATTERN_SIGNS.search(value):
             raise ValueError(f"`{base_dir / _CONFIG}` has {key}={value!r:.80}, a regular expression; expected names.")
 
 

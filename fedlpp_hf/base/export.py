@@ -13,7 +13,7 @@ from ..privacy.marks import Mark
 from ..tensors.codebooks import FULL_PRECISION, check_bits
 from ..tensors.threads import map_in_order, tensor_threads
 from .calibration import Calibration
-from .contents import COMPANIONS
+from .contents import COMPANIONS, PATTERN_SIGNS
 from .directory import ShardWriter, new_base_directory, write_companions
 from .full_model import FullModel
 from .manifest import FORMAT_VERSION, write_manifest
@@ -67,7 +67,7 @@ def export_base(
         double_quant: quantize the scales, too (QLoRA, arXiv 2305.14314, §3).
         embedding_bits: embeddings, heads and other tensors of two or more dimensions keep at most `2**embedding_bits`
             values per block; 32 ships them as they are.
-        skip_modules: modules that stay floats; by default the output embeddings and the task heads.
+        skip_modules: names, or ends of names, of modules that stay floats; by default the output embeddings and the task heads.
         model_class: a class of transformers; by default the one that the configuration names.
         revision: branch, tag or commit on the Hub.
         token: for the Hub; by default that of `hf auth login`.
@@ -93,6 +93,11 @@ def export_base(
         raise ValueError(
             f"A calibration with {given}: it chooses each 4-bit code (or those of a subset), int8 rows have none, and a mark "
             "needs weights halfway between two of them. Leave one out."
+        )
+
+    if found := next(filter(PATTERN_SIGNS.search, skip_modules or ()), None):
+        raise ValueError(
+            f"skip_modules has {found!r}, a regular expression; clients would refuse the base. Give names."
         )
 
     source = FullModel(full_model, revision, token)

@@ -68,10 +68,12 @@ def read_header(size: int, read: Callable[[int, int], bytes]) -> bytes:
     """Read the header of a safetensors file of `size` bytes, with the eight bytes before it, by `read(offset, length)`.
 
     Raises:
-        ValueError: if the header claims more than there is. The message goes on after the file's name.
+        ValueError: if the header claims more than there is, or is too large to be read. The message goes on after the file's name.
     """
-    if size < 8 or (length := struct.unpack("<Q", read(0, 8))[0]) > min(size - 8, MAX_HEADER_BYTES):
+    if size < 8 or (length := struct.unpack("<Q", read(0, 8))[0]) > size - 8:
         raise ValueError(f"has {size} bytes: it is truncated or not a safetensors file")
+    if length > MAX_HEADER_BYTES:
+        raise ValueError(f"has a header of {length} bytes; expected at most {MAX_HEADER_BYTES}")
     return read(0, 8 + length)
 
 

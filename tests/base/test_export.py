@@ -142,6 +142,12 @@ def test_skip_list_that_catches_too_much_is_refused(full_model, tmp_path, monkey
         export_base(full_model("llama"), tmp_path / "base")
 
 
+def test_pattern_that_clients_would_refuse_is_refused_at_the_export(full_llama, tmp_path):
+    with pytest.raises(ValueError, match="skip_modules has 'layers..*', a regular expression.*Give names"):
+        export_base(full_llama, tmp_path / "base", skip_modules=["lm_head", "layers.*"])
+    assert not (tmp_path / "base").exists()
+
+
 def test_skip_modules_of_the_user_stay_floats_with_few_values(full_model, tmp_path):
     export_base(full_model("llama"), tmp_path / "base", skip_modules=["lm_head", "down_proj"])
     model = load_base(tmp_path / "base")

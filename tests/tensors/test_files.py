@@ -120,6 +120,18 @@ def test_few_files_are_open_however_many_are_read(tmp_path):
     assert count() == 0
 
 
+def test_header_that_no_model_has_is_refused_before_it_is_read():
+    reads = []
+
+    def read(start: int, length: int) -> bytes:
+        reads.append(length)
+        return struct.pack("<Q", 32_000_001)
+
+    with pytest.raises(ValueError, match="has a header of 32000001 bytes; expected at most 32000000"):
+        read_header(10**10, read)
+    assert reads == [8]
+
+
 def test_header_is_read_through_any_way_to_its_bytes():
     data = save(TENSORS)
     header = read_header(len(data), lambda start, length: data[start : start + length])
