@@ -355,12 +355,13 @@ def draw(lines: list[dict[str, str]], path: Path) -> None:
             if not group:
                 continue
             bits, fill = re.search(r"\d(?= bits)|full", name).group(), "none"
-            if "variate" in name:
-                fill = "#0b6e4f" if "four" in name else "#9ccdb5"
+            if "variate" in name or "chosen" in name:
+                fill = "#0b6e4f" if "four" in name and "chosen" not in name else "#9ccdb5"
             axes.scatter(
                 [value if value <= 100 else 120 for value in stolen],
                 [100 * (number(line, "server: loss") / full[line["seed"]] - 1) for line in group],
-                marker={"4": "o", "3": "s", "2": "^", "full": "D"}[bits],
+                marker="P" if "proxies" in name else {"4": "o", "3": "s", "2": "^", "full": "D"}[bits],
+                s=100 if name in LONG else 36,  # with three times the steps
                 facecolors=fill,
                 edgecolors="#c8553d" if name.startswith("every") else "#0b6e4f",
                 label=name,
