@@ -31,8 +31,8 @@ _COUNTS = re.compile(r"layers?$|depths?$|experts?$|(^|_)layers?_|_blocks$")  # o
 _MORE_THAN_TENSORS = 2000
 _MOST_LABELS = 1_000_000  # each becomes an entry of a dictionary
 _MOST_JSON_BYTES = 48 << 20  # which may take twenty times as much memory; the manifest of 100,000 tensors has 45 MB
-# Transformers takes the modules to leave out for regular expressions. Without these a pattern has one way to match, else it may
-# never end.
+# Transformers and PEFT take names of modules for regular expressions. Without these signs a pattern has one way to match, and takes no
+# longer than its text; with many of them it may never end.
 PATTERN_SIGNS = re.compile(r"[*+{?|]")
 _TENSOR_TYPES: dict[str, type | tuple[type, ...]] = {
     "name": str, "kind": str, "shape": list, "source_dtype": str, "dtype": str, "bits": (int, str), "block_size": int,

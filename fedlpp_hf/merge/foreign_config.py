@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..base.contents import PATTERN_SIGNS
+
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -20,8 +22,6 @@ _STEPS_DIGITS = 3  # of an initialization's steps; each is a decomposition of al
 _MORE_NAMES = 1000  # than the model has modules
 _LONGEST_PATTERNS = 1 << 18  # characters, in all; to compile them takes some seconds
 _SECONDS = 5.0
-# Without these a pattern has one way to match, and takes no longer than its text; with many of them it may never end.
-_CHOICES = re.compile(r"[*+{?|]")
 # `re` itself, since another engine may be quick where it is not; apart, since nothing else stops it in time.
 _MATCHER = """\
 import json, re, sys
@@ -112,7 +112,7 @@ def check_patterns(patterns: Iterable[tuple[str, str]], modules: Sequence[str]) 
     Raises:
         ValueError: for a pattern that is no regular expression, or takes too long.
     """
-    found = [(name, pattern) for name, pattern in patterns if _CHOICES.search(pattern)]
+    found = [(name, pattern) for name, pattern in patterns if PATTERN_SIGNS.search(pattern)]
     if not found:
         return
     if (length := sum(len(pattern) for _, pattern in found)) > _LONGEST_PATTERNS:
