@@ -47,6 +47,7 @@ NEVER: dict[str, Any] = {"num_rounds": 1, "max_steps": STEPS, "broadcast": "neve
 # Up to three times the steps. The owner takes the round that its selection rows say, the untouched model included.
 ROUND_BY_ROUND: dict[str, Any] = {"num_rounds": 3 * ROUNDS, "max_steps": STEPS // ROUNDS, "broadcast": "never"}
 CHOSEN = {"base_weights": [0.0, 0.25, 0.5, 0.75]}
+EXACT = {**CHOSEN, "aggregation": "exact", "update_scales": [1.0, 1.25, 1.5, 2.0]}
 VARIATE = {"control_variate": 1.0}
 FOUR = {**VARIATE, "control_variate_runs": 4}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -63,6 +64,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "nothing, 3 bits, four variates": {**NEVER, **FOUR, "base_bits": 3},
     "nothing, 2 bits, four variates": {**NEVER, **FOUR, "base_bits": 2},
     "nothing in 4 rounds, 4 bits, chosen": {**EVERY, **FOUR, **CHOSEN, "broadcast": "never", "base_bits": 4},
+    "nothing in 4 rounds, 4 bits, exact, chosen": {**EVERY, **EXACT, "broadcast": "never", "base_bits": 4},
+    "nothing in 4 rounds, 3 bits, exact, chosen": {**EVERY, **EXACT, "broadcast": "never", "base_bits": 3},
     "nothing in 12 rounds, 4 bits, chosen": {**ROUND_BY_ROUND, **FOUR, **CHOSEN, "base_bits": 4},
     "nothing in 12 rounds, 3 bits, chosen": {**ROUND_BY_ROUND, **FOUR, **CHOSEN, "base_bits": 3},
     "nothing in 12 rounds, full precision": {
@@ -209,9 +212,11 @@ def run_setting(
     line = {"task": task, "setting": name, "seed": seed}
     if "base_weights" in setting:
         line |= {"round": published, "λ": records[published].get("base_weight", 0.0)}
+        line["scale"] = records[published].get("update_scale", 1.0)
         line["share of the variate"] = records[published].get("variate_weight", 0.0)
         line["chosen"] = " ".join(
             f"{record['selection_loss']:.4f}/{record.get('base_weight', 0):g}/{record.get('variate_weight', 0):g}"
+            f"/{record.get('update_scale', 1):g}"
             for record in records
         )
     found = {"owner before": first["server"], "base": first["proxy"], "server": last["server"]}

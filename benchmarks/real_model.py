@@ -35,10 +35,13 @@ EVERY: dict[str, Any] = {"num_rounds": 3, "max_steps": 4, "adapter_bits": 4}
 NEVER: dict[str, Any] = {**EVERY, "broadcast": "never"}
 TWO = {"control_variate": 1.0, "control_variate_runs": 2}
 CHOSEN = {"base_weights": [0.0, 0.25, 0.5, 0.75]}
+EXACT = {**CHOSEN, "aggregation": "exact", "update_scales": [1.0, 1.25, 1.5, 2.0]}
 SETTINGS: dict[str, dict[str, Any]] = {
     "every round, 4 bits": {**EVERY, "base_bits": 4},
     "nothing, 4 bits, chosen": {**NEVER, **TWO, **CHOSEN, "base_bits": 4},
     "nothing, 4 bits, four variates, chosen": {**NEVER, **TWO, **CHOSEN, "control_variate_runs": 4, "base_bits": 4},
+    "nothing, 4 bits, exact, chosen": {**NEVER, **EXACT, "base_bits": 4},
+    "nothing, 3 bits, exact, chosen": {**NEVER, **EXACT, "base_bits": 3},
     "full precision": {**EVERY, "base_bits": FULL_PRECISION, "adapter_bits": FULL_PRECISION},
     "owner alone": {**EVERY, "base_bits": FULL_PRECISION, "adapter_bits": FULL_PRECISION},
     "client alone": {**EVERY, "base_bits": 4, "adapter_bits": FULL_PRECISION},
@@ -141,19 +144,24 @@ def run_setting(task: str, name: str, seed: int, arguments: argparse.Namespace) 
     }
     line |= {label: round(found["eval_loss"], 4) for label, found in shown.items() if found}
     if "base_weights" in setting:
-        chosen = {label: records[published].get(key, 0.0) for label, key in _CHOSEN_KEYS.items()}
+        chosen = {label: records[published].get(*key) for label, key in _CHOSEN_KEYS.items()}
         line |= {"round": published, **chosen}
         line["server of each round"] = " ".join(
             f"{record['metrics']['server']['eval_loss']:.4f}" for record in records
         )
     for weight in CHOSEN["base_weights"] if name.startswith(("every", "nothing")) else ():
-        found = trainer.owner.evaluate(trainer.server.adapter, None, weight)
+        found = trainer.owner.evaluate(trainer.server.adapter, trainer.server.state.residual, weight)
         line[f"server at λ {weight}"] = round(found["eval_loss"], 4)
     trainer.owner.close()
     return line | {"s": round(time.perf_counter() - began)}
 
 
-_CHOSEN_KEYS = {"λ": "base_weight", "share of the variate": "variate_weight"}
+# What was chosen, and its value where there was no choice.
+_CHOSEN_KEYS = {
+    "λ": ("base_weight", 0.0),
+    "share of the variate": ("variate_weight", 0.0),
+    "scale": ("update_scale", 1.0),
+}
 
 
 def main() -> None:

@@ -64,7 +64,7 @@ def mean_of_products(
     Args:
         target: The keys of the factors.
         updates: Δ of each client.
-        shares: p_i, which sum to 1.
+        shares: p_i, which sum to 1, or to the multiple of the step that is wanted.
         start: What all clients started from, B_s and A_s.
     """
     start_a = _matrix(start[target.key_a])

@@ -25,6 +25,7 @@ class RoundUpdates:
         peft_config: Of the adapter.
         residual: What the adapter's rank could not hold in the rounds before, by the adapter's keys.
         num_attackers: Attackers that a robust rule must withstand.
+        scale: s: the result is s times the mean.
     """
 
     deltas: Sequence[Tensors]
@@ -34,6 +35,7 @@ class RoundUpdates:
     peft_config: PeftConfig
     residual: Tensors = field(default_factory=dict)
     num_attackers: int = 0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

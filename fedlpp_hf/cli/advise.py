@@ -16,7 +16,7 @@ _FILES = (".json", ".jsonl", ".csv", ".parquet")  # as in `fedlpp_hf.trainer.adv
 _ROLES = ("text", "label", "prompt", "completion", "messages")
 # Options of the federation that are no flags here.
 _DECIDED = {
-    "num_rounds", "max_steps", "num_train_epochs", "base_bits", "adapter_bits", "broadcast", "base_weights", "control_variate",
+    "num_rounds", "max_steps", "num_train_epochs", "base_bits", "adapter_bits", "broadcast", "base_weights", "update_scales", "control_variate",
     "control_variate_runs", "output_dir", "resume_from_checkpoint", "overwrite", "audit", "audit_steps", "audit_rows",
     "audit_threshold", "compare_full_precision", "push_to_hub", "save_total_limit", "config", "merge", "report_to", "disable_tqdm",
 }  # fmt: skip

@@ -31,6 +31,8 @@ class AggregationOptions:
         control_variate_runs: How many pairs of the owner's runs the estimate averages.
         base_weights: λ, from 0 to below 1: the server's model is W − λE + θ, E = W − Q(W). Of several, each round
             takes the one with the least loss on the owner's `selection_dataset`.
+        update_scales: s, above 0: the server's step is s times the mean update. Of several, each round takes the one with
+            the least loss on the owner's `selection_dataset`.
     """
 
     FACTS: ClassVar[OptionFacts] = OptionFacts(
@@ -41,7 +43,7 @@ class AggregationOptions:
             "server_optimizer": "server optimizer",
             "control_variate": "control variate",
         },
-        beside={"control_variate": 0.0, "base_weights": [0.0]},
+        beside={"control_variate": 0.0, "base_weights": [0.0], "update_scales": [1.0]},
         reference={"robust": "none", "num_attackers": 0},
     )
 
@@ -104,6 +106,14 @@ class AggregationOptions:
             "owner chooses in each round the one with the least loss on its `selection_dataset`."
         },
     )
+    update_scales: list[float] = field(
+        default_factory=lambda: [1.0],
+        metadata={
+            "help": "Values of s, above 0: the server moves by s times the mean update. A mean of clients that trained apart "
+            "is too short: of 1 1.25 1.5, the owner chooses in each round the one with the least loss on its "
+            "`selection_dataset`."
+        },
+    )
 
     def check(self) -> None:
         """
@@ -124,4 +134,11 @@ class AggregationOptions:
             raise ValueError(f"server_momentum={self.server_momentum}; expected a number in [0, 1).")
         if not self.base_weights or not all(0 <= weight < 1 for weight in self.base_weights):
             raise ValueError(f"base_weights={self.base_weights}; expected one or more numbers from 0 to below 1.")
+        if not self.update_scales or not all(0 < scale <= 10 for scale in self.update_scales):
+            raise ValueError(f"update_scales={self.update_scales}; expected one or more numbers above 0, at most 10.")
+        if self.update_scales != [1.0] and self.server_optimizer != "sgd":
+            raise ValueError(
+                f"update_scales={self.update_scales} does not go with server_optimizer={self.server_optimizer!r}, whose steps "
+                "hardly depend on the update's size. Set server_learning_rate."
+            )
         check_rules(self)

@@ -8,12 +8,13 @@ from ..config.metrics import is_number
 
 
 Record = Mapping[str, Any]
+_CHOSEN = ("selection_loss", "base_weight", "variate_weight", "update_scale")
 
 
 def flatten_record(record: Record) -> dict[str, float]:
     """A record as numbers by name, for trackers, in groups; what is no number is left out."""
     logs = {f"{view}/{name}": value for view, metrics in record["metrics"].items() for name, value in metrics.items()}
-    logs |= {f"owner/{name}": record.get(name) for name in ("selection_loss", "base_weight", "variate_weight")}
+    logs |= {f"owner/{name}": record.get(name) for name in _CHOSEN}
     logs |= {f"privacy/{name}": record.get("privacy", {}).get(name) for name in ("epsilon", "clip_norm")}
     if record["round"]:
         logs |= {"clients/accepted": len(record["clients"]), "clients/rejected": len(record["rejected"])}

@@ -1,7 +1,8 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""From a round's accepted updates to their mean, without noise."""
+"""From a round's accepted updates to their mean, without noise, and to a multiple of it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +11,12 @@ from peft import PeftConfig
 from ..aggregation.round import AggregationResult, RoundUpdates
 from ..aggregation.rules import aggregate
 from ..config.federated import FederatedConfig
+from ..config.rules import RULES
 from .admission import AcceptedUpdate
 from .state import ServerState
+
+
+ScaledMean = Callable[[float], AggregationResult]  # s times a round's mean, by s
 
 
 def combine_updates(
@@ -21,8 +26,8 @@ def combine_updates(
     start: Mapping[str, torch.Tensor],
     peft_config: PeftConfig,
     earlier: Sequence[Mapping[str, Any]],
-) -> AggregationResult:
-    """The mean of a round's updates by the options' rules.
+) -> ScaledMean:
+    """The mean of a round's updates by the options' rules, and multiples of it.
 
     Args:
         args: The federation's options.
@@ -34,22 +39,31 @@ def combine_updates(
     """
     counts = not args.broadcasts and args.robust == "none"
     rounds = _count_rounds(updates, earlier) if counts else dict.fromkeys(updates, 1)
-    return aggregate(
-        args.aggregation,
-        RoundUpdates(
-            deltas=[update.delta for update in updates.values()],
-            weights=[
-                rounds[client] * ((update.num_examples or 0) if args.weighting == "examples" else 1.0)
-                for client, update in updates.items()
-            ],
-            start=start,
-            adapter=before.adapter,
-            peft_config=peft_config,
-            residual=before.residual,
-            num_attackers=args.num_attackers,
-        ),
-        args.robust,
+    given = RoundUpdates(
+        deltas=[update.delta for update in updates.values()],
+        weights=[
+            rounds[client] * ((update.num_examples or 0) if args.weighting == "examples" else 1.0)
+            for client, update in updates.items()
+        ],
+        start=start,
+        adapter=before.adapter,
+        peft_config=peft_config,
+        residual=before.residual,
+        num_attackers=args.num_attackers,
     )
+    if RULES[args.aggregation].averages_products:
+        # A multiple of the product is no multiple of the factors' change.
+        return lambda scale: aggregate(args.aggregation, replace(given, scale=scale), args.robust)
+    return scale_result(aggregate(args.aggregation, given, args.robust))
+
+
+def scale_result(result: AggregationResult) -> ScaledMean:
+    """Multiples of a mean of factors that has been released already: noise is drawn, and paid for, once."""
+
+    def multiply(scale: float) -> AggregationResult:
+        return replace(result, delta={key: scale * value for key, value in result.delta.items()})
+
+    return lambda scale: result if scale == 1 else multiply(scale)
 
 
 def _count_rounds(clients: Iterable[str], earlier: Sequence[Mapping[str, Any]]) -> dict[str, int]:

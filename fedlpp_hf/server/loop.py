@@ -22,7 +22,7 @@ from ..wire.encoding import Payload, restore_tensors
 from ..wire.messages import ClientFailure, ClientTask, ClientUpdate, LocalOptions
 from .admission import AcceptedUpdate
 from .best import check_chosen, find_published_round, forget_rounds
-from .combine import combine_updates
+from .combine import combine_updates, scale_result
 from .owner import Owner, Tensors, counted_wait
 from .resume import check_resumable
 from .sampling import make_seed, sample_clients
@@ -260,12 +260,13 @@ class FederatedServer:
         """
         args, before = self.args, self.state if self.args.broadcasts else self.untrained
         if self.dp is None:
-            result = combine_updates(args, updates, before, start, self.peft_config, self.store.records())
+            mean = combine_updates(args, updates, before, start, self.peft_config, self.store.records())
         else:
-            result = self.dp.release(number, updates)
-        update = MeanUpdate(number, result.delta, result.residual, start, seeds)
-        self.state, report = take_step(args, self.owner, self.optimizer, before, update)
-        return dict(result.report) | report
+            mean = scale_result(self.dp.release(number, updates))
+        self.state, report = take_step(
+            args, self.owner, self.optimizer, before, MeanUpdate(number, mean, start, seeds)
+        )
+        return report
 
     def _commit(self, number: int, record: dict[str, Any], began: float | None = None) -> bool:
         """Measure and commit a round that began at `began`; returns whether it shall be the last."""

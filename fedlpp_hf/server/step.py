@@ -11,6 +11,7 @@ import torch
 from ..aggregation.optimizers import ServerOptimizer
 from ..config.federated import FederatedConfig
 from ..tensors.adapters import global_norm
+from .combine import ScaledMean
 from .owner import Owner, counted_wait
 from .sampling import make_seed
 from .state import ServerState
@@ -26,15 +27,13 @@ class MeanUpdate:
 
     Args:
         round: Number of the round.
-        delta: The mean update, by the adapter's keys.
-        residual: What the adapter's rank can't hold of it.
+        scaled: s times the mean update, by s.
         start: What clients started from.
         seeds: Of the owner's pairs of runs; none where it shall not estimate the variate.
     """
 
     round: int
-    delta: Mapping[str, torch.Tensor]
-    residual: Mapping[str, torch.Tensor]
+    scaled: ScaledMean
     start: Mapping[str, torch.Tensor]
     seeds: Sequence[int]
 
@@ -52,13 +51,14 @@ def check_owner(args: FederatedConfig, owner: Owner | None) -> None:
                 f"{name}={getattr(args, name)}: only the owner's process has the full model it needs; set "
                 "`full_model`."
             )
+    for name in ("base_weights", "update_scales"):
+        if len(getattr(args, name)) > 1 and (owner is None or not owner.selects):
+            raise ValueError(
+                f"{name}={getattr(args, name)} has several values, but there are no rows to choose by. Pass "
+                "`selection_dataset` (in the recipes: owner_data and selection_rows), or give one value."
+            )
     if owner is None:
         return
-    if len(args.base_weights) > 1 and not owner.selects:
-        raise ValueError(
-            f"base_weights={args.base_weights} has several values, but there are no rows to choose by. Pass "
-            "`selection_dataset` (in the recipes: owner_data and selection_rows), or give one value."
-        )
     if owner.selects and args.load_best_model_at_end:
         raise ValueError(
             "load_best_model_at_end=True with `selection_dataset`: both choose the round to publish. Leave one out."
@@ -70,7 +70,8 @@ def take_step(
 ) -> tuple[ServerState, dict[str, Any]]:
     """Move the server by a mean update.
 
-    Where the owner has selection rows, it chooses the share of the variate and λ of W − λE + θ with the least loss on them.
+    Where the owner has selection rows, it chooses what has the least loss on them: the share of the variate and λ of W − λE + θ
+    together, then the scale of the step.
 
     Args:
         args: The federation's options.
@@ -84,33 +85,41 @@ def take_step(
     """
     report: dict[str, Any] = {}
     variate: Mapping[str, torch.Tensor] = {}
-    shares = [0.0]
+    scales, weights, shares = args.update_scales, args.base_weights, [0.0]
     if args.control_variate and owner is not None and update.seeds:
         with counted_wait(report):
             variate, report["variate_share"] = owner.estimate_variate(update.start, update.round, update.seeds)
-        report |= {"update_norm": global_norm(update.delta), "variate_norm": global_norm(variate)}
+        report |= {"update_norm": global_norm(update.scaled(1.0).delta), "variate_norm": global_norm(variate)}
         shares = [args.control_variate * share for share in (_SHARES if owner.selects else (1.0,))]
-    candidates = []
-    for share in shares:
-        delta = {key: _subtract(value, share, variate.get(key)) for key, value in update.delta.items()}
+
+    def move(scale: float, share: float, weight: float) -> tuple[ServerState, Mapping[str, Any]]:
+        mean = update.scaled(scale)
+        delta = {key: _subtract(value, scale * share, variate.get(key)) for key, value in mean.delta.items()}
         adapter, moments = optimizer.step(state.adapter, delta, state.optimizer)
-        candidates.append(ServerState(adapter, moments, update.residual, args.base_weights[0]))
+        return ServerState(adapter, moments, mean.residual, weight), mean.report
+
+    candidates = [move(scales[0], share, weights[0]) for share in shares]
     if owner is None or not owner.selects:
-        if args.base_weights != [0.0]:
-            report["base_weight"] = args.base_weights[0]
-        return candidates[0], report
+        chosen, found = candidates[0]
+        report |= {"base_weight": weights[0]} if weights != [0.0] else {}
+        return chosen, dict(found) | report | ({"update_scale": scales[0]} if scales != [1.0] else {})
     with counted_wait(report):
-        losses = [
+        loss, place, number = min(
             (loss, place, number)
-            for place, candidate in enumerate(candidates)
-            for number, loss in enumerate(
-                owner.measure_selection(candidate.adapter, update.residual, args.base_weights)
-            )
-        ]
-    loss, place, number = min(losses)
-    chosen = replace(candidates[place], base_weight=args.base_weights[number])
-    report |= {"selection_loss": loss, "base_weight": chosen.base_weight}
-    return chosen, report | ({"variate_weight": shares[place]} if variate else {})
+            for place, (candidate, _) in enumerate(candidates)
+            for number, loss in enumerate(owner.measure_selection(candidate.adapter, candidate.residual, weights))
+        )
+        share, weight, scale = shares[place], weights[number], scales[0]
+        chosen, found = candidates[place]
+        chosen = replace(chosen, base_weight=weight)
+        for other in scales[1:]:
+            candidate, other_found = move(other, share, weight)
+            other_loss = owner.measure_selection(candidate.adapter, candidate.residual, [weight])[0]
+            if other_loss < loss:
+                loss, scale, chosen, found = other_loss, other, candidate, other_found
+    report |= {"selection_loss": loss, "base_weight": weight}
+    report |= {"variate_weight": share} if variate else {}
+    return chosen, dict(found) | report | ({"update_scale": scale} if scales != [1.0] else {})
 
 
 def list_owner_seeds(args: FederatedConfig, number: int, records: Iterable[Mapping[str, Any]]) -> list[int]:

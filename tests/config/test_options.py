@@ -52,6 +52,7 @@ def test_trainers_in_other_processes_have_no_owner_no_audit_and_no_trackers():
         "merge": False,
         "control_variate": 0.0,
         "base_weights": [0.0],
+        "update_scales": [1.0],
         "report_to": [],
         "push_to_hub": False,
     }

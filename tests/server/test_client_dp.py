@@ -2,6 +2,8 @@
 """Client-level differential privacy in the round loop: noise, budget, draws, and an account that no crash makes smaller."""
 
 import dataclasses
+import hashlib
+import itertools
 import json
 import logging
 import shutil
@@ -16,6 +18,7 @@ from fedlpp_hf import FederatedServer
 from fedlpp_hf.privacy import client_level
 from fedlpp_hf.privacy.accounting import compute_epsilon
 from fedlpp_hf.privacy.draws import draw_clients
+from fedlpp_hf.server import ledger
 from fedlpp_hf.server.ledger import LEDGER_FILE
 
 from .small_server import KEY_A, KEY_B, PRIVATE, answer, make_server, read_ledger, read_record
@@ -24,6 +27,15 @@ from .small_server import KEY_A, KEY_B, PRIVATE, answer, make_server, read_ledge
 pytest.importorskip("dp_accounting", reason="needs the extra [privacy]")
 CLIENTS = {f"c{number}": 5 for number in range(8)}
 POISSON = {"client_sampling": "poisson", "clients_per_round": 4, "noise_multiplier": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def known_secrets(monkeypatch):
+    """Each federation's secret is another one, and the same in each run of a test: a draw of nobody, 1 in 256, would ask nobody."""
+    count = itertools.count()
+    monkeypatch.setattr(
+        ledger.secrets, "token_hex", lambda size: hashlib.sha256(bytes([next(count)])).hexdigest()[: 2 * size]
+    )
 
 
 def make_private(output_dir, clients=CLIENTS, **options):

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from fedlpp_hf.aggregation.optimizers import ServerOptimizer
+from fedlpp_hf.aggregation.round import AggregationResult
+from fedlpp_hf.server.combine import scale_result
 from fedlpp_hf.server.state import ServerState
 from fedlpp_hf.server.step import MeanUpdate, check_owner, is_variate_used, take_step
 from fedlpp_hf.tensors.adapters import read_adapter
@@ -37,7 +39,8 @@ def step(owner, tmp_path, **options):
     for name, value in options.items():
         setattr(args, name, value)
     before = ServerState({KEY_B: torch.zeros(4, 2)})
-    update = MeanUpdate(1, {KEY_B: torch.full((4, 2), 2.0)}, {}, before.adapter, [0])
+    mean = scale_result(AggregationResult({KEY_B: torch.full((4, 2), 2.0)}, report={"scored": 1}))
+    update = MeanUpdate(1, mean, before.adapter, [0])
     return take_step(args, owner, ServerOptimizer(), before, update)
 
 
@@ -50,12 +53,34 @@ def test_the_pair_with_the_least_loss_is_chosen(tmp_path, target, kept, weight):
     assert report["selection_loss"] == pytest.approx((2.0 - kept - target) ** 2)
 
 
+@pytest.mark.parametrize(("target", "scale"), [(2.0, 1.0), (2.5, 1.25), (3.0, 1.5), (9.0, 1.5), (0.0, 1.0)])
+def test_the_scale_with_the_least_loss_is_chosen(tmp_path, target, scale):
+    state, report = step(Owner(target), tmp_path, update_scales=[1.0, 1.25, 1.5])
+    assert report["update_scale"] == scale and report["scored"] == 1
+    assert torch.equal(state.adapter[KEY_B], torch.full((4, 2), scale * 2.0))
+    assert report["selection_loss"] == pytest.approx((scale * 2.0 - target) ** 2)
+
+
+def test_a_scale_is_of_the_update_less_the_variate(tmp_path):
+    """2 less a variate of 1 is nearest to 1.2, with λ of 0.5; then 1.25 times that."""
+    options = {"control_variate": 1.0, "base_weights": [0.0, 0.5], "update_scales": [1.0, 1.25]}
+    state, report = step(Owner(1.2, 0.5), tmp_path, **options)
+    assert (report["variate_weight"], report["base_weight"], report["update_scale"]) == (1.0, 0.5, 1.25)
+    assert torch.equal(state.adapter[KEY_B], torch.full((4, 2), 1.25)) and state.base_weight == 0.5
+
+
+def test_one_scale_needs_no_rows(tmp_path):
+    for owner in (None, Owner(selects=False), Owner()):
+        state, report = step(owner, tmp_path, update_scales=[1.5])
+        assert torch.equal(state.adapter[KEY_B], torch.full((4, 2), 3.0)) and report["update_scale"] == 1.5
+
+
 def test_without_rows_to_choose_by_the_options_hold(tmp_path):
     state, report = step(Owner(2.0, selects=False), tmp_path, control_variate=1.0, base_weights=[0.25])
     assert torch.equal(state.adapter[KEY_B], torch.ones(4, 2)) and state.base_weight == 0.25
     assert report["base_weight"] == 0.25 and "selection_loss" not in report
     state, report = step(None, tmp_path)
-    assert torch.equal(state.adapter[KEY_B], torch.full((4, 2), 2.0)) and report == {}
+    assert torch.equal(state.adapter[KEY_B], torch.full((4, 2), 2.0)) and report == {"scored": 1}
 
 
 def test_a_loss_that_is_no_number_is_never_chosen(tmp_path):
@@ -73,6 +98,11 @@ def test_choices_that_nobody_can_make_are_refused(tmp_path):
     args.base_weights = [0.0, 0.5]
     with pytest.raises(ValueError, match="no rows to choose by. Pass `selection_dataset`"):
         check_owner(args, Owner(selects=False))
+    check_owner(args, Owner())
+    args.base_weights, args.update_scales = [0.0], [1.0, 1.5]
+    for owner in (None, Owner(selects=False)):
+        with pytest.raises(ValueError, match=r"update_scales=\[1.0, 1.5\] has several values, but there are no rows"):
+            check_owner(args, owner)
     check_owner(args, Owner())
     args.load_best_model_at_end = True
     with pytest.raises(ValueError, match="load_best_model_at_end=True with `selection_dataset`"):
