@@ -47,7 +47,7 @@ NEVER: dict[str, Any] = {"num_rounds": 1, "max_steps": STEPS, "broadcast": "neve
 # Up to three times the steps. The owner takes the round that its selection rows say, the untouched model included.
 ROUND_BY_ROUND: dict[str, Any] = {"num_rounds": 3 * ROUNDS, "max_steps": STEPS // ROUNDS, "broadcast": "never"}
 CHOSEN = {"base_weights": [0.0, 0.25, 0.5, 0.75]}
-EXACT = {**CHOSEN, "aggregation": "exact", "update_scales": [1.0, 1.25, 1.5, 2.0]}
+EXACT = {**CHOSEN, "aggregation": "exact", "update_scales": [1.0, 0.5, 0.75, 1.25, 1.5, 2.0]}
 VARIATE = {"control_variate": 1.0}
 FOUR = {**VARIATE, "control_variate_runs": 4}
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -35,7 +35,7 @@ EVERY: dict[str, Any] = {"num_rounds": 3, "max_steps": 4, "adapter_bits": 4}
 NEVER: dict[str, Any] = {**EVERY, "broadcast": "never"}
 TWO = {"control_variate": 1.0, "control_variate_runs": 2}
 CHOSEN = {"base_weights": [0.0, 0.25, 0.5, 0.75]}
-EXACT = {**CHOSEN, "aggregation": "exact", "update_scales": [1.0, 1.25, 1.5, 2.0]}
+EXACT = {**CHOSEN, "aggregation": "exact", "update_scales": [1.0, 0.5, 0.75, 1.25, 1.5, 2.0]}
 SETTINGS: dict[str, dict[str, Any]] = {
     "every round, 4 bits": {**EVERY, "base_bits": 4},
     "nothing, 4 bits, chosen": {**NEVER, **TWO, **CHOSEN, "base_bits": 4},
