@@ -65,6 +65,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "nothing, 2 bits, four variates": {**NEVER, **FOUR, "base_bits": 2},
     "nothing in 4 rounds, 4 bits, chosen": {**EVERY, **FOUR, **CHOSEN, "broadcast": "never", "base_bits": 4},
     "nothing in 4 rounds, 4 bits, exact, chosen": {**EVERY, **EXACT, "broadcast": "never", "base_bits": 4},
+    "nothing in 4 rounds, 4 bits, exact, four variates, chosen": {
+        **EVERY, **EXACT, **FOUR, "broadcast": "never", "base_bits": 4,
+    },
     "nothing in 4 rounds, 3 bits, exact, chosen": {**EVERY, **EXACT, "broadcast": "never", "base_bits": 3},
     "nothing in 12 rounds, 4 bits, chosen": {**ROUND_BY_ROUND, **FOUR, **CHOSEN, "base_bits": 4},
     "nothing in 12 rounds, 3 bits, chosen": {**ROUND_BY_ROUND, **FOUR, **CHOSEN, "base_bits": 3},

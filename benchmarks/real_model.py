@@ -41,6 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "nothing, 4 bits, chosen": {**NEVER, **TWO, **CHOSEN, "base_bits": 4},
     "nothing, 4 bits, four variates, chosen": {**NEVER, **TWO, **CHOSEN, "control_variate_runs": 4, "base_bits": 4},
     "nothing, 4 bits, exact, chosen": {**NEVER, **EXACT, "base_bits": 4},
+    "nothing, 4 bits, exact, two variates, chosen": {**NEVER, **EXACT, **TWO, "base_bits": 4},
     "nothing, 3 bits, exact, chosen": {**NEVER, **EXACT, "base_bits": 3},
     "full precision": {**EVERY, "base_bits": FULL_PRECISION, "adapter_bits": FULL_PRECISION},
     "owner alone": {**EVERY, "base_bits": FULL_PRECISION, "adapter_bits": FULL_PRECISION},

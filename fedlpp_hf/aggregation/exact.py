@@ -27,7 +27,7 @@ def aggregate(updates: RoundUpdates, shares: Sequence[float]) -> AggregationResu
     squares = {"product": 0.0, "residual": 0.0, "dropped": 0.0}
     for target in lora_factors(adapter, updates.peft_config).values():
         others -= {target.key_a, target.key_b}
-        step = mean_of_products(target, updates.deltas, shares, updates.start)
+        step = mean_of_products(target, updates.deltas, shares, updates.start, updates.offset)
         held = [tensors for tensors in (adapter, updates.residual) if target.key_a in tensors]
         products = [(t[target.key_b].double().flatten(1), t[target.key_a].double().flatten(1)) for t in held]
         factors, rest, norms = truncate_product(target, stack_products([*products, *step]), adapter, RESIDUAL_RANK)
@@ -36,6 +36,8 @@ def aggregate(updates: RoundUpdates, shares: Sequence[float]) -> AggregationResu
         for name, norm in norms.items():
             squares[name] += (target.scale * norm) ** 2
     if others:
-        delta |= sum_updates(updates.deltas, shares, sorted(others))
+        mean = sum_updates(updates.deltas, shares, sorted(others))
+        total = math.fsum(shares)
+        delta |= {key: value - total * updates.offset[key] if updates.offset else value for key, value in mean.items()}
     report = {f"{name}_norm": math.sqrt(square) for name, square in squares.items()}
     return AggregationResult(delta, residual, report)

@@ -55,7 +55,7 @@ def decompose_product(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Te
 
 
 def mean_of_products(
-    target: LoraFactors, updates: Sequence[Tensors], shares: Sequence[float], start: Tensors
+    target: LoraFactors, updates: Sequence[Tensors], shares: Sequence[float], start: Tensors, offset: Tensors
 ) -> Iterator[Product]:
     """Products that sum up to M = Σ p_i (B_i·A_i − B_s·A_s), the step of the mean product from the clients' `start`.
 
@@ -66,11 +66,13 @@ def mean_of_products(
         updates: Δ of each client.
         shares: p_i, which sum to 1, or to the multiple of the step that is wanted.
         start: What all clients started from, B_s and A_s.
+        offset: What to subtract from each Δ first; empty for nothing.
     """
     start_a = _matrix(start[target.key_a])
+    offset_a, offset_b = (_matrix(offset[key]) if offset else 0.0 for key in (target.key_a, target.key_b))
     mean_a = torch.zeros_like(start_a)
     for update, share in zip(updates, shares, strict=True):
-        delta_a, delta_b = _matrix(update[target.key_a]), _matrix(update[target.key_b])
+        delta_a, delta_b = _matrix(update[target.key_a]) - offset_a, _matrix(update[target.key_b]) - offset_b
         mean_a.add_(delta_a, alpha=share)
         yield share * delta_b, start_a + delta_a
     yield _matrix(start[target.key_b]), mean_a

@@ -26,6 +26,7 @@ class RoundUpdates:
         residual: What the adapter's rank could not hold in the rounds before, by the adapter's keys.
         num_attackers: Attackers that a robust rule must withstand.
         scale: s: the result is s times the mean.
+        offset: What to subtract from each Δ_i first, by key.
     """
 
     deltas: Sequence[Tensors]
@@ -36,6 +37,7 @@ class RoundUpdates:
     residual: Tensors = field(default_factory=dict)
     num_attackers: int = 0
     scale: float = 1.0
+    offset: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,11 +85,6 @@ def check_rules(options: Any) -> None:
                     f"{aggregation} does not go with {name}={getattr(options, name)!r}: it would change B and A "
                     f"separately, and their product would no longer be the mean. Set {name}={neutral!r}."
                 )
-        if options.control_variate:
-            raise ValueError(
-                f"{aggregation} does not go with control_variate={options.control_variate}, which corrects the mean "
-                "of the factors, not of their products. Use aggregation='fedavg' or 'freeze_a'."
-            )
         if robust is not None and robust.per_coordinate:
             raise ValueError(
                 f"{aggregation} does not go with {chosen}, which changes B and A separately: their product is then "

@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""From a round's accepted updates to their mean, without noise, and to a multiple of it."""
+"""From a round's accepted updates to their mean, without noise, to a multiple of it, and to what is left without an offset."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +16,8 @@ from .admission import AcceptedUpdate
 from .state import ServerState
 
 
-ScaledMean = Callable[[float], AggregationResult]  # s times a round's mean, by s
+# s times the mean of a round's updates, each less an offset: by s, and the offset's tensors, or none.
+ScaledMean = Callable[[float, Mapping[str, torch.Tensor]], AggregationResult]
 
 
 def combine_updates(
@@ -52,18 +53,23 @@ def combine_updates(
         num_attackers=args.num_attackers,
     )
     if RULES[args.aggregation].averages_products:
-        # A multiple of the product is no multiple of the factors' change.
-        return lambda scale: aggregate(args.aggregation, replace(given, scale=scale), args.robust)
+        # What is multiplied, or subtracted from, is the product; the factors' change follows from that.
+        return lambda scale, offset: aggregate(
+            args.aggregation, replace(given, scale=scale, offset=offset), args.robust
+        )
     return scale_result(aggregate(args.aggregation, given, args.robust))
 
 
 def scale_result(result: AggregationResult) -> ScaledMean:
     """Multiples of a mean of factors that has been released already: noise is drawn, and paid for, once."""
 
-    def multiply(scale: float) -> AggregationResult:
-        return replace(result, delta={key: scale * value for key, value in result.delta.items()})
+    def at(scale: float, offset: Mapping[str, torch.Tensor]) -> AggregationResult:
+        if scale == 1 and not offset:
+            return result
+        moved = {key: value.double() - offset.get(key, 0.0) for key, value in result.delta.items()}
+        return replace(result, delta={key: (scale * value).float() for key, value in moved.items()})
 
-    return lambda scale: result if scale == 1 else multiply(scale)
+    return at
 
 
 def _count_rounds(clients: Iterable[str], earlier: Sequence[Mapping[str, Any]]) -> dict[str, int]:

@@ -10,6 +10,7 @@ import torch
 
 from ..aggregation.optimizers import ServerOptimizer
 from ..config.federated import FederatedConfig
+from ..config.rules import RULES
 from ..tensors.adapters import global_norm
 from .combine import ScaledMean
 from .owner import Owner, counted_wait
@@ -27,7 +28,7 @@ class MeanUpdate:
 
     Args:
         round: Number of the round.
-        scaled: s times the mean update, by s.
+        scaled: s times the mean of the updates less an offset.
         start: What clients started from.
         seeds: Of the owner's pairs of runs; none where it shall not estimate the variate.
     """
@@ -89,13 +90,14 @@ def take_step(
     if args.control_variate and owner is not None and update.seeds:
         with counted_wait(report):
             variate, report["variate_share"] = owner.estimate_variate(update.start, update.round, update.seeds)
-        report |= {"update_norm": global_norm(update.scaled(1.0).delta), "variate_norm": global_norm(variate)}
+        if not RULES[args.aggregation].averages_products:
+            report["update_norm"] = global_norm(update.scaled(1.0, {}).delta)
+        report["variate_norm"] = global_norm(variate)
         shares = [args.control_variate * share for share in (_SHARES if owner.selects else (1.0,))]
 
     def move(scale: float, share: float, weight: float) -> tuple[ServerState, Mapping[str, Any]]:
-        mean = update.scaled(scale)
-        delta = {key: _subtract(value, scale * share, variate.get(key)) for key, value in mean.delta.items()}
-        adapter, moments = optimizer.step(state.adapter, delta, state.optimizer)
+        mean = update.scaled(scale, {key: share * value for key, value in variate.items()} if share else {})
+        adapter, moments = optimizer.step(state.adapter, mean.delta, state.optimizer)
         return ServerState(adapter, moments, mean.residual, weight), mean.report
 
     candidates = [move(scales[0], share, weights[0]) for share in shares]
@@ -135,7 +137,3 @@ def is_variate_used(records: Iterable[Mapping[str, Any]]) -> bool:
     """
     shares = [record.get("variate_weight") for record in records]
     return not any(one == other == 0.0 for one, other in pairwise(shares))
-
-
-def _subtract(delta: torch.Tensor, share: float, variate: torch.Tensor | None) -> torch.Tensor:
-    return delta if variate is None or not share else (delta.double() - share * variate).float()

@@ -90,6 +90,19 @@ def test_a_scale_multiplies_the_step_of_its_kind(rule):
     assert_close(other, {key: before[key] + 1.5 * (one[key] - before[key]) for key in before}, 2e-3)
 
 
+def test_an_offset_is_taken_from_every_update_before_products_are_averaged():
+    config, server = make_config(4), make_adapter(0, 4)
+    updates, offset = [make_adapter(k, 4, 0.3) for k in (1, 2, 3)], make_adapter(4, 4, 0.2)
+    less = [{key: value - offset[key] for key, value in update.items()} for update in updates]
+    options = {"weights": [1.0, 2.0, 3.0], "adapter": server, "config": config, "scale": 1.5}
+    result = aggregate("exact", make_round(updates, offset=offset, **options))
+    plain = aggregate("exact", make_round(less, **options))
+    assert_close(
+        total(add(server, result.delta), result.residual, config),
+        total(add(server, plain.delta), plain.residual, config),
+    )
+
+
 def test_no_updates_are_refused():
     with pytest.raises(ValueError, match="no updates"):
         aggregate("fedavg", make_round([], adapter={}))

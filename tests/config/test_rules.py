@@ -19,7 +19,6 @@ def make_config(**options) -> FederatedConfig:
         ({"aggregation": "exact", "server_optimizer": "yogi"}, ("aggregation='exact'", "server_optimizer='yogi'")),
         ({"aggregation": "exact", "server_momentum": 0.9}, ("aggregation='exact'", "server_momentum=0.9")),
         ({"aggregation": "exact", "server_learning_rate": 0.5}, ("aggregation='exact'", "server_learning_rate=0.5")),
-        ({"aggregation": "exact", "control_variate": 1.0}, ("aggregation='exact'", "control_variate=1.0")),
         (
             {"aggregation": "exact", "robust": "median", "weighting": "uniform"},
             ("aggregation='exact'", "robust='median'", "nobody's"),

@@ -130,16 +130,17 @@ def federate_alone(full_llama, lora, output_dir, **options):
     return trainer
 
 
-def test_control_variate_takes_the_quantizers_part_out_of_the_update(full_llama, lora, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"aggregation": "exact", "num_rounds": 1}], ids=["factors", "products"])
+def test_control_variate_takes_the_quantizers_part_out_of_the_update(full_llama, lora, tmp_path, options):
     """Where the owner's estimate is exact, Δ(Q(W)) − (Δ(Q(W)) − Δ(W)), the server's adapter is that of full precision."""
     lora.lora_dropout = 0.1  # the same masks on both sides, or the difference is noise
-    corrected = federate_alone(full_llama, lora, tmp_path / "corrected", control_variate=1.0)
-    naive = federate_alone(full_llama, lora, tmp_path / "naive")
+    corrected = federate_alone(full_llama, lora, tmp_path / "corrected", control_variate=1.0, **options)
+    naive = federate_alone(full_llama, lora, tmp_path / "naive", **options)
     reference = corrected.owner.run_reference(own_rows=True)["eval_loss"]
     records = corrected.server.store.records()
     assert records[-1]["metrics"]["server"]["eval_loss"] == pytest.approx(reference, rel=1e-5)
     assert naive.server.store.records()[-1]["metrics"]["server"]["eval_loss"] != pytest.approx(reference, rel=1e-3)
-    assert records[1]["variate_norm"] > 0.0 and records[1]["update_norm"] > 0.0
+    assert records[1]["variate_norm"] > 0.0 and records[1]["update_norm" if not options else "product_norm"] > 0.0
 
 
 @pytest.mark.slow

@@ -14,8 +14,9 @@ from .test_step import Owner
 def test_a_released_mean_is_multiplied_and_stays_as_it_is():
     result = AggregationResult({KEY_B: torch.ones(2)}, report={"privacy": {}})
     at = scale_result(result)
-    assert at(1.0) is result
-    assert torch.equal(at(1.5).delta[KEY_B], torch.full((2,), 1.5)) and at(1.5).report == {"privacy": {}}
+    assert at(1.0, {}) is result
+    assert torch.equal(at(1.5, {}).delta[KEY_B], torch.full((2,), 1.5)) and at(1.5, {}).report == {"privacy": {}}
+    assert torch.equal(at(1.5, {KEY_B: torch.full((2,), 0.5)}).delta[KEY_B], torch.full((2,), 0.75))
     assert torch.equal(result.delta[KEY_B], torch.ones(2))
 
 
