@@ -47,7 +47,8 @@ NEVER: dict[str, Any] = {"num_rounds": 1, "max_steps": STEPS, "broadcast": "neve
 # Up to three times the steps. The owner takes the round that its selection rows say, the untouched model included.
 ROUND_BY_ROUND: dict[str, Any] = {"num_rounds": 3 * ROUNDS, "max_steps": STEPS // ROUNDS, "broadcast": "never"}
 CHOSEN = {"base_weights": [0.0, 0.25, 0.5, 0.75]}
-EXACT = {**CHOSEN, "aggregation": "exact", "update_scales": [1.0, 0.5, 0.75, 1.25, 1.5, 2.0]}
+EXACT = {**CHOSEN, "aggregation": "exact", "update_scales": [1.0, 0.5, 0.75, 1.25, 1.5]}
+UP_TO_2 = {**EXACT, "update_scales": [*EXACT["update_scales"], 2.0]}
 VARIATE = {"control_variate": 1.0}
 FOUR = {**VARIATE, "control_variate_runs": 4}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -65,6 +66,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "nothing, 2 bits, four variates": {**NEVER, **FOUR, "base_bits": 2},
     "nothing in 4 rounds, 4 bits, chosen": {**EVERY, **FOUR, **CHOSEN, "broadcast": "never", "base_bits": 4},
     "nothing in 4 rounds, 4 bits, exact, chosen": {**EVERY, **EXACT, "broadcast": "never", "base_bits": 4},
+    "nothing in 4 rounds, 4 bits, exact, chosen up to 2": {**EVERY, **UP_TO_2, "broadcast": "never", "base_bits": 4},
     "nothing in 4 rounds, 4 bits, exact, four variates, chosen": {
         **EVERY, **EXACT, **FOUR, "broadcast": "never", "base_bits": 4,
     },

@@ -35,12 +35,14 @@ EVERY: dict[str, Any] = {"num_rounds": 3, "max_steps": 4, "adapter_bits": 4}
 NEVER: dict[str, Any] = {**EVERY, "broadcast": "never"}
 TWO = {"control_variate": 1.0, "control_variate_runs": 2}
 CHOSEN = {"base_weights": [0.0, 0.25, 0.5, 0.75]}
-EXACT = {**CHOSEN, "aggregation": "exact", "update_scales": [1.0, 0.5, 0.75, 1.25, 1.5, 2.0]}
+EXACT = {**CHOSEN, "aggregation": "exact", "update_scales": [1.0, 0.5, 0.75, 1.25, 1.5]}
+UP_TO_2 = {**EXACT, "update_scales": [*EXACT["update_scales"], 2.0]}
 SETTINGS: dict[str, dict[str, Any]] = {
     "every round, 4 bits": {**EVERY, "base_bits": 4},
     "nothing, 4 bits, chosen": {**NEVER, **TWO, **CHOSEN, "base_bits": 4},
     "nothing, 4 bits, four variates, chosen": {**NEVER, **TWO, **CHOSEN, "control_variate_runs": 4, "base_bits": 4},
     "nothing, 4 bits, exact, chosen": {**NEVER, **EXACT, "base_bits": 4},
+    "nothing, 4 bits, exact, chosen up to 2": {**NEVER, **UP_TO_2, "base_bits": 4},
     "nothing, 4 bits, exact, two variates, chosen": {**NEVER, **EXACT, **TWO, "base_bits": 4},
     "nothing, 3 bits, exact, chosen": {**NEVER, **EXACT, "base_bits": 3},
     "full precision": {**EVERY, "base_bits": FULL_PRECISION, "adapter_bits": FULL_PRECISION},

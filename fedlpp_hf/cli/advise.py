@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only",
         nargs="+",
         metavar="NAME",
-        help="presets to run (default: all of fedlpp, fedlpp-variate, balanced, strict)",
+        help="presets to run (default: all of fedlpp, fedlpp-variate, light, balanced, strict)",
     )
     parser.add_argument(
         "--preset",
