@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from fedlpp_hf import FederatedTrainer, export_base
 from fedlpp_hf.processes.between import moved_towards_base, open_base
+from fedlpp_hf.server.best import find_published_round
 from fedlpp_hf.trainer.publishing import MERGED_DIR
 from tests.helpers import build_model, make_args, make_rows
 
@@ -76,6 +77,30 @@ def test_what_was_measured_is_what_is_merged(full_llama, lora, tmp_path):
         assert f"server's model without its adapter (λ = {state.base_weight:g})" in (
             tmp_path / "out" / "report.md"
         ).read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_all_choices_together_are_measured_and_merged(full_llama, lora, tmp_path):
+    """Products are averaged, and what the rank can't hold is part of the scaled step; the references know none of the choices."""
+    rows = make_rows()
+    args = make_args(
+        tmp_path / "out", base_bits=2, adapter_bits=32, broadcast="never", aggregation="exact", control_variate=1.0,
+        base_weights=[0.0, 0.5], update_scales=[1.0, 0.5, 1.5, 3.0], compare_full_precision=True, max_steps=4, num_rounds=2,
+    )  # fmt: skip
+    trainer = FederatedTrainer(
+        str(full_llama), args, train_dataset=rows, eval_dataset=rows, selection_dataset=rows, owner_dataset=rows, peft_config=lora
+    )  # fmt: skip
+    trainer.train()
+    record = trainer.server.store.records()[find_published_round(args, trainer.server.store.records())]
+    assert record["round"] and record["update_scale"] in args.update_scales and "variate_weight" in record
+    assert trainer.server.state.residual
+    assert record["metrics"]["server"]["eval_loss"] == pytest.approx(record["selection_loss"], rel=1e-6)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / MERGED_DIR)
+    plain = TrainingArguments(tmp_path / "plain", use_cpu=True, report_to=[], per_device_eval_batch_size=8)
+    measured = Trainer(merged, plain, eval_dataset=rows).evaluate()["eval_loss"]
+    assert measured == pytest.approx(record["selection_loss"], rel=1e-5)
+    report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "full precision" in report and "owner's own rows alone" in report
 
 
 def test_a_choice_needs_a_base_and_rows(full_llama, lora, tmp_path):
