@@ -66,6 +66,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "nothing, 2 bits, four variates": {**NEVER, **FOUR, "base_bits": 2},
     "nothing in 4 rounds, 4 bits, chosen": {**EVERY, **FOUR, **CHOSEN, "broadcast": "never", "base_bits": 4},
     "nothing in 4 rounds, 4 bits, exact, chosen": {**EVERY, **EXACT, "broadcast": "never", "base_bits": 4},
+    "nothing in 4 rounds, 4 bits, λ alone": {**EVERY, **CHOSEN, "broadcast": "never", "base_bits": 4},
+    "nothing in 4 rounds, 4 bits, λ and scale": {
+        **EVERY, **EXACT, "aggregation": "fedavg", "broadcast": "never", "base_bits": 4,
+    },
+    "nothing in 4 rounds, 4 bits, exact, λ alone": {
+        **EVERY, **EXACT, "update_scales": [1.0], "broadcast": "never", "base_bits": 4,
+    },
     "nothing in 4 rounds, 4 bits, exact, chosen up to 2": {**EVERY, **UP_TO_2, "broadcast": "never", "base_bits": 4},
     "nothing in 4 rounds, 4 bits, exact, four variates, chosen": {
         **EVERY, **EXACT, **FOUR, "broadcast": "never", "base_bits": 4,
@@ -364,13 +371,14 @@ def draw(lines: list[dict[str, str]], path: Path) -> None:
                 stolen = [100 * number(line, "half: stolen") for line in group]
             if not group:
                 continue
+            kinds = [marker for kind, marker in (("proxies", "P"), ("up to 2", "*"), ("exact", "X")) if kind in name]
             bits, fill = re.search(r"\d(?= bits)|full", name).group(), "none"
             if "variate" in name or "chosen" in name:
                 fill = "#0b6e4f" if "four" in name and "chosen" not in name else "#9ccdb5"
             axes.scatter(
                 [value if value <= 100 else 120 for value in stolen],
                 [100 * (number(line, "server: loss") / full[line["seed"]] - 1) for line in group],
-                marker="P" if "proxies" in name else {"4": "o", "3": "s", "2": "^", "full": "D"}[bits],
+                marker=kinds[0] if kinds else {"4": "o", "3": "s", "2": "^", "full": "D"}[bits],
                 s=100 if name in LONG else 36,  # with three times the steps
                 facecolors=fill,
                 edgecolors="#c8553d" if name.startswith("every") else "#0b6e4f",
