@@ -16,11 +16,11 @@ RESIDUAL_RANK = 64  # columns for each target that the residual may have
 
 
 def aggregate(updates: RoundUpdates, shares: Sequence[float]) -> AggregationResult:
-    """The mean of B_i·A_i with `shares` p_i, as FedEx-LoRA (arXiv 2410.09432) has it, without sending the correction.
+    """`scale` times the mean of B_i·A_i with `shares` p_i, as FedEx-LoRA (arXiv 2410.09432) has it, without sending the correction.
 
     Tensors outside LoRA are averaged as they are.
     """
-    adapter = updates.adapter
+    adapter, shares = updates.adapter, [updates.scale * share for share in shares]
     others = set(adapter)
     delta: dict[str, torch.Tensor] = {}
     residual: dict[str, torch.Tensor] = {}

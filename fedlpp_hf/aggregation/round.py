@@ -25,8 +25,8 @@ class RoundUpdates:
         peft_config: Of the adapter.
         residual: What the adapter's rank could not hold in the rounds before, by the adapter's keys.
         num_attackers: Attackers that a robust rule must withstand.
-        scale: s: the result is s times the mean.
-        offset: What to subtract from each Δ_i first, by key.
+        scale: s, for a rule that averages products: the step is s times their mean. A mean of factors can be multiplied later.
+        offset: For such a rule, what to subtract from each Δ_i first, by key.
     """
 
     deltas: Sequence[Tensors]

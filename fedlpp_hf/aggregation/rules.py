@@ -37,6 +37,5 @@ def aggregate(rule: str, updates: RoundUpdates, robust: str = "none") -> Aggrega
         weights = krum_weights(gram_matrix(updates.deltas), updates.num_attackers, selected)
         shares = normalize_weights(weights)
         report["client_weights"] = shares
-    shares = [updates.scale * share for share in shares]
     result = import_module(f".{RULES[rule].module}", __package__).aggregate(updates, shares)
     return replace(result, report=report | result.report)

@@ -72,19 +72,13 @@ def test_every_rule_is_the_dense_mean_of_its_kind(rule, weights, alpha, rslora, 
         assert_close(stands_for(other), stands_for(result), 2e-3)
 
 
-@pytest.mark.parametrize("rule", sorted(RULES))
-def test_a_scale_multiplies_the_step_of_its_kind(rule):
-    """Of the factors, or of their products; and not what the server had before."""
+def test_a_scale_multiplies_the_step_of_the_product_and_not_what_was_before():
     config, server = make_config(4), make_adapter(0, 4)
-    keys = trainable_keys(rule, server)
-    updates = [{key: make_adapter(k, 4, 0.3)[key] for key in keys} for k in (1, 2, 3)]
+    updates = [make_adapter(k, 4, 0.3) for k in (1, 2, 3)]
     plain, scaled = (
-        aggregate(rule, make_round(updates, [1.0, 2.0, 3.0], server, config=config, scale=scale))
+        aggregate("exact", make_round(updates, [1.0, 2.0, 3.0], server, config=config, scale=scale))
         for scale in (1.0, 1.5)
     )
-    if not RULES[rule].averages_products:
-        assert_close(scaled.delta, {key: 1.5 * value for key, value in plain.delta.items()})
-        return
     before = dense(server, config)
     one, other = (total(add(server, result.delta), result.residual, config) for result in (plain, scaled))
     assert_close(other, {key: before[key] + 1.5 * (one[key] - before[key]) for key in before}, 2e-3)
