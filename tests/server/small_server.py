@@ -1,5 +1,5 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
-"""A server of a tiny adapter and three clients, and what these answer."""
+"""A server of a tiny adapter and three clients, what these answer, and an owner that chooses."""
 
 import dataclasses
 import json
@@ -54,3 +54,23 @@ def read_record(server, number):
 
 def read_ledger(server):
     return json.loads((server.store.root / LEDGER_FILE).read_text())
+
+
+class Owner:
+    """Measures (θ_B − target)² + (λ − weight)², and knows a variate of ones."""
+
+    def __init__(self, target=0.0, weight=0.0, selects=True):
+        self.target, self.weight, self.selects = target, weight, selects
+
+    def evaluate(self, adapter, residual, base_weight):
+        return {"eval_loss": 0.5, "weight": base_weight}
+
+    def measure_selection(self, adapter, residual, base_weights):
+        distance = float((adapter[KEY_B].mean() - self.target) ** 2)
+        return [distance + (weight - self.weight) ** 2 for weight in base_weights]
+
+    def begin_variate(self, start, number, seeds):
+        pass
+
+    def estimate_variate(self, start, number, seeds):
+        return {key: torch.ones_like(value) for key, value in start.items()}, 0.5

@@ -7,8 +7,7 @@ import torch
 from fedlpp_hf.aggregation.round import AggregationResult
 from fedlpp_hf.server.combine import scale_result
 
-from .small_server import KEY_A, KEY_B, answer_all, make_server
-from .test_step import Owner
+from .small_server import KEY_A, KEY_B, Owner, answer_all, make_server
 
 
 def test_a_released_mean_is_multiplied_and_stays_as_it_is():

@@ -11,27 +11,7 @@ from fedlpp_hf.server.state import ServerState
 from fedlpp_hf.server.step import MeanUpdate, check_owner, is_variate_used, take_step
 from fedlpp_hf.tensors.adapters import read_adapter
 
-from .small_server import KEY_B, answer_all, make_server
-
-
-class Owner:
-    """Measures (θ_B − target)² + (λ − weight)², and knows a variate of ones."""
-
-    def __init__(self, target=0.0, weight=0.0, selects=True):
-        self.target, self.weight, self.selects = target, weight, selects
-
-    def evaluate(self, adapter, residual, base_weight):
-        return {"eval_loss": 0.5, "weight": base_weight}
-
-    def measure_selection(self, adapter, residual, base_weights):
-        distance = float((adapter[KEY_B].mean() - self.target) ** 2)
-        return [distance + (weight - self.weight) ** 2 for weight in base_weights]
-
-    def begin_variate(self, start, number, seeds):
-        pass
-
-    def estimate_variate(self, start, number, seeds):
-        return {key: torch.ones_like(value) for key, value in start.items()}, 0.5
+from .small_server import KEY_B, Owner, answer_all, make_server
 
 
 def step(owner, tmp_path, **options):
