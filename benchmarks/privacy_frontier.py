@@ -349,7 +349,8 @@ def format_range(values: list[float], digits: int = 0) -> str:
 def draw(lines: list[dict[str, str]], path: Path) -> None:
     """Server's loss above full precision against the stolen value of half of the clients, a point a setting and seed.
 
-    Where the server has no gain over what they have alone, or they have more than the server, the point stands at the right.
+    Where nothing is sent, nothing is stolen: those settings stand side by side around 0. Where the server has no gain over what clients
+    have alone, or they have more than the server, the point stands at the right.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -361,11 +362,13 @@ def draw(lines: list[dict[str, str]], path: Path) -> None:
         mine = [line for line in lines if line["task"] == task]
         short = losses_by_seed(mine, "full precision")
         alone = losses_by_seed(mine, "owner alone")
+        quiet = [name for name in SETTINGS if name.startswith("nothing") and any(x["setting"] == name for x in mine)]
+        beside = {name: 6.0 * (place - (len(quiet) - 1) / 2) for place, name in enumerate(quiet)}
         for name in SETTINGS:
             full = find_reference(mine, name)
             group = [line for line in mine if line["setting"] == name and line["seed"] in full]
-            if name.startswith("nothing"):  # zero by construction, so it is known without an audit
-                stolen = [0.0] * len(group)
+            if name in beside:  # zero by construction, so it is known without an audit
+                stolen = [beside[name]] * len(group)
             else:
                 group = [line for line in group if line.get("exposure")]
                 stolen = [100 * number(line, "half: stolen") for line in group]
@@ -375,11 +378,13 @@ def draw(lines: list[dict[str, str]], path: Path) -> None:
             bits, fill = re.search(r"\d(?= bits)|full", name).group(), "none"
             if "variate" in name or "chosen" in name:
                 fill = "#0b6e4f" if "four" in name and "chosen" not in name else "#9ccdb5"
+            if "exact" in name:
+                fill = "#e0a030"
             axes.scatter(
                 [value if value <= 100 else 120 for value in stolen],
                 [100 * (number(line, "server: loss") / full[line["seed"]] - 1) for line in group],
                 marker=kinds[0] if kinds else {"4": "o", "3": "s", "2": "^", "full": "D"}[bits],
-                s=100 if name in LONG else 36,  # with three times the steps
+                s=100 if name in LONG or "exact" in name else 36,  # with three times the steps
                 facecolors=fill,
                 edgecolors="#c8553d" if name.startswith("every") else "#0b6e4f",
                 label=name,
