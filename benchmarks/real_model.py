@@ -24,7 +24,7 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 
 from benchmarks.convergence import SHARED, read_rows
-from benchmarks.privacy_frontier import read_lines, write_lines
+from benchmarks.privacy_frontier import CHOSEN, EXACT, UP_TO_2, read_lines, write_lines
 from fedlpp_hf import FederatedConfig, FederatedTrainer
 from fedlpp_hf.server.best import find_published_round
 from fedlpp_hf.tensors.codebooks import FULL_PRECISION
@@ -34,9 +34,6 @@ FOODS = ("English", "Italian", "French")
 EVERY: dict[str, Any] = {"num_rounds": 3, "max_steps": 4, "adapter_bits": 4}
 NEVER: dict[str, Any] = {**EVERY, "broadcast": "never"}
 TWO = {"control_variate": 1.0, "control_variate_runs": 2}
-CHOSEN = {"base_weights": [0.0, 0.25, 0.5, 0.75]}
-EXACT = {**CHOSEN, "aggregation": "exact", "update_scales": [1.0, 0.5, 0.75, 1.25, 1.5]}
-UP_TO_2 = {**EXACT, "update_scales": [*EXACT["update_scales"], 2.0]}
 SETTINGS: dict[str, dict[str, Any]] = {
     "every round, 4 bits": {**EVERY, "base_bits": 4},
     "nothing, 4 bits, chosen": {**NEVER, **TWO, **CHOSEN, "base_bits": 4},
