@@ -28,7 +28,7 @@ def test_own_options_stay_few():
     the clip are the guarantee, and none follows from the others; two of secure sums: users of the peers expect the one, and the other
     says how many may drop out; colluding_clients, which is part of the guarantee where both are on; monitor_port and log_json, which
     whoever is on call expects; audit_data and audit_longer, which take their time; update_scales, with which TREC and SmolLM2 come
-    within 1 % of full precision (docs/threat-model.md).
+    within 2 % of full precision (docs/threat-model.md).
     """
     assert len(own_options()) <= 58
 
