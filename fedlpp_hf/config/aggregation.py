@@ -32,7 +32,7 @@ class AggregationOptions:
         base_weights: λ, from 0 to below 1: the server's model is W − λE + θ, E = W − Q(W). Of several, each round
             takes the one with the least loss on the owner's `selection_dataset`.
         update_scales: s, above 0: the server's step is s times the mean update. Of several, each round takes the one with
-            the least loss on the owner's `selection_dataset`.
+            the least loss on the owner's `selection_dataset`; the first is the one that λ is chosen with.
     """
 
     FACTS: ClassVar[OptionFacts] = OptionFacts(
