@@ -1,6 +1,7 @@
 # Copyright 2026 The fedlpp_hf team. Licensed under the Apache License, Version 2.0.
 """Which weights carry a mark: few, in columns that nothing hangs on, and the same wherever they are looked for."""
 
+import pytest
 import torch
 
 from fedlpp_hf import export_base
@@ -62,4 +63,6 @@ def test_copy_that_was_marked_throughout_is_traced_by_fewer_marks(wide_llama, tm
             export_base(wide_llama, tmp_path / client, mark=mark, overwrite=True)
         monkeypatch.setattr(mark_places, "_MARKS", 200)
         first, second = trace_base(tmp_path / "b", MarkKey.read(tmp_path / "key.json"))
-        assert (first.client, first.correlation) == ("b", 1.0) and first.false_alarm < 1e-6 < second.false_alarm
+        # Keys are drawn anew: the correlation of equal choices is 1 to the last digit, not always in it.
+        assert first.client == "b" and first.correlation == pytest.approx(1.0, abs=1e-12)
+        assert first.false_alarm < 1e-6 < second.false_alarm
