@@ -384,7 +384,7 @@ def draw(lines: list[dict[str, str]], path: Path) -> None:
                 [value if value <= 100 else 120 for value in stolen],
                 [100 * (number(line, "server: loss") / full[line["seed"]] - 1) for line in group],
                 marker=kinds[0] if kinds else {"4": "o", "3": "s", "2": "^", "full": "D"}[bits],
-                s=100 if name in LONG or "exact" in name else 36,  # with three times the steps
+                s=100 if name in LONG or "exact" in name else 36,  # three times the steps, or products
                 facecolors=fill,
                 edgecolors="#c8553d" if name.startswith("every") else "#0b6e4f",
                 label=name,

@@ -36,20 +36,15 @@ class Preset:
 _SENT: dict[str, Any] = {"num_rounds": 3, "base_bits": 4, "adapter_bits": 4, "broadcast": "every_round"}
 _NOTHING_SENT: dict[str, Any] = {"num_rounds": 1, "broadcast": "never", "base_weights": [0.0, 0.25, 0.5, 0.75]}
 _VARIATE: dict[str, Any] = {"control_variate": 1.0, "control_variate_runs": 4}
-
-_CHOSEN: dict[str, Any] = {
-    "num_rounds": 3,
-    "broadcast": "never",
-    "aggregation": "exact",
-    "base_weights": [0.0, 0.25, 0.5, 0.75],
-    "update_scales": [1.0, 0.5, 0.75, 1.25, 1.5],
-}
+_PRODUCTS: dict[str, Any] = {"num_rounds": 3, "aggregation": "exact", "update_scales": [1.0, 0.5, 0.75, 1.25, 1.5]}
 
 PRESETS = (
     Preset("fedlpp", "the paper's rule: a 4-bit adapter is sent in each of 3 rounds", _SENT, selects=False),
     Preset("fedlpp-variate", "the same, and the owner subtracts what only repairs the base", _SENT | _VARIATE),
     Preset(
-        "light", "nothing is sent but a 4-bit base; the owner chooses, and trains nothing", _CHOSEN | {"base_bits": 4}
+        "light",
+        "nothing is sent but a 4-bit base; the owner chooses, and trains nothing",
+        _NOTHING_SENT | _PRODUCTS | {"base_bits": 4},
     ),
     Preset("balanced", "nothing is sent but a 4-bit base", _NOTHING_SENT | _VARIATE | {"base_bits": 4}),
     Preset("strict", "nothing is sent but a 3-bit base", _NOTHING_SENT | _VARIATE | {"base_bits": 3}),

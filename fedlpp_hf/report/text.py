@@ -69,8 +69,8 @@ def describe_round(record: Record, num_rounds: int, choice: MetricChoice = _BY_N
         if name:
             parts.append(f"{label} {name.removeprefix('eval_')} {metrics[name]:.4f}")
     if "selection_loss" in record:
-        weights = {"λ": record.get("base_weight"), "variate": record.get("variate_weight")}
-        weights["scale"] = record.get("update_scale")
+        names = {"λ": "base_weight", "variate": "variate_weight", "scale": "update_scale"}
+        weights = {label: record.get(name) for label, name in names.items()}
         chosen = "".join(f", {name} {value:g}" for name, value in weights.items() if value is not None)
         parts.append(f"selection loss {record['selection_loss']:.4f}{chosen}")
     if "privacy" in record:
